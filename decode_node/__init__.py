@@ -1,0 +1,1 @@
+"""The decode and mixed roles of a node."""

@@ -63,7 +63,8 @@ class BatchPlan:
 
     `order`: first to last; `chunk_tokens`: most new tokens of a sequence in this batch; `skip`: left out of
     this batch with their KV kept; `depth`: draft tokens to verify (0 = none); `max_tokens`: size of the batch;
-    `preempt`: give up slot and KV, keep tokens.
+    `preempt`: give up slot and KV, keep tokens; `draft_tokens`: how many to draft for the batch after this one
+    (as many as the engine was started with if None).
     """
 
     order: Sequence[str] = ()
@@ -72,6 +73,7 @@ class BatchPlan:
     depth: Mapping[str, int] = field(default_factory=dict)
     max_tokens: int | None = None
     preempt: Sequence[str] = ()
+    draft_tokens: int | None = None
 
 
 Composer = Callable[[Sequence[Seq]], BatchPlan]

@@ -7,9 +7,12 @@ the source, and the lease ends. A lease also ends when it runs out or when it is
 Failure contract.
 - KV is used only if the lease still stood AFTER the last byte was read. Otherwise the pull fails: a pull
   that raced the end of a lease is never served as if nothing had happened.
-- A pull has a deadline. One that is late fails; its blocks are not reused while bytes may still arrive.
+- A pull has a deadline. One that is late fails; the blocks that it was to fill are kept apart while bytes may
+  still arrive (`held_blocks`), and the prompt is recomputed into others.
 - A failed pull is an outcome, not an exception: the target recomputes the prompt from its tokens.
-- A lease can be released at once, twice without harm, and by anyone who holds the handoff.
+- Every pull ends exactly once, whatever happens to its request.
+- A lease can be released at once, twice without harm, and by anyone who holds the handoff. A pull that failed
+  does not end the lease by itself: tell the source, which releases it.
 - After every outcome the blocks in use on both ends return to what they were.
 """
 
@@ -25,7 +28,8 @@ from typing import Any
 class Handoff:
     """KV that a source offers. Travels in messages; `params` is opaque to all but the transport.
 
-    `lease_s` is the time LEFT on the lease when the message is sent: clock readings never leave a host.
+    `request_id` is the one by which the source's port releases it. `lease_s` is the time LEFT on the lease when
+    the message is sent: clock readings never leave a host.
     """
 
     request_id: str
@@ -46,11 +50,11 @@ class Lease:
 
 
 class PullOutcome(StrEnum):
-    """How a pull ended. Everything but PULLED means: recompute."""
+    """How a pull ended. Anything but PULLED and CACHED means that the engine recomputes the prompt."""
 
     PULLED = "pulled"
-    CACHED = "cached"  # the target's prefix cache had it all; nothing moved
-    FAILED = "failed"  # transport error, or the source is gone
+    CACHED = "cached"  # the target needed nothing from the source; nothing moved
+    FAILED = "failed"  # transport error, the source is gone, or the request was cancelled
     LATE = "late"  # the deadline passed first
     LEASE_LOST = "lease_lost"  # the lease had ended when the bytes were in
 
@@ -108,15 +112,22 @@ class KvPort(ABC):
 
     @abstractmethod
     def release(self, request_id: str) -> bool:
-        """End a lease at once and free its blocks. False if there was none (never an error)."""
+        """End a lease at once; its blocks are free after the next step. False if there was none."""
 
     @abstractmethod
     def take_pulls(self) -> list[Pull]:
         """Pulls into this node that ended since the last call."""
 
     @abstractmethod
+    def held_blocks(self) -> int:
+        """Blocks here that no request may use yet, since bytes of a pull that failed may still arrive."""
+
+    @abstractmethod
     def probe(self, peer: PeerAddress) -> Link:
-        """Measure the link from `peer` to here by reading from it. Raises TransferError if it cannot be reached."""
+        """Measure the link from `peer` to here by reading from it.
+
+        Takes a few seconds at most. Raises TransferError if the peer does not answer or does not match.
+        """
 
 
 class TransferError(Exception):

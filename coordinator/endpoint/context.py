@@ -1,0 +1,188 @@
+"""What the endpoint knows of a request that vLLM's front does not pass on, and the response it will get.
+
+An ASGI middleware reads headers and the `slo` of the body, keeps them in a context variable for
+`ClusterEngine.generate`, and holds back the start of the response until the request has been placed. So a
+refusal has its status and Retry-After even when the client asked for a stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from coordinator.config import SloClass
+from coordinator.endpoint.slo import HEADER_FIELDS, Asked, read_asked
+from engine.errors import SlosserveError
+
+GENERATE_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
+SESSION_HEADERS = (b"x-session-id", b"session-id", b"x-session-affinity", b"x-claude-code-session-id")
+MAX_PEEK_BYTES = 64 * 1024 * 1024
+
+_current: contextvars.ContextVar[RequestContext | None] = contextvars.ContextVar("request", default=None)
+
+
+@dataclass(slots=True)
+class RequestContext:
+    """One HTTP request. `arrived_s` is this process's clock; `headers` go out with the response."""
+
+    arrived_s: float
+    asked: Asked
+    session_id: str | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+    error: SlosserveError | None = None
+    decided: asyncio.Event = field(default_factory=asyncio.Event)
+    on_end: list[Callable[[], None]] = field(default_factory=list)
+
+    def decide(self, error: SlosserveError | None = None) -> None:
+        """The request was placed, or refused with `error`: the response may start."""
+        self.error = error
+        self.decided.set()
+
+    def end(self) -> None:
+        """The response is over, or the client is gone: what still runs for it is dropped.
+
+        A generator that was never started is not told that it is closed, so this is the only sure place.
+        """
+        for drop in self.on_end:
+            drop()
+
+
+def current() -> RequestContext:
+    """The context of the request being handled; one without an SLO outside of any request."""
+    return _current.get() or RequestContext(time.monotonic(), Asked())
+
+
+class RequestContextMiddleware:
+    """Makes the context, and puts refusals and headers into the response."""
+
+    def __init__(self, app: ASGIApp, classes: Mapping[str, SloClass]) -> None:
+        self._app = app
+        self._classes = classes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http" or not scope["path"].startswith(GENERATE_PATHS):
+            await self._app(scope, receive, send)
+            return
+        arrived_s = time.monotonic()
+        messages, body = await _read_body(receive)
+        context = RequestContext(arrived_s, self._asked(scope, body), _session_id(scope))
+        if context.asked.malformed:
+            context.headers["x-slosserve-slo"] = f"malformed, served best effort: {context.asked.malformed}"
+        token = _current.set(context)
+        try:
+            await self._app(scope, _replay(messages, receive), _Response(context, send))
+        finally:
+            _current.reset(token)
+            context.end()
+
+    def _asked(self, scope: Scope, body: bytes) -> Asked:
+        fields: dict[str, Any] = {}
+        if b'"slo"' in body:
+            slo = _slo_of(body)
+            if not isinstance(slo, dict):
+                return Asked(malformed=f"slo must be an object, not {type(slo).__name__}")
+            fields.update(slo)
+        for name, value in scope["headers"]:
+            if name in HEADER_FIELDS:
+                fields[HEADER_FIELDS[name]] = value.decode("latin-1")
+        return read_asked(fields, self._classes)
+
+
+def _slo_of(body: bytes) -> Any:
+    try:
+        return json.loads(body).get("slo", {})
+    except (ValueError, AttributeError):
+        return {}  # not JSON, or no object: the front answers that with its own 400
+
+
+def _session_id(scope: Scope) -> str | None:
+    for name, value in scope["headers"]:
+        if name in SESSION_HEADERS:
+            return str(value.decode("latin-1"))[:256]
+    return None
+
+
+async def _read_body(receive: Receive) -> tuple[list[Message], bytes]:
+    messages: list[Message] = []
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        messages.append(message)
+        part = message.get("body", b"")
+        size += len(part)
+        parts.append(part)
+        if message["type"] != "http.request" or not message.get("more_body") or size > MAX_PEEK_BYTES:
+            return messages, b"".join(parts)
+
+
+def _replay(messages: list[Message], receive: Receive) -> Receive:
+    left = list(messages)
+
+    async def replayed() -> Message:
+        return left.pop(0) if left else await receive()
+
+    return replayed
+
+
+class _Response:
+    """Holds the start of a response until the request is decided, then adds headers, or becomes the refusal."""
+
+    def __init__(self, context: RequestContext, send: Send) -> None:
+        self._context = context
+        self._send = send
+        self._refused = False
+
+    async def __call__(self, message: Message) -> None:
+        if self._refused:
+            return
+        if message["type"] == "http.response.start":
+            if message["status"] == 200 and _is_stream(message):
+                await self._context.decided.wait()
+            if self._context.error is not None:
+                self._refused = True
+                await self._send_refusal(self._context.error)
+                return
+            message["headers"] = [*message.get("headers", ()), *self._extra_headers()]
+        await self._send(message)
+
+    def _extra_headers(self) -> list[tuple[bytes, bytes]]:
+        return [
+            (name.encode("latin-1"), value.encode("latin-1", "replace"))
+            for name, value in self._context.headers.items()
+        ]
+
+    async def _send_refusal(self, error: SlosserveError) -> None:
+        body = json.dumps(error_body(error)).encode()
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+            (b"x-slosserve-reason", error.reason.encode()),
+            *self._extra_headers(),
+        ]
+        if error.retry_after_s is not None:
+            headers.append((b"retry-after", str(max(1, round(error.retry_after_s))).encode()))
+        await self._send({"type": "http.response.start", "status": error.http_status, "headers": headers})
+        await self._send({"type": "http.response.body", "body": body})
+
+
+def _is_stream(message: Message) -> bool:
+    return any(
+        name.lower() == b"content-type" and value.startswith(b"text/event-stream")
+        for name, value in message.get("headers", ())
+    )
+
+
+def error_body(error: SlosserveError) -> dict[str, Any]:
+    """An error as OpenAI's clients expect it."""
+    kinds = {400: "invalid_request_error", 429: "rate_limit_error", 503: "service_unavailable"}
+    kind = kinds.get(error.http_status, "server_error")
+    return {"error": {"message": str(error), "type": kind, "code": error.reason, "param": None}}

@@ -1,0 +1,533 @@
+"""ClusterEngine: to vLLM's OpenAI front, the cluster is one engine.
+
+The front renders, tokenises and parses; `generate` takes token ids, has them placed at once, and returns the
+generator that follows the tokens. Tokens come back from nodes one message per step and are detokenised here, by
+vLLM's own output processor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, Iterable, Mapping
+from copy import copy
+from dataclasses import asdict, replace
+from http import HTTPStatus
+from typing import Any
+
+from vllm import SamplingParams
+from vllm.config import VllmConfig
+from vllm.engine.protocol import EngineClient
+from vllm.exceptions import GracefulHTTPError, VLLMValidationError
+from vllm.outputs import RequestOutput
+from vllm.renderers import renderer_from_config
+from vllm.v1.engine import EngineCoreEvent, EngineCoreEventType, EngineCoreOutput, EngineCoreRequest
+from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
+from vllm.v1.engine.parallel_sampling import ParentRequest
+from vllm.v1.metrics.loggers import StatLoggerManager
+from vllm.v1.metrics.stats import IterationStats
+
+from coordinator.config import ClusterConfig
+from coordinator.endpoint.context import RequestContext, current
+from coordinator.endpoint.features import ServedBy, served_by
+from coordinator.endpoint.flight import Flight, Passenger
+from coordinator.endpoint.links import CoordinatorLink, NodeLinks
+from coordinator.endpoint.metrics import EndpointMetrics
+from coordinator.endpoint.slo import XARGS_FIELDS, read_asked, to_slo
+from engine.base import Output
+from engine.cost import StepCost
+from engine.errors import NoCapacity, RequestError, SlosserveError
+from engine.messages import Declined, Delta, Finished
+from engine.score import Score, score
+from engine.vllm import decode_output, encode_sampling
+
+logger = logging.getLogger(__name__)
+
+REMEMBERED_REQUESTS = 2048
+
+
+class Journey:
+    """A request: its flights (one per sequence) and where their tokens are collected."""
+
+    def __init__(self, context: RequestContext, collector: RequestOutputCollector) -> None:
+        self.context = context
+        self.collector = collector
+        self.flights: list[Flight] = []
+
+
+class ClusterEngine(EngineClient):
+    """vLLM's EngineClient over the cluster. Everything runs in the endpoint's event loop."""
+
+    def __init__(self, config: ClusterConfig, vllm_config: VllmConfig, coordinator: CoordinatorLink) -> None:
+        self.vllm_config = vllm_config
+        self.model_config = vllm_config.model_config
+        self.renderer = renderer_from_config(vllm_config)
+        self.input_processor = InputProcessor(vllm_config, self.renderer)
+        self.timelines: OrderedDict[str, dict[str, Any]] = OrderedDict()
+        self.metrics = EndpointMetrics([*config.slo_classes, "custom", "none"])
+        self._config = config
+        self._coordinator = coordinator
+        self._links: NodeLinks | None = None
+        self._processor = OutputProcessor(self.renderer.tokenizer, log_stats=True)
+        self._loggers = StatLoggerManager(vllm_config, enable_default_loggers=False)
+        self._flights: dict[str, Flight] = {}
+        self._journeys: dict[str, Journey] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._idle_cost = StepCost(0.0, 1e-9)
+        self._max_batch_tokens = config.engine.max_batch_tokens
+        self._think_end_id = _think_end_id(self.renderer.tokenizer)
+
+    def connect(self, links: NodeLinks, idle_cost: StepCost) -> None:
+        """Give it its links, and the step-time model of an idle replica, from which T0 comes."""
+        self._links = links
+        self._idle_cost = idle_cost
+
+    # ---- generate ----------------------------------------------------------------------------------------
+
+    def generate(  # type: ignore[override]  # a plain function: what it raises becomes a status
+        self,
+        prompt: Any,
+        sampling_params: SamplingParams,
+        request_id: str,
+        *,
+        prompt_text: str | None = None,
+        lora_request: Any = None,
+        tokenization_kwargs: dict[str, Any] | None = None,
+        trace_headers: Mapping[str, str] | None = None,
+        priority: int = 0,
+        data_parallel_rank: int | None = None,
+        session_id: str | None = None,
+        kv_hints: Any = None,
+        reasoning_ended: bool | None = None,
+        reasoning_parser_kwargs: dict[str, Any] | None = None,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Have a request placed, and return the generator of its outputs.
+
+        Raises VLLMValidationError (400) for what cannot be served, GracefulHTTPError (503) when too many wait.
+        Whether it is admitted is known soon after: the start of the response waits for it.
+        """
+        context = current()
+        try:
+            way = served_by(sampling_params)
+            self._check_room(sampling_params.n)
+        except RequestError as error:
+            raise VLLMValidationError(str(error)) from error
+        except SlosserveError as error:
+            context.decide(error)
+            raise _http_error(error) from error
+        request = self.input_processor.process_inputs(
+            request_id,
+            prompt,
+            sampling_params,
+            supported_tasks=("generate",),
+            lora_request=lora_request,
+            tokenization_kwargs=tokenization_kwargs,
+            priority=priority,
+        )
+        if reasoning_ended is not None:
+            request.reasoning_ended = reasoning_ended
+        if reasoning_parser_kwargs is not None:
+            request.reasoning_parser_kwargs = reasoning_parser_kwargs
+        self.input_processor.assign_request_id(request)
+        journey = self._embark(context, request, prompt_text, way)
+        return self._follow(journey)
+
+    async def _follow(self, journey: Journey) -> AsyncGenerator[RequestOutput, None]:
+        collector = journey.collector
+        try:
+            finished = False
+            while not finished:
+                output = collector.get_nowait() or await collector.get()
+                assert isinstance(output, RequestOutput)
+                finished = output.finished
+                yield output
+        except SlosserveError as error:
+            raise _http_error(error) from error
+        finally:
+            self._abandon(journey)
+            collector.close()
+
+    def _check_room(self, sequences: int) -> None:
+        bound = self._config.endpoint.max_waiting
+        if len(self._flights) + sequences > bound:
+            raise NoCapacity(
+                f"{len(self._flights)} requests are in flight here, of {bound} at most (endpoint.max_waiting)",
+                reason="endpoint_full",
+                retry_after_s=1.0,
+            )
+
+    def _embark(
+        self, context: RequestContext, request: EngineCoreRequest, prompt_text: str | None, way: ServedBy
+    ) -> Journey:
+        params = request.sampling_params
+        assert params is not None
+        journey = Journey(context, RequestOutputCollector(params.output_kind, request.request_id))
+        context.headers["x-slosserve-request-id"] = request.external_req_id or request.request_id
+        context.on_end.append(lambda: self._abandon(journey))
+        if params.n == 1:
+            self._add_flight(journey, request, prompt_text, None, 0, way)
+        else:
+            parent = ParentRequest(request)
+            for index in range(params.n):
+                part = copy(request)
+                part.request_id, part.sampling_params = parent.get_child_info(index)
+                self._add_flight(journey, part, prompt_text, parent, index, way)
+        self._spawn(self._take_off(journey))
+        return journey
+
+    def _add_flight(
+        self,
+        journey: Journey,
+        request: EngineCoreRequest,
+        prompt_text: str | None,
+        parent: ParentRequest | None,
+        index: int,
+        way: ServedBy,
+    ) -> None:
+        params = request.sampling_params
+        assert params is not None
+        assert params.max_tokens is not None
+        prompt_token_ids = request.prompt_token_ids
+        if prompt_token_ids is None:
+            raise VLLMValidationError("prompt embeddings are not served: send text or token ids")
+        self._processor.add_request(request, prompt_text, parent, index, journey.collector)
+        asked = self._asked(journey.context, params)
+        passenger = Passenger(
+            request_id=request.request_id,
+            prompt_token_ids=prompt_token_ids,
+            sampling=encode_sampling(params),
+            max_tokens=params.max_tokens,
+            slo=to_slo(
+                asked, self._config.slo_classes, len(prompt_token_ids), self._idle_cost, self._max_batch_tokens
+            ),
+            one_node=way is ServedBy.ONE_NODE,
+            cache_salt=request.cache_salt,
+            arrived_s=journey.context.arrived_s,
+        )
+        assert self._links is not None
+        flight = Flight(passenger, self._links.send, self._config.transfer.pull_deadline_s, self._fail)
+        flight.on_retry = self._retry
+        flight.think_end_id = self._think_end_id
+        journey.flights.append(flight)
+        self._flights[request.request_id] = flight
+        self._journeys[request.request_id] = journey
+
+    def _asked(self, context: RequestContext, params: SamplingParams) -> Any:
+        extra = params.extra_args or {}
+        fields = {XARGS_FIELDS[key]: value for key, value in extra.items() if key in XARGS_FIELDS}
+        if not fields or not context.asked.empty or context.asked.malformed:
+            return context.asked
+        asked = read_asked(fields, self._config.slo_classes)
+        if asked.malformed:
+            context.headers["x-slosserve-slo"] = f"malformed, served best effort: {asked.malformed}"
+        return asked
+
+    # ---- placing -----------------------------------------------------------------------------------------
+
+    async def _take_off(self, journey: Journey) -> None:
+        """Place all sequences of a request together, then let the response start."""
+        flights = journey.flights
+        questions = [flight.question() for flight in flights]
+        try:
+            placed = await self._coordinator.place(replace(questions[0], sequences=len(flights)))
+            for flight in flights:
+                if not flight.over:
+                    flight.depart(placed)
+            names = [node.node for node in (placed.prefill, placed.decode) if node is not None]
+            journey.context.headers["x-slosserve-placement"] = ">".join(names)
+            journey.context.headers["x-slosserve-verdict"] = placed.verdict
+            journey.context.decide()
+        except SlosserveError as error:
+            journey.context.decide(error)
+            for flight in flights:
+                self._fail(flight, error)
+        finally:
+            journey.context.decide(journey.context.error)
+
+    def _retry(self, flight: Flight) -> None:
+        self.metrics.retries.inc()
+        self._spawn(self._place_again(flight))
+
+    async def _place_again(self, flight: Flight) -> None:
+        try:
+            placed = await self._coordinator.place(flight.question())
+            if not flight.over:
+                flight.depart(placed)
+        except SlosserveError as error:
+            self._fail(flight, error)
+
+    def _spawn(self, coroutine: Any) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # ---- what nodes say (NodeEvents) ---------------------------------------------------------------------
+
+    def on_deltas(self, node: str, items: list[Delta]) -> None:
+        """One step's tokens of one node, for all requests of this endpoint."""
+        now_s = time.monotonic()
+        outputs: list[EngineCoreOutput] = []
+        landed: list[Flight] = []
+        for delta in items:
+            flight = self._flights.get(delta.request_id)
+            if flight is None or not flight.take(delta):
+                continue
+            outputs.append(_core_output(delta, flight, now_s))
+            if delta.finish_reason is not None:
+                landed.append(flight)
+        if not outputs:
+            return
+        stats = IterationStats()
+        processed = self._processor.process_outputs(outputs, now_s, stats)
+        self._loggers.record(None, stats)
+        for request_id in processed.reqs_to_abort:  # a stop string: the node does not know of it
+            stopped = self._flights.get(request_id)
+            if stopped is not None:
+                stopped.abort()
+                landed.append(stopped)
+        for flight in landed:
+            self._land(flight, "completed")
+
+    def on_declined(self, node: str, declined: Declined) -> None:
+        """A node will not do it."""
+        flight = self._flights.get(declined.request_id)
+        if flight is not None:
+            flight.declined(node, declined)
+
+    def on_lost(self, node: str) -> None:
+        """A node fell silent."""
+        logger.warning("%s stopped answering", node)
+        for flight in list(self._flights.values()):
+            flight.lost(node)
+
+    # ---- endings -----------------------------------------------------------------------------------------
+
+    def _fail(self, flight: Flight, error: SlosserveError) -> None:
+        if flight.over and flight.passenger.request_id not in self._flights:
+            return
+        flight.timeline.events.append(f"failed: {error}")
+        flight.abort()
+        journey = self._journeys.get(flight.passenger.request_id)
+        self._land(flight, "refused" if error.http_status == HTTPStatus.TOO_MANY_REQUESTS else "failed")
+        if journey is not None:
+            self._processor.abort_requests([flight.passenger.request_id], internal=True)
+            journey.collector.put(error)
+
+    def _abandon(self, journey: Journey) -> None:
+        """The response is over. Whatever still runs for it is freed on every node."""
+        for flight in journey.flights:
+            if flight.passenger.request_id in self._flights:
+                flight.abort()
+                self._land(flight, "cancelled")
+                self._processor.abort_requests([flight.passenger.request_id], internal=True)
+
+    def _land(self, flight: Flight, outcome: str) -> None:
+        """A flight is over, for whatever reason: score it, count it, tell the coordinator. Once per flight."""
+        passenger = flight.passenger
+        if self._flights.pop(passenger.request_id, None) is None:
+            return
+        journey = self._journeys.pop(passenger.request_id)
+        verdict = flight.timeline.verdict
+        result = self._score(flight, outcome)
+        timeline = flight.timeline
+        pull = timeline.decode
+        finished = Finished(
+            request_id=passenger.request_id,
+            attempt=flight.attempt,
+            class_name=None if passenger.slo is None else passenger.slo.class_name,
+            outcome=outcome,
+            admitted=verdict == "admitted",
+            met=result is not None and result.met,
+            stages={} if result is None else {str(kind): met for kind, met in result.stages.items()},
+            placement="pair" if timeline.prefill_node else "one_node",
+            handoff_s=pull.pull_s if pull is not None and pull.pull_outcome == "pulled" else None,
+            kv_bytes=0 if pull is None else pull.pulled_bytes,
+        )
+        self._coordinator.send(finished)
+        self.metrics.count(finished, verdict)
+        self._remember(journey, flight, finished)
+
+    def _score(self, flight: Flight, outcome: str) -> Score | None:
+        """None where there is nothing to score: no SLO, or the client went away by itself."""
+        slo = flight.passenger.slo
+        if slo is None or outcome == "cancelled":
+            return None
+        admitted = flight.timeline.verdict == "admitted"
+        result = score(
+            slo,
+            flight.token_times_s,
+            completed=outcome == "completed",
+            thinking_tokens=flight.thinking_tokens,
+        )
+        return result if admitted else Score(dict.fromkeys(result.stages, False), strict=False)
+
+    def _remember(self, journey: Journey, flight: Flight, finished: Finished) -> None:
+        passenger = flight.passenger
+        public_id = journey.context.headers.get("x-slosserve-request-id", passenger.request_id)
+        self.timelines[public_id] = {
+            "request_id": public_id,
+            "slo": None if passenger.slo is None else asdict(passenger.slo),
+            "prompt_tokens": len(passenger.prompt_token_ids),
+            "output_tokens": len(flight.token_times_s),
+            "attempts": flight.attempt,
+            "outcome": finished.outcome,
+            "met": finished.met,
+            "stages": finished.stages,
+            "session_id": journey.context.session_id,
+            **asdict(flight.timeline),
+        }
+        while len(self.timelines) > REMEMBERED_REQUESTS:
+            self.timelines.popitem(last=False)
+
+    # ---- the rest of vLLM's contract ---------------------------------------------------------------------
+
+    @property
+    def is_running(self) -> bool:
+        """Always: an endpoint without nodes says so request by request."""
+        return True
+
+    @property
+    def is_stopped(self) -> bool:
+        """Never while the process lives."""
+        return False
+
+    @property
+    def errored(self) -> bool:
+        """Never: engines fail on nodes."""
+        return False
+
+    @property
+    def dead_error(self) -> BaseException:
+        """What a dead engine would raise."""
+        return NoCapacity("the cluster is gone")
+
+    async def get_supported_tasks(self) -> tuple[Any, ...]:
+        """Text generation."""
+        return ("generate",)
+
+    async def abort(self, request_id: str | Iterable[str]) -> None:
+        """Abort by the id that the client knows."""
+        wanted = {request_id} if isinstance(request_id, str) else set(request_id)
+        for journey in list(self._journeys.values()):
+            if journey.context.headers.get("x-slosserve-request-id") in wanted:
+                self._abandon(journey)
+
+    async def notify_kv_transfer_request_rejected(
+        self, request_id: str, kv_transfer_params: dict[str, Any], *, data_parallel_rank: int | None = None
+    ) -> None:
+        """Clients' own KV transfers are refused, so there is nothing to clean up."""
+
+    def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
+        """Too many in flight here? Raises GracefulHTTPError (503)."""
+        try:
+            self._check_room(n)
+        except SlosserveError as error:
+            current().decide(error)
+            raise _http_error(error) from error
+
+    async def encode(self, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:  # type: ignore[override]
+        """Pooling models are not served."""
+        raise VLLMValidationError("this cluster generates text; pooling models are not served")
+        yield
+
+    async def is_tracing_enabled(self) -> bool:
+        """No OTLP tracing."""
+        return False
+
+    async def do_log_stats(self) -> None:
+        """Metrics are scraped, not logged."""
+
+    async def check_health(self) -> None:
+        """The endpoint itself is alive if it answers; `/health/ready` asks the cluster."""
+
+    async def start_profile(self, *args: Any, **kwargs: Any) -> None:
+        """Engines run on nodes."""
+        raise NotImplementedError("profile a node, not the endpoint")
+
+    async def stop_profile(self) -> None:
+        """Engines run on nodes."""
+        raise NotImplementedError("profile a node, not the endpoint")
+
+    async def reset_mm_cache(self) -> None:
+        """Text only."""
+
+    async def reset_encoder_cache(self) -> None:
+        """Text only."""
+
+    async def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+        """Prefix caches belong to nodes."""
+        return False
+
+    async def sleep(self, *args: Any, **kwargs: Any) -> None:
+        """Not offered over a cluster."""
+        raise NotImplementedError("a cluster does not sleep")
+
+    async def release_kv_cache_memory(self) -> None:
+        """Not offered over a cluster."""
+        raise NotImplementedError("a cluster does not release its KV cache")
+
+    async def wake_up(self, tags: list[str] | None = None) -> bool:
+        """Not offered over a cluster."""
+        raise NotImplementedError("a cluster does not sleep")
+
+    async def is_sleeping(self) -> bool:
+        """Never."""
+        return False
+
+    async def add_lora(self, lora_request: Any) -> bool:
+        """Not offered yet."""
+        raise NotImplementedError("LoRA adapters are not served")
+
+    async def pause_generation(self, **kwargs: Any) -> None:
+        """Not offered over a cluster."""
+        raise NotImplementedError("a cluster is not paused")
+
+    async def resume_generation(self) -> None:
+        """Not offered over a cluster."""
+        raise NotImplementedError("a cluster is not paused")
+
+    async def is_paused(self) -> bool:
+        """Never."""
+        return False
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        """Let go of the nodes; they drop what this endpoint had asked for."""
+        if self._links is not None:
+            self._links.close()
+
+
+def _core_output(delta: Delta, flight: Flight, now_s: float) -> EngineCoreOutput:
+    output = decode_output(
+        Output(
+            work_id=delta.request_id,
+            token_ids=delta.token_ids,
+            finish_reason=delta.finish_reason,
+            stop_reason=delta.stop_reason,
+            payload=delta.payload,
+            cached_tokens=delta.cached_tokens,
+        ),
+        delta.request_id,
+    )
+    if delta.timing is not None:
+        # vLLM's queue and prefill metrics read these events; all on this process's clock.
+        batched_s = now_s - (delta.timing.first_token_s - delta.timing.queued_s)
+        output.events = [
+            EngineCoreEvent(EngineCoreEventType.QUEUED, flight.passenger.arrived_s),
+            EngineCoreEvent(EngineCoreEventType.SCHEDULED, batched_s),
+        ]
+    return output
+
+
+def _http_error(error: SlosserveError) -> GracefulHTTPError:
+    return GracefulHTTPError(str(error), HTTPStatus(error.http_status))
+
+
+def _think_end_id(tokenizer: Any) -> int | None:
+    vocabulary = tokenizer.get_vocab() if tokenizer is not None else {}
+    value = vocabulary.get("</think>")
+    return None if value is None else int(value)
+
+

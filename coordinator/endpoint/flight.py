@@ -1,0 +1,254 @@
+"""A flight: one sequence on its way through the cluster, over as many attempts as it takes.
+
+The endpoint that took a request drives it: ask the coordinator where it goes, submit the prefill, carry the
+handoff to the decode node, follow the tokens. Each try is an attempt with a number; what an older attempt says
+is discarded. A node that declines, fails or falls silent before the first token is left out of the next
+attempt.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from engine.errors import NodeLost, NoCapacity, Refused, SlosserveError
+from engine.messages import Cancel, Declined, Delta, NodeAddress, Place, Placed, Release, Submit, Timing
+from engine.request import BEST_EFFORT, Pace, Slo, WorkKind
+
+MAX_ATTEMPTS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Passenger:
+    """What is carried: one sequence of a request. Its sampling parameters are encoded for the engine."""
+
+    request_id: str
+    prompt_token_ids: Sequence[int]
+    sampling: bytes
+    max_tokens: int
+    slo: Slo | None
+    one_node: bool
+    cache_salt: str | None
+    arrived_s: float
+    malformed: bool = False
+
+
+@dataclass(slots=True)
+class Timeline:
+    """When things happened, in seconds since the request arrived, for people who ask why."""
+
+    placed_s: float | None = None
+    verdict: str = ""
+    prefill_node: str | None = None
+    decode_node: str | None = None
+    candidates: dict[str, str] = field(default_factory=dict)
+    handed_off_s: float | None = None
+    prefill: Timing | None = None
+    decode: Timing | None = None
+    first_token_s: float | None = None
+    ended_s: float | None = None
+    events: list[str] = field(default_factory=list)
+
+
+class Flight:
+    """The state of one sequence. Methods are called in the endpoint's event loop and never block."""
+
+    def __init__(
+        self,
+        passenger: Passenger,
+        send: Callable[[NodeAddress, Any], None],
+        pull_deadline_s: float,
+        fail: Callable[[Flight, SlosserveError], None],
+    ) -> None:
+        self.passenger = passenger
+        self.attempt = 0
+        self.placed: Placed | None = None
+        self.token_times_s: list[float] = []
+        self.timeline = Timeline()
+        self.avoid: list[str] = []
+        self.over = False
+        self._send = send
+        self._pull_deadline_s = pull_deadline_s
+        self._fail = fail
+        self._prefilling = False
+        self.on_retry: Callable[[Flight], None] | None = None
+        self.think_end_id: int | None = None
+        self._thinking_tokens: int | None = None
+
+    @property
+    def thinking_tokens(self) -> int:
+        """Tokens up to the end of thinking, that token included; all of them while it has not come."""
+        return len(self.token_times_s) if self._thinking_tokens is None else self._thinking_tokens
+
+    def since_arrival_s(self) -> float:
+        """Seconds since the request arrived."""
+        return time.monotonic() - self.passenger.arrived_s
+
+    def question(self) -> Place:
+        """What to ask the coordinator for the next attempt."""
+        self.attempt += 1
+        passenger = self.passenger
+        slo = passenger.slo
+        return Place(
+            request_id=passenger.request_id,
+            attempt=self.attempt,
+            prompt_tokens=len(passenger.prompt_token_ids),
+            max_tokens=passenger.max_tokens,
+            class_name=None if slo is None else slo.class_name,
+            first_token_left_s=self._pace().first_token_left_s,
+            tpot_s=self._pace().tpot_s,
+            one_node=passenger.one_node,
+            may_defer=slo is None or not slo.refuse,
+            avoid=list(self.avoid),
+        )
+
+    def depart(self, placed: Placed) -> None:
+        """Submit to where the coordinator says. Raises Refused or NoCapacity when it says no."""
+        self.timeline.verdict = placed.verdict
+        self.timeline.candidates = placed.candidates
+        if placed.verdict == "refused":
+            raise Refused(placed.reason, retry_after_s=placed.retry_after_s)
+        if placed.decode is None:
+            raise NoCapacity(placed.reason, retry_after_s=placed.retry_after_s)
+        self.placed = placed
+        self.timeline.placed_s = self.since_arrival_s()
+        self.timeline.prefill_node = placed.prefill.node if placed.prefill else None
+        self.timeline.decode_node = placed.decode.node
+        if placed.prefill is None:
+            self._submit(placed.decode, WorkKind.WHOLE)
+        else:
+            self._prefilling = True
+            self._submit(placed.prefill, WorkKind.PREFILL)
+
+    def take(self, delta: Delta) -> bool:
+        """Take a delta of this request. True if its tokens are for the client."""
+        if self.over or delta.attempt != self.attempt or self.placed is None:
+            return False
+        if delta.error is not None:
+            self._fail(self, SlosserveError(delta.error, reason="engine"))
+            return False
+        if self._prefilling:
+            self._take_prefilled(delta)
+            return False
+        if delta.index != len(self.token_times_s):
+            return False  # said before: an attempt never repeats a token
+        now_s = self.since_arrival_s()
+        if not self.token_times_s and delta.token_ids:
+            self.timeline.first_token_s = now_s
+        first_end = self._thinking_tokens is None and self.think_end_id is not None
+        if first_end and self.think_end_id in delta.token_ids:
+            self._thinking_tokens = delta.index + delta.token_ids.index(self.think_end_id) + 1
+        self.token_times_s.extend([now_s] * len(delta.token_ids))
+        if delta.timing is not None:
+            self._note_pull(delta.timing)
+        if delta.finish_reason is not None:
+            self.end()
+        return True
+
+    def declined(self, node: str, declined: Declined) -> None:
+        """A node will not do it: try elsewhere."""
+        if not self.over and declined.attempt == self.attempt:
+            self._retry(node, declined.reason)
+
+    def lost(self, node: str) -> None:
+        """A node fell silent. If it had this request, the attempt is over."""
+        if not self.over and node in self._awaited_nodes():
+            self._retry(node, f"{node} stopped answering")
+
+    def end(self) -> None:
+        """Nothing more will come, or is wanted."""
+        self.over = True
+        self.timeline.ended_s = self.since_arrival_s()
+
+    def abort(self) -> None:
+        """The client does not want it any more: free it on every node."""
+        if not self.over:
+            self._cancel_everywhere()
+            self.end()
+
+    @property
+    def pair(self) -> bool:
+        """Placed on a prefill/decode pair."""
+        return self.placed is not None and self.placed.prefill is not None
+
+    # ----------------------------------------------------------------------------------------------------------
+
+    def _pace(self) -> Pace:
+        slo = self.passenger.slo
+        if slo is None:
+            return BEST_EFFORT
+        left_s = slo.ttft_s - self.since_arrival_s()
+        best_effort = self.timeline.verdict == "best_effort"
+        return Pace(left_s, slo.first_pace_s, best_effort)
+
+    def _submit(self, node: NodeAddress, kind: WorkKind, delta: Delta | None = None) -> None:
+        passenger = self.passenger
+        submit = Submit(
+            request_id=passenger.request_id,
+            attempt=self.attempt,
+            kind=kind,
+            prompt_token_ids=list(passenger.prompt_token_ids),
+            sampling=passenger.sampling,
+            max_tokens=passenger.max_tokens,
+            pace=self._pace(),
+            cache_salt=passenger.cache_salt,
+            handoff=None if delta is None else delta.handoff,
+            pull_deadline_s=self._pull_deadline_s,
+        )
+        self._send(node, submit)
+
+    def _take_prefilled(self, delta: Delta) -> None:
+        assert self.placed is not None
+        assert self.placed.decode is not None
+        self.timeline.prefill = delta.timing
+        if delta.handoff is None:
+            node = self.timeline.prefill_node or ""
+            self._retry(node, f"{node} ended the prefill without a handoff ({delta.finish_reason})")
+            return
+        self._prefilling = False
+        self.timeline.handed_off_s = self.since_arrival_s()
+        self._submit(self.placed.decode, WorkKind.DECODE, delta)
+
+    def _note_pull(self, timing: Timing) -> None:
+        self.timeline.decode = timing
+        if self.pair and timing.pull_outcome not in ("pulled", "cached", None):
+            self.timeline.events.append(f"KV not used ({timing.pull_outcome}), prompt recomputed")
+            assert self.placed is not None
+            assert self.placed.prefill is not None
+            self._send(self.placed.prefill, Release(self.passenger.request_id, self.attempt))
+
+    def _awaited_nodes(self) -> list[str]:
+        """Nodes whose loss ends this attempt. After the pull the prefill node is not one of them."""
+        if self.placed is None or self.placed.decode is None:
+            return []
+        if self._prefilling and self.placed.prefill is not None:
+            return [self.placed.prefill.node, self.placed.decode.node]
+        return [self.placed.decode.node]
+
+    def _retry(self, node: str, reason: str) -> None:
+        self.timeline.events.append(f"attempt {self.attempt}: {reason}")
+        self._cancel_everywhere()
+        self._prefilling = False
+        self.placed = None
+        if self.token_times_s:
+            self._fail(self, NodeLost(f"{reason} after {len(self.token_times_s)} tokens", retry_after_s=1.0))
+        elif self.attempt >= MAX_ATTEMPTS:
+            self._fail(self, NoCapacity(f"{self.attempt} attempts failed; the last: {reason}", retry_after_s=1.0))
+        else:
+            self.avoid.append(node)
+            assert self.on_retry is not None
+            self.on_retry(self)
+
+    def _cancel_everywhere(self) -> None:
+        if self.placed is None:
+            return
+        for node in (self.placed.prefill, self.placed.decode):
+            if node is not None:
+                self._send(node, Cancel(self.passenger.request_id, self.attempt))
+
+
+def child(passenger: Passenger, request_id: str, sampling: bytes) -> Passenger:
+    """One of the n sequences of a request."""
+    return replace(passenger, request_id=request_id, sampling=sampling)

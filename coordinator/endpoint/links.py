@@ -1,0 +1,227 @@
+"""An endpoint's links: one to the coordinator, one to each node that it has work on."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+import zmq.asyncio
+
+from coordinator.peer import Peer
+from engine.errors import NoCapacity, SlosserveError
+from engine.messages import (
+    Alive,
+    Answer,
+    Credit,
+    Declined,
+    Delta,
+    Deltas,
+    Message,
+    NodeAddress,
+    Place,
+    Placed,
+    Query,
+    Report,
+)
+
+logger = logging.getLogger(__name__)
+
+CREDIT = 512
+LOST_CHECK_S = 0.1
+ADDRESS_FILE = "coordinator.json"
+
+
+class NodeEvents(Protocol):
+    """What a link to a node tells."""
+
+    def on_deltas(self, node: str, items: list[Delta]) -> None:
+        """One step's tokens."""
+
+    def on_declined(self, node: str, declined: Declined) -> None:
+        """The node will not do it."""
+
+    def on_lost(self, node: str) -> None:
+        """The node fell silent."""
+
+
+class NodeLinks:
+    """Links to nodes, made when they are first used."""
+
+    def __init__(self, context: zmq.asyncio.Context, identity: str, events: NodeEvents, silent_s: float) -> None:
+        self._context = context
+        self._identity = identity
+        self._events = events
+        self._silent_s = silent_s
+        self._peers: dict[str, Peer] = {}
+        self._credit_used: dict[str, int] = {}
+        self._watching: asyncio.Task[None] | None = None
+
+    def send(self, node: NodeAddress, message: Message) -> None:
+        """Send to a node, linking to it first if need be."""
+        peer = self._peers.get(node.node)
+        if peer is not None and peer.address != node.address:
+            self._close(node.node)
+            peer = None
+        if peer is None:
+            peer = self._connect(node)
+        peer.send(message)
+
+    def close(self) -> None:
+        """Let go of every node."""
+        if self._watching is not None:
+            self._watching.cancel()
+        for node in list(self._peers):
+            self._close(node)
+
+    def _connect(self, node: NodeAddress) -> Peer:
+        if self._watching is None:
+            self._watching = asyncio.create_task(self._watch_for_loss())
+
+        def on_message(message: Message) -> None:
+            self._take(node.node, message)
+
+        peer = Peer(
+            self._context, node.address, self._identity, on_message, reports=False, silent_s=self._silent_s
+        )
+        self._peers[node.node] = peer
+        self._credit_used[node.node] = 0
+        peer.send(Credit(CREDIT))
+        return peer
+
+    def _close(self, node: str) -> None:
+        self._peers.pop(node).close()
+
+    def _take(self, node: str, message: Message) -> None:
+        match message:
+            case Deltas(_, items):
+                self._events.on_deltas(node, items)
+                self._return_credit(node)
+            case Declined():
+                self._events.on_declined(node, message)
+            case Alive():
+                pass
+            case _:
+                logger.warning("an endpoint does not take %s", type(message).__name__)
+
+    def _return_credit(self, node: str) -> None:
+        self._credit_used[node] += 1
+        if self._credit_used[node] >= CREDIT // 2:
+            self._peers[node].send(Credit(self._credit_used[node]))
+            self._credit_used[node] = 0
+
+    async def _watch_for_loss(self) -> None:
+        while True:
+            await asyncio.sleep(LOST_CHECK_S)
+            for node in [name for name, peer in self._peers.items() if peer.lost]:
+                self._close(node)
+                self._events.on_lost(node)
+
+
+class CoordinatorLink:
+    """Questions to the coordinator. Its address is in a file of the run directory, so a new one is found."""
+
+    def __init__(self, context: zmq.asyncio.Context, identity: str, run_dir: Path, wait_s: float) -> None:
+        self._context = context
+        self._identity = identity
+        self._file = run_dir / ADDRESS_FILE
+        self._wait_s = wait_s
+        self._calls = itertools.count()
+        self._waiting: dict[object, asyncio.Future[Any]] = {}
+        self._peer: Peer | None = None
+        self._address = ""
+
+    async def connect(self) -> None:
+        """Wait for the coordinator's address and link to it."""
+        while not self._file.exists():
+            await asyncio.sleep(0.05)
+        self._link()
+        self._relinking = asyncio.create_task(self._follow())
+
+    def send(self, message: Message) -> None:
+        """Tell the coordinator something that needs no answer."""
+        if self._peer is not None:
+            self._peer.send(message)
+
+    async def place(self, place: Place) -> Placed:
+        """Ask where a request goes. Raises NoCapacity if the coordinator does not answer in time."""
+        placed: Placed = await self._ask((place.request_id, place.attempt), place)
+        return placed
+
+    async def query(self, what: str, **args: Any) -> dict[str, Any]:
+        """Ask for JSON. Raises what the coordinator answers as an error."""
+        call_id = next(self._calls)
+        answer: Answer = await self._ask(call_id, Query(call_id, what, args))
+        if answer.error is not None:
+            raise AnswerError(answer.error, answer.http_status)
+        return answer.body
+
+    def close(self) -> None:
+        """Let go."""
+        self._relinking.cancel()
+        if self._peer is not None:
+            self._peer.close()
+
+    async def _ask(self, key: object, message: Message) -> Any:
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._waiting[key] = future
+        try:
+            self.send(message)
+            return await asyncio.wait_for(future, self._wait_s)
+        except TimeoutError:
+            raise NoCapacity(
+                f"the coordinator did not answer within {self._wait_s:g} s; running requests go on",
+                reason="coordinator_silent",
+                retry_after_s=2.0,
+            ) from None
+        finally:
+            self._waiting.pop(key, None)
+
+    def _link(self) -> None:
+        address = str(msgspec.json.decode(self._file.read_bytes())["address"])
+        if address == self._address:
+            return
+        if self._peer is not None:
+            self._peer.close()
+        self._address = address
+        self._peer = Peer(self._context, address, self._identity, self._take, reports=False)
+
+    async def _follow(self) -> None:
+        """Link anew when another coordinator has taken over."""
+        while True:
+            await asyncio.sleep(0.5)
+            try:
+                self._link()
+            except (OSError, ValueError, KeyError):
+                continue  # being written
+
+    def _take(self, message: Message) -> None:
+        match message:
+            case Placed():
+                self._resolve((message.request_id, message.attempt), message)
+            case Answer():
+                self._resolve(message.call_id, message)
+            case Report() | Alive():
+                pass
+            case _:
+                logger.warning("an endpoint does not take %s", type(message).__name__)
+
+    def _resolve(self, key: object, message: Message) -> None:
+        future = self._waiting.get(key)
+        if future is not None and not future.done():
+            future.set_result(message)
+
+
+class AnswerError(SlosserveError):
+    """The coordinator answered a question with an error; its HTTP status is the instance's own."""
+
+    def __init__(self, message: str, http_status: int) -> None:
+        super().__init__(message)
+        self.status = http_status
+
+
+Handler = Callable[[Message], None]

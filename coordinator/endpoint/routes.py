@@ -1,0 +1,86 @@
+"""Routes beside vLLM's own: the cluster's state, pool sizes, readiness, and what happened to a request."""
+
+from __future__ import annotations
+
+import hmac
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Body, FastAPI, Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from coordinator.endpoint.context import error_body
+from coordinator.endpoint.engine import ClusterEngine
+from coordinator.endpoint.links import AnswerError, CoordinatorLink
+from engine.errors import SlosserveError
+
+router = APIRouter()
+
+
+class PoolSizes(BaseModel):
+    """Wanted pool sizes. They must add up to the nodes there are."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prefill: Annotated[int, Field(ge=0)]
+    decode: Annotated[int, Field(ge=0)]
+    mixed: Annotated[int, Field(ge=0)] = 0
+    dry_run: bool = False
+
+
+def add_routes(
+    app: FastAPI, engine: ClusterEngine, coordinator: CoordinatorLink, admin_key: str | None
+) -> None:
+    """Put the routes into vLLM's application."""
+    app.state.cluster_engine = engine
+    app.state.coordinator = coordinator
+    app.state.admin_key = admin_key
+    app.include_router(router)
+
+
+@router.get("/cluster")
+async def cluster(request: Request) -> JSONResponse:
+    """Nodes with the roles that they themselves report, links, load, promises kept."""
+    return await _answer(request, "cluster")
+
+
+@router.get("/health/ready")
+async def ready(request: Request) -> JSONResponse:
+    """200 when a request could be served now; else 503 with what is missing."""
+    return await _answer(request, "ready")
+
+
+@router.post("/cluster/pools")
+async def set_pools(request: Request, pools: Annotated[PoolSizes, Body()]) -> JSONResponse:
+    """Change pool sizes; roles are read back from the nodes. Needs the admin key where one is configured."""
+    admin_key = request.app.state.admin_key
+    given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
+    if admin_key and not hmac.compare_digest(given.encode(), admin_key.encode()):
+        return JSONResponse(
+            {"error": {"message": "this call needs the admin key: Authorization: Bearer KEY", "code": "admin_key"}},
+            status_code=401,
+        )
+    return await _answer(request, "set_pools", **pools.model_dump())
+
+
+@router.get("/requests/{request_id}")
+async def timeline(request: Request, request_id: str) -> JSONResponse:
+    """What happened to a request of this endpoint: when it was placed, where, and where its time went."""
+    engine: ClusterEngine = request.app.state.cluster_engine
+    found = engine.timelines.get(request_id)
+    if found is None:
+        message = f"no request {request_id!r} is remembered here; the last 2048 that ended are"
+        return JSONResponse({"error": {"message": message, "code": "unknown_request"}}, status_code=404)
+    return JSONResponse(found)
+
+
+async def _answer(request: Request, what: str, **args: Any) -> JSONResponse:
+    coordinator: CoordinatorLink = request.app.state.coordinator
+    try:
+        return JSONResponse(await coordinator.query(what, **args))
+    except AnswerError as error:
+        return JSONResponse(
+            {"error": {"message": str(error), "code": "coordinator"}}, status_code=error.status
+        )
+    except SlosserveError as error:
+        return JSONResponse(error_body(error), status_code=error.http_status)

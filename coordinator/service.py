@@ -1,0 +1,469 @@
+"""The coordinator: mirrors of the nodes, placement, pools, and what the cluster has kept of its promises.
+
+It decides and watches; tokens and KV never pass through it. All that it knows of running work it has from the
+nodes' own reports, so one that starts anew learns everything by asking them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import zmq
+import zmq.asyncio
+
+from coordinator.mirror import NodeMirror
+from coordinator.peer import Peer
+from coordinator.placement import place
+from coordinator.pools import PoolNode, plan_flips, sizes
+from engine.errors import ProtocolError, SlosserveError
+from engine.messages import (
+    Alive,
+    Answer,
+    Finished,
+    LinksProbed,
+    Message,
+    Place,
+    ProbeLinks,
+    Query,
+    Report,
+    RoleSet,
+    SetRole,
+    Watch,
+    decode,
+    encode,
+)
+from engine.request import RoleName, WorkKind
+from kv_transfer.base import Link
+
+logger = logging.getLogger(__name__)
+
+TURN_S = 0.1
+CALL_TIMEOUT_S = 10.0
+RECENT_HANDOFFS = 4096
+
+
+@dataclass(slots=True)
+class Scorecard:
+    """What was promised and kept, by class and stage; and where requests went."""
+
+    requests: Counter[str] = field(default_factory=Counter)
+    met: Counter[str] = field(default_factory=Counter)
+    stages: dict[str, dict[str, Counter[str]]] = field(default_factory=dict)
+    placements: Counter[str] = field(default_factory=Counter)
+    outcomes: Counter[str] = field(default_factory=Counter)
+    handoffs: int = 0
+    kv_bytes: int = 0
+    recent: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=RECENT_HANDOFFS))
+
+    def count(self, finished: Finished) -> None:
+        """Count one request that is over."""
+        self.outcomes[finished.outcome] += 1
+        self.placements[finished.placement] += 1
+        if finished.class_name is not None and not finished.admitted:
+            self.placements["best_effort"] += 1
+        if finished.handoff_s is not None:
+            self.handoffs += 1
+            self.kv_bytes += finished.kv_bytes
+            self.recent.append((finished.handoff_s, finished.kv_bytes))
+        if not finished.stages:
+            return
+        name = finished.class_name or "none"
+        self.requests[name] += 1
+        self.met[name] += finished.met
+        for stage, met in finished.stages.items():
+            counts = self.stages.setdefault(name, {}).setdefault(stage, Counter())
+            counts["total"] += 1
+            counts["met"] += met
+
+    def attainment(self) -> dict[str, Any]:
+        """By class: requests, how many met every stage, and each stage."""
+        return {
+            name: {
+                "requests": total,
+                "met": self.met[name],
+                "attainment": self.met[name] / total,
+                "stages": {stage: dict(counts) for stage, counts in self.stages.get(name, {}).items()},
+            }
+            for name, total in self.requests.items()
+        }
+
+    def handoff_summary(self) -> dict[str, Any]:
+        """Count, bytes, time percentiles and bandwidth of KV transfers."""
+        seconds = np.array([seconds for seconds, _ in self.recent])
+        moved = sum(kv_bytes for _, kv_bytes in self.recent)
+        total_s = float(seconds.sum())
+        return {
+            "count": self.handoffs,
+            "kv_bytes": self.kv_bytes,
+            "p50_s": float(np.percentile(seconds, 50)) if len(seconds) else None,
+            "p99_s": float(np.percentile(seconds, 99)) if len(seconds) else None,
+            "bytes_per_s": moved / total_s if total_s > 0 else None,
+        }
+
+
+class Coordinator:
+    """Runs in one event loop. `revive` brings a lost node back (by Ray) and returns its new address."""
+
+    def __init__(
+        self,
+        model: str,
+        bind: str,
+        *,
+        node_silent_s: float,
+        revive: Callable[[str], Coroutine[Any, Any, str | None]],
+    ) -> None:
+        self._model = model
+        self._node_silent_s = node_silent_s
+        self._revive = revive
+        self._context = zmq.asyncio.Context()
+        self._router = self._context.socket(zmq.ROUTER)
+        self._router.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        self._router.setsockopt(zmq.LINGER, 200)
+        port = self._router.bind_to_random_port(bind)
+        self.address = f"{bind}:{port}"
+        self._identity = f"coordinator-{time.time_ns()}"
+        self._mirrors: dict[str, NodeMirror] = {}
+        self._peers: dict[str, Peer] = {}
+        self._boot_ids: dict[str, str] = {}
+        self._links: dict[tuple[str, str], Link] = {}
+        self._link_errors: dict[tuple[str, str], str] = {}
+        self._scorecard = Scorecard()
+        self._idle_cost: dict[str, float] = {}
+        self._calls = itertools.count()
+        self._answers: dict[int, asyncio.Future[Any]] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._reviving: set[str] = set()
+        self._expected = 0
+
+    # ---- nodes -------------------------------------------------------------------------------------------
+
+    def expect(self, names: Mapping[str, RoleName]) -> None:
+        """Nodes that are being started, so that `/cluster` shows them from the beginning."""
+        for name, role in names.items():
+            self._mirrors.setdefault(name, NodeMirror(name, "", role))
+        self._expected = len(self._mirrors)
+
+    def add_node(self, name: str, address: str) -> None:
+        """Link to a node that is up. Its role and promises come with its first report."""
+        old = self._peers.pop(name, None)
+        if old is not None:
+            old.close()
+        mirror = self._mirrors.setdefault(name, NodeMirror(name, address, RoleName.MIXED))
+        mirror.address = address
+
+        def on_message(message: Message) -> None:
+            self._from_node(name, message)
+
+        self._peers[name] = Peer(
+            self._context,
+            address,
+            self._identity,
+            on_message,
+            reports=True,
+            silent_s=self._node_silent_s,
+        )
+
+    def fail_node(self, name: str, reason: str) -> None:
+        """A node that could not be started."""
+        self._mirrors[name].state = f"failed: {reason}"
+
+    @property
+    def ready(self) -> bool:
+        """Every expected node serves, and every link between them is measured."""
+        serving = [mirror for mirror in self._mirrors.values() if mirror.serving]
+        return len(serving) == self._expected and not self._unprobed()
+
+    def _from_node(self, name: str, message: Message) -> None:
+        match message:
+            case Report():
+                self._take_report(name, message)
+            case RoleSet(call_id, _) | LinksProbed(call_id, _, _):
+                future = self._answers.get(call_id)
+                if future is not None and not future.done():
+                    future.set_result(message)
+            case Alive():
+                pass
+            case _:
+                logger.warning("a coordinator does not take %s", type(message).__name__)
+
+    def _take_report(self, name: str, report: Report) -> None:
+        mirror = self._mirrors[name]
+        mirror.take_report(report, time.monotonic())
+        if not self._idle_cost:
+            self._idle_cost = {"base_s": report.idle_base_s, "per_token_s": report.idle_per_token_s}
+        if self._boot_ids.get(name) != report.boot_id:
+            self._boot_ids[name] = report.boot_id
+            self._links = {pair: link for pair, link in self._links.items() if name not in pair}
+            self._link_errors = {pair: text for pair, text in self._link_errors.items() if name not in pair}
+
+    async def _call(self, name: str, make: Callable[[int], Message]) -> Any:
+        call_id = next(self._calls)
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._answers[call_id] = future
+        try:
+            self._peers[name].send(make(call_id))
+            return await asyncio.wait_for(future, CALL_TIMEOUT_S)
+        except TimeoutError:
+            raise SlosserveError(f"{name} did not answer within {CALL_TIMEOUT_S:g} s") from None
+        finally:
+            self._answers.pop(call_id, None)
+
+    # ---- links -------------------------------------------------------------------------------------------
+
+    def _unprobed(self) -> list[tuple[str, str]]:
+        names = [name for name, mirror in self._mirrors.items() if mirror.serving]
+        return [
+            (source, target)
+            for target in names
+            for source in names
+            if source != target
+            and (source, target) not in self._links
+            and (source, target) not in self._link_errors
+        ]
+
+    async def _probe_links(self) -> None:
+        """Measure what is not measured yet, one target at a time."""
+        pairs = self._unprobed()
+        if not pairs:
+            return
+        target = pairs[0][1]
+        sources = [source for source, to in pairs if to == target]
+        reports = {source: self._mirrors[source].report for source in sources}
+        by_engine = {report.kv.engine_id: source for source, report in reports.items() if report is not None}
+        peers = [report.kv for report in reports.values() if report is not None]
+        try:
+            probed: LinksProbed = await self._call(target, lambda call_id: ProbeLinks(call_id, peers))
+        except SlosserveError as error:
+            self._link_errors.update({(source, target): str(error) for source in sources})
+            return
+        for link in probed.links:
+            source = by_engine[link.source]
+            self._links[source, target] = Link(source, target, link.latency_s, link.bytes_per_s)
+        for engine_id, error_text in probed.errors.items():
+            logger.warning("link %s > %s: %s", by_engine[engine_id], target, error_text)
+            self._link_errors[by_engine[engine_id], target] = error_text
+
+    # ---- the loop ----------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Serve for ever."""
+        self._spawn(self._upkeep())
+        while True:
+            peer, *frames = await self._router.recv_multipart()
+            try:
+                message = decode(frames)
+            except ProtocolError:
+                logger.exception("from %r", peer)
+                continue
+            try:
+                self._from_endpoint(peer, message)
+            except Exception:
+                logger.exception("handling %s", type(message).__name__)
+
+    def close(self) -> None:
+        """Let go of everything. Nodes go on."""
+        for peer in self._peers.values():
+            peer.close()
+        self._context.destroy(linger=0)
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, Any]) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _upkeep(self) -> None:
+        while True:
+            await asyncio.sleep(TURN_S)
+            try:
+                self._notice_losses()
+                await self._probe_links()
+            except Exception:
+                logger.exception("upkeep")
+
+    def _notice_losses(self) -> None:
+        for name, peer in list(self._peers.items()):
+            mirror = self._mirrors[name]
+            if mirror.state == "ready" and peer.lost:
+                logger.warning("%s fell silent", name)
+                mirror.state = "lost"
+                mirror.placed.clear()
+            if mirror.state == "lost" and name not in self._reviving:
+                self._reviving.add(name)
+                self._spawn(self._bring_back(name))
+
+    async def _bring_back(self, name: str) -> None:
+        try:
+            address = await self._revive(name)
+            if address is not None and address != self._mirrors[name].address:
+                self.add_node(name, address)
+        except Exception:
+            logger.exception("bringing %s back", name)
+            await asyncio.sleep(1.0)
+        finally:
+            self._reviving.discard(name)
+
+    # ---- endpoints ---------------------------------------------------------------------------------------
+
+    def _from_endpoint(self, peer: bytes, message: Message) -> None:
+        match message:
+            case Place():
+                placed = place(message, self._mirrors.values(), self._links, time.monotonic())
+                self._reply(peer, placed)
+            case Finished():
+                self._scorecard.count(message)
+                for mirror in self._mirrors.values():
+                    mirror.forget(message.request_id, message.attempt)
+            case Watch():
+                self._reply(peer, Alive("coordinator", 0.0))
+            case Query():
+                self._spawn(self._answer(peer, message))
+            case _:
+                logger.warning("a coordinator does not take %s from an endpoint", type(message).__name__)
+
+    def _reply(self, peer: bytes, message: Message) -> None:
+        self._router.send_multipart([peer, *encode(message)])
+
+    async def _answer(self, peer: bytes, query: Query) -> None:
+        answers = {
+            "cluster": self._cluster,
+            "ready": self._ready,
+            "idle_cost": self._idle,
+            "set_pools": self._set_pools,
+        }
+        try:
+            body = await answers[query.what](**query.args)
+            self._reply(peer, Answer(query.call_id, body))
+        except KeyError:
+            self._reply(peer, Answer(query.call_id, {}, f"no such question: {query.what}", 404))
+        except SlosserveError as error:
+            self._reply(peer, Answer(query.call_id, {}, str(error), error.http_status))
+
+    async def _idle(self) -> dict[str, Any]:
+        return dict(self._idle_cost) if self.ready else {}
+
+    async def _ready(self) -> dict[str, Any]:
+        missing = {name: mirror.state for name, mirror in self._mirrors.items() if not mirror.serving}
+        if missing or not self.ready:
+            waiting = ", ".join(f"{name} is {state}" for name, state in missing.items()) or "links are measured"
+            raise NotReadyError(f"not ready: {waiting}", retry_after_s=1.0)
+        return {"ready": True}
+
+    async def _cluster(self) -> dict[str, Any]:
+        now_s = time.monotonic()
+        reports = [mirror.report for mirror in self._mirrors.values() if mirror.report is not None]
+        first = reports[0].info if reports else None
+        pools = self._pool_sizes()
+        return {
+            "engine": None if first is None else first.engine,
+            "transport": None if first is None else first.transport,
+            "model": self._model,
+            "mode": _mode(pools),
+            "pools": pools,
+            "nodes": [self._node(mirror, now_s) for mirror in self._mirrors.values()],
+            "links": [asdict(link) for link in self._links.values()]
+            + [
+                {"source": source, "target": target, "error": text}
+                for (source, target), text in self._link_errors.items()
+            ],
+            "handoffs": self._scorecard.handoff_summary(),
+            "attainment": self._scorecard.attainment(),
+            "placements": {
+                name: self._scorecard.placements[name] for name in ("pair", "one_node", "best_effort")
+            },
+            "outcomes": dict(self._scorecard.outcomes),
+            "local_prefills": sum(report.local_prefills for report in reports),
+        }
+
+    def _node(self, mirror: NodeMirror, now_s: float) -> dict[str, Any]:
+        report = mirror.report
+        described: dict[str, Any] = {
+            "name": mirror.name,
+            "role": str(mirror.role),
+            "state": mirror.state,
+            "address": mirror.address,
+            "placed": len(mirror.placed),
+        }
+        if report is not None:
+            decoding = sum(work.kind is not WorkKind.PREFILL for work in report.works)
+            described |= {
+                "used_blocks": report.usage.used_blocks,
+                "num_blocks": report.usage.num_blocks,
+                "running": report.usage.running,
+                "waiting": report.usage.waiting,
+                "requests": len(report.works),
+                "decoding": decoding,
+                "leases": len(report.leases),
+                "steps": report.steps,
+                "step_ms": report.step_s * 1e3,
+                "cost_base_ms": report.cost_base_s * 1e3,
+                "cost_per_token_ms": report.cost_per_token_s * 1e3,
+                "local_prefills": report.local_prefills,
+                "age_s": now_s - mirror.reported_s,
+                "pid": report.pid,
+            }
+        return described
+
+    # ---- pools -------------------------------------------------------------------------------------------
+
+    def _pool_nodes(self) -> list[PoolNode]:
+        return [
+            PoolNode(
+                mirror.name,
+                mirror.role,
+                len(mirror.placed) + (len(mirror.report.works) if mirror.report is not None else 0),
+            )
+            for mirror in self._mirrors.values()
+            if mirror.serving
+        ]
+
+    def _pool_sizes(self) -> dict[str, int]:
+        return sizes(self._pool_nodes())
+
+    async def _set_pools(self, prefill: int, decode: int, mixed: int = 0, dry_run: bool = False) -> dict[str, Any]:
+        nodes = self._pool_nodes()
+        want = {RoleName.PREFILL: prefill, RoleName.DECODE: decode, RoleName.MIXED: mixed}
+        flips = plan_flips(nodes, want)
+        before = {node.name: str(node.role) for node in nodes}
+        if not dry_run:
+            for flip in flips:
+                await self._flip(flip.node, flip.after)
+        planned = before | {flip.node: str(flip.after) for flip in flips}
+        after = planned if dry_run else {node.name: str(node.role) for node in self._pool_nodes()}
+        return {
+            "dry_run": dry_run,
+            "before": before,
+            "after": after,
+            "flips": [{"node": flip.node, "before": flip.before, "after": flip.after} for flip in flips],
+            "pools_before": sizes(nodes),
+            "pools": dict(Counter(after.values())) if dry_run else self._pool_sizes(),
+        }
+
+    async def _flip(self, name: str, role: RoleName) -> None:
+        """Change a node's role and believe only what the node says it is."""
+        done: RoleSet = await self._call(name, lambda call_id: SetRole(call_id, role))
+        self._mirrors[name].role = done.role
+        if done.role is not role:
+            raise SlosserveError(f"{name} was asked to be a {role} node and says that it is a {done.role} node")
+
+
+class NotReadyError(SlosserveError):
+    """The cluster cannot serve yet."""
+
+    http_status = 503
+    retryable = True
+    reason = "not_ready"
+
+
+def _mode(pools: Mapping[str, int]) -> str:
+    pairs = pools.get("prefill", 0) > 0 and pools.get("decode", 0) > 0
+    if pairs and pools.get("mixed", 0):
+        return "mixed"
+    return "disaggregated" if pairs else "colocated"

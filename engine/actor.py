@@ -1,0 +1,154 @@
+"""The Ray actor that hosts a node. Ray places it, watches it and restarts it; work never passes through Ray.
+
+What the engine prints goes to a log of the node's own, whose last lines are part of any start-up error.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import threading
+import time
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from engine.base import Engine, EngineInfo
+from engine.cost import StepCost
+from engine.errors import EngineStartError, SlosserveError
+from engine.node import Node
+from engine.request import RoleName
+from engine.role import Role
+from engine.socket import NodeSocket
+
+LOG_TAIL_LINES = 20
+
+
+class NodeActor:
+    """`spec`: name, role, host, log, engine (kind and its settings), roles (name -> class path), limits.
+
+    `clock_skew_s` in the spec shifts this node's clock: a test proves that nobody depends on it.
+    """
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        self._spec = spec
+        self._log = Path(spec["log"])
+        self._node: Node | None = None
+        self._socket: NodeSocket | None = None
+        self._engine: Engine | None = None
+        self._info: EngineInfo | None = None
+        _redirect_output(self._log)
+
+    def start(self) -> dict[str, Any]:
+        """Start the engine and serve. Blocks until ready; raises EngineStartError with the tail of the log."""
+        ready: Future[None] = Future()
+        threading.Thread(target=self._run, args=(ready,), name="node", daemon=True).start()
+        try:
+            ready.result()
+        except Exception as error:
+            # Ray pickles what an actor raises; a plain error of ours always survives that.
+            raise EngineStartError(
+                f"{self._spec['name']} did not start: {error}\nThe last lines of its log ({self._log}):\n"
+                f"{self.log_tail(LOG_TAIL_LINES)}"
+            ) from None
+        return self.describe()
+
+    def describe(self) -> dict[str, Any]:
+        """Name, address of the socket, role now and process id."""
+        assert self._node is not None
+        assert self._socket is not None
+        return {
+            "name": self._spec["name"],
+            "address": self._socket.address,
+            "role": str(self._node.role),
+            "pid": os.getpid(),
+        }
+
+    def log_tail(self, lines: int) -> str:
+        """The last lines of the node's log."""
+        sys_flush()
+        text = self._log.read_text(errors="replace") if self._log.exists() else ""
+        return "\n".join(text.splitlines()[-lines:])
+
+    def stop(self) -> None:
+        """Stop serving and free the engine."""
+        if self._node is not None:
+            self._node.stop()
+
+    def _run(self, ready: Future[None]) -> None:
+        try:
+            node = self._build()
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the caller is told
+            logging.exception("start-up failed")
+            ready.set_exception(error)
+            return
+        ready.set_result(None)
+        try:
+            node.run()
+        except Exception:
+            # An engine that failed has lost its KV: end the process, and Ray starts a new one.
+            logging.exception("the engine failed")
+            time.sleep(0.3)  # let the socket say so first
+            os._exit(1)
+
+    def _build(self) -> Node:
+        spec = self._spec
+        skew_s = float(spec.get("clock_skew_s", 0.0))
+
+        def clock() -> float:
+            return time.monotonic() + skew_s
+
+        self._engine = build_engine(spec["engine"])
+        self._info = self._engine.start()
+        cost = StepCost.fit(self._engine.profile_step_times())
+        self._socket = NodeSocket(spec["host"], spec["name"], clock)
+        roles: dict[RoleName, Role] = {RoleName(name): load(path)() for name, path in spec["roles"].items()}
+        self._node = Node(
+            spec["name"],
+            self._engine,
+            self._info,
+            roles,
+            RoleName(spec["role"]),
+            cost,
+            self._socket,
+            clock=clock,
+            max_waiting=int(spec["max_waiting"]),
+            peer_silent_s=float(spec["peer_silent_s"]),
+        )
+        return self._node
+
+
+def build_engine(settings: dict[str, Any]) -> Engine:
+    """The engine that `kind` names, with the rest as its settings."""
+    kinds = {"vllm": ("engine.vllm:VllmEngine", "engine.vllm:VllmEngineConfig")}
+    settings = dict(settings)
+    kind = settings.pop("kind")
+    if kind not in kinds:
+        raise SlosserveError(f"unknown kind of engine {kind!r}; there are {', '.join(kinds)}")
+    engine_path, config_path = kinds[kind]
+    engine: Engine = load(engine_path)(load(config_path)(**settings))
+    return engine
+
+
+def load(path: str) -> Any:
+    """The object at `module:name`."""
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def sys_flush() -> None:
+    """Write out what this process has printed."""
+    import sys
+
+    sys.stdout.flush()
+    sys.stderr.flush()
+
+
+def _redirect_output(log: Path) -> None:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    os.close(descriptor)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")

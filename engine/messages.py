@@ -1,0 +1,313 @@
+"""Messages between processes: one frozen dataclass each, versioned, encoded with msgpack.
+
+On the wire a message is two frames: `name/version` and its body. A receiver that does not know the name or the
+version raises ProtocolError: it never guesses. Every message about a request carries the attempt it belongs
+to. Durations travel, clock readings never do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+import msgspec
+
+from engine.base import EngineInfo, Usage
+from engine.errors import ProtocolError
+from engine.request import Pace, RoleName, WorkKind
+from kv_transfer.base import Handoff, Lease, Link, PeerAddress, Pull
+
+VERSION = 1
+
+
+# ---- to a node -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """A peer is alive, and wants `Alive` (endpoints) or `Report` (coordinators) in return."""
+
+    reports: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """Work for a node. It answers with deltas, or declines within a step."""
+
+    request_id: str
+    attempt: int
+    kind: WorkKind
+    prompt_token_ids: list[int]
+    sampling: bytes
+    max_tokens: int
+    pace: Pace
+    cache_salt: str | None = None
+    handoff: Handoff | None = None
+    pull_deadline_s: float = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Drop an attempt, whatever its phase, with any KV it offers."""
+
+    request_id: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """End the lease on the KV that an attempt offered."""
+
+    request_id: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Credit:
+    """The sender can take this many more `Deltas`."""
+
+    messages: int
+
+
+@dataclass(frozen=True, slots=True)
+class SetRole:
+    """Change the role of a node. Running work goes on."""
+
+    call_id: int
+    role: RoleName
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeLinks:
+    """Measure the link from each of these peers to the node."""
+
+    call_id: int
+    peers: list[PeerAddress]
+
+
+# ---- from a node -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Alive:
+    """Answer to an endpoint's `Watch`. `stuck_s`: how long the present step has been running."""
+
+    node: str
+    stuck_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Declined:
+    """The node will not take this attempt; place it again."""
+
+    request_id: str
+    attempt: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Where an attempt's time went on a node, in seconds since it got there."""
+
+    queued_s: float  # until its first batch
+    first_token_s: float
+    pull_s: float | None = None
+    pull_outcome: str | None = None
+    pulled_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one step gave one attempt. `index`: how many tokens of this attempt went before."""
+
+    request_id: str
+    attempt: int
+    index: int
+    token_ids: list[int]
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    payload: bytes | None = None
+    cached_tokens: int | None = None
+    handoff: Handoff | None = None
+    error: str | None = None
+    timing: Timing | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Deltas:
+    """All that one step gave to one endpoint."""
+
+    node: str
+    items: list[Delta]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkState:
+    """A promise as the node that keeps it sees it."""
+
+    request_id: str
+    attempt: int
+    kind: WorkKind
+    prompt_tokens: int
+    prefill_left_tokens: int
+    output_tokens: int
+    max_tokens: int
+    first_token_left_s: float
+    tpot_s: float
+    best_effort: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A node's own account of itself: role, promises, leases, progress, and what steps cost."""
+
+    node: str
+    boot_id: str
+    role: RoleName
+    info: EngineInfo
+    kv: PeerAddress
+    usage: Usage
+    works: list[WorkState]
+    leases: list[Lease]
+    pulls: list[Pull]
+    cost_base_s: float
+    cost_per_token_s: float
+    idle_base_s: float
+    idle_per_token_s: float
+    steps: int
+    step_s: float
+    stuck_s: float
+    local_prefills: int
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class RoleSet:
+    """Answer to SetRole: the role that the node has now."""
+
+    call_id: int
+    role: RoleName
+
+
+@dataclass(frozen=True, slots=True)
+class LinksProbed:
+    """Answer to ProbeLinks. `errors` by engine id of the peer."""
+
+    call_id: int
+    links: list[Link]
+    errors: dict[str, str] = field(default_factory=dict)
+
+
+# ---- endpoint and coordinator ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class NodeAddress:
+    """A node and where its socket is."""
+
+    node: str
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where should this go? `avoid`: nodes that declined or were lost. Seconds in `slo_*` are what is LEFT."""
+
+    request_id: str
+    attempt: int
+    prompt_tokens: int
+    max_tokens: int
+    class_name: str | None
+    first_token_left_s: float
+    tpot_s: float
+    one_node: bool
+    may_defer: bool
+    sequences: int = 1
+    avoid: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """The answer. `verdict`: admitted, best_effort, refused (429) or no_capacity (503)."""
+
+    request_id: str
+    attempt: int
+    verdict: str
+    prefill: NodeAddress | None = None
+    decode: NodeAddress | None = None
+    reason: str = ""
+    retry_after_s: float = 0.0
+    candidates: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A request is over: what the coordinator counts and frees. `stages`: kind -> met."""
+
+    request_id: str
+    attempt: int
+    class_name: str | None
+    outcome: str
+    admitted: bool
+    met: bool
+    stages: dict[str, bool]
+    placement: str
+    handoff_s: float | None = None
+    kv_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """A question that is answered with JSON: `cluster`, `pools`."""
+
+    call_id: int
+    what: str
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """JSON (an object) for a Query; `error` instead, with its HTTP status."""
+
+    call_id: int
+    body: dict[str, Any]
+    error: str | None = None
+    http_status: int = 200
+
+
+Message = (
+    Watch | Submit | Cancel | Release | Credit | SetRole | ProbeLinks
+    | Alive | Declined | Deltas | Report | RoleSet | LinksProbed
+    | Place | Placed | Finished | Query | Answer
+)  # fmt: skip
+
+_DECODERS = {
+    f"{kind.__name__}/{VERSION}".encode(): msgspec.msgpack.Decoder(kind, strict=False)
+    for kind in get_args(Message)
+}
+_NAMES = {kind: f"{kind.__name__}/{VERSION}".encode() for kind in get_args(Message)}
+_ENCODER = msgspec.msgpack.Encoder()
+
+
+def encode(message: Message) -> list[bytes]:
+    """Two frames: name/version, and the body."""
+    return [_NAMES[type(message)], _ENCODER.encode(message)]
+
+
+def decode(frames: list[bytes]) -> Message:
+    """The inverse of `encode`. Raises ProtocolError for anything else."""
+    if len(frames) != 2:
+        raise ProtocolError(f"expected 2 frames, got {len(frames)}")
+    decoder = _DECODERS.get(frames[0])
+    if decoder is None:
+        raise ProtocolError(
+            f"unknown message or version {frames[0][:64]!r}: this process speaks version {VERSION}; "
+            "run the same release on every host"
+        )
+    try:
+        message: Message = decoder.decode(frames[1])
+    except msgspec.ValidationError as error:
+        raise ProtocolError(f"malformed {frames[0].decode()}: {error}") from error
+    except msgspec.DecodeError as error:
+        raise ProtocolError(f"garbled {frames[0].decode()}: {error}") from error
+    return message

@@ -1,0 +1,421 @@
+"""A node: one engine, its promises, and the socket through which it is asked to keep them.
+
+The state of a promise lives here, where the work is. Peers are endpoints (which submit and cancel, and get
+tokens) and coordinators (which set roles and get reports). An endpoint that falls silent takes its work with
+it; a coordinator that falls silent takes nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from engine.base import BatchPlan, Engine, EngineInfo, Output, Seq, Work
+from engine.batch import Duty
+from engine.cost import StepCost
+from engine.errors import RequestError
+from engine.messages import (
+    Cancel,
+    Credit,
+    Declined,
+    Delta,
+    Deltas,
+    LinksProbed,
+    Message,
+    ProbeLinks,
+    Release,
+    Report,
+    RoleSet,
+    SetRole,
+    Submit,
+    Timing,
+    WorkState,
+)
+from engine.request import RoleName, WorkKind, work_id
+from engine.role import Role
+from engine.socket import NodeSocket
+from kv_transfer.base import Link, Pull, TransferError
+
+logger = logging.getLogger(__name__)
+
+IDLE_WAIT_S = 0.05
+TRANSFER_WAIT_S = 0.001
+REPORT_EVERY_S = 0.1
+RECENT_PULLS = 64
+
+
+@dataclass(slots=True)
+class Promise:
+    """One attempt at a request on this node. Times are on this node's clock."""
+
+    submit: Submit
+    peer: bytes
+    received_s: float
+    duty: Duty
+    batched_s: float | None = None
+    first_token_s: float | None = None
+    tokens: int = 0
+    prefill_left: int = 0
+    offered: bool = False
+    pull: Pull | None = None
+
+
+@dataclass(slots=True)
+class Outbox:
+    """What a peer is still to be sent, bounded by the credit that it granted."""
+
+    credit: int = 0
+    deltas: list[Delta] = field(default_factory=list)
+
+    def add(self, delta: Delta) -> None:
+        """Queue a delta; tokens of one request that wait for credit become one delta."""
+        if self.credit <= 0:
+            for position in range(len(self.deltas) - 1, -1, -1):
+                merged = _merge(self.deltas[position], delta)
+                if merged is not None:
+                    self.deltas[position] = merged
+                    return
+        self.deltas.append(delta)
+
+
+def _merge(old: Delta, new: Delta) -> Delta | None:
+    same = old.request_id == new.request_id and old.attempt == new.attempt
+    if not same or old.payload is not None or new.payload is not None:
+        return None
+    return Delta(
+        request_id=old.request_id,
+        attempt=old.attempt,
+        index=old.index,
+        token_ids=[*old.token_ids, *new.token_ids],
+        finish_reason=new.finish_reason,
+        stop_reason=new.stop_reason,
+        cached_tokens=old.cached_tokens,
+        handoff=new.handoff,
+        error=new.error,
+        timing=old.timing or new.timing,
+    )
+
+
+class Node:
+    """Runs an engine in a role. Everything but the socket happens in the thread that calls `run`."""
+
+    def __init__(
+        self,
+        name: str,
+        engine: Engine,
+        info: EngineInfo,
+        roles: Mapping[RoleName, Role],
+        role: RoleName,
+        cost: StepCost,
+        socket: NodeSocket,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        max_waiting: int = 256,
+        peer_silent_s: float = 3.0,
+    ) -> None:
+        self.name = name
+        self.boot_id = uuid.uuid4().hex[:12]
+        self._engine = engine
+        self._info = info
+        self._roles = roles
+        self._role = roles[role]
+        self._cost = cost
+        self._idle_cost = cost
+        self._socket = socket
+        self._clock = clock
+        self._max_waiting = max_waiting
+        self._peer_silent_s = peer_silent_s
+        self._promises: dict[str, Promise] = {}
+        self._outboxes: dict[bytes, Outbox] = {}
+        self._recent_pulls: deque[Pull] = deque(maxlen=RECENT_PULLS)
+        self._steps = 0
+        self._step_s = 0.0
+        self._local_prefills = 0
+        self._next_upkeep_s = 0.0
+        self._stopping = threading.Event()
+
+    @property
+    def role(self) -> RoleName:
+        """The role that the node has now."""
+        return self._role.name
+
+    def stop(self) -> None:
+        """Ask `run` to return after the present step."""
+        self._stopping.set()
+
+    def run(self) -> None:
+        """Serve until `stop`. If the engine fails, its work is handed back to be placed again, and it raises."""
+        self._publish_report()
+        self._socket.start()
+        try:
+            while not self._stopping.is_set():
+                self._turn()
+        except Exception:
+            self._hand_back("the engine failed")
+            raise
+        finally:
+            self._socket.stop()
+
+    def _turn(self) -> None:
+        wait_s = 0.0
+        if self._engine.has_work():
+            if not self._step():
+                wait_s = TRANSFER_WAIT_S
+        else:
+            wait_s = IDLE_WAIT_S
+        for peer, message in self._socket.drain(wait_s):
+            self._handle(peer, message)
+        now_s = self._clock()
+        if now_s >= self._next_upkeep_s:
+            self._next_upkeep_s = now_s + REPORT_EVERY_S
+            self._drop_silent_peers(now_s)
+            self._drop_ended_offers()
+            self._publish_report()
+
+    # ---- what peers ask ----------------------------------------------------------------------------------
+
+    def _handle(self, peer: bytes, message: Message) -> None:
+        match message:
+            case Submit():
+                self._submit(peer, message)
+            case Cancel(request_id, attempt) | Release(request_id, attempt):
+                self._drop([work_id(request_id, attempt)])
+            case Credit(messages):
+                outbox = self._outboxes.setdefault(peer, Outbox())
+                outbox.credit += messages
+                self._flush(peer, outbox)
+            case SetRole(call_id, role):
+                self._role = self._roles[role]
+                self._publish_report()
+                self._socket.send(peer, RoleSet(call_id, self._role.name))
+            case ProbeLinks():
+                self._socket.send(peer, self._probe(message))
+            case _:
+                logger.warning("%s: a node does not take %s", self.name, type(message).__name__)
+
+    def _submit(self, peer: bytes, submit: Submit) -> None:
+        now_s = self._clock()
+        reason = self._role.declines(submit.kind)
+        if reason is None and self._engine.usage().waiting >= self._max_waiting:
+            reason = f"{self._max_waiting} requests wait here already"
+        key = work_id(submit.request_id, submit.attempt)
+        if reason is None and key in self._promises:
+            reason = "this attempt is here already"
+        if reason is not None:
+            self._socket.send(peer, Declined(submit.request_id, submit.attempt, reason))
+            return
+        work = Work(
+            work_id=key,
+            prompt_token_ids=submit.prompt_token_ids,
+            sampling=submit.sampling,
+            max_tokens=submit.max_tokens,
+            cache_salt=submit.cache_salt,
+            offer_kv=submit.kind is WorkKind.PREFILL,
+            handoff=submit.handoff,
+            pull_deadline_s=submit.pull_deadline_s,
+        )
+        due_s = now_s + submit.pace.first_token_left_s
+        duty = Duty(key, due_s, submit.pace.tpot_s, None, submit.pace.best_effort)
+        self._promises[key] = Promise(submit, peer, now_s, duty, prefill_left=len(submit.prompt_token_ids))
+        try:
+            self._engine.submit(work)
+        except RequestError as error:
+            del self._promises[key]
+            failed = Delta(submit.request_id, submit.attempt, 0, [], finish_reason="error", error=str(error))
+            self._queue(peer, [failed])
+
+    def _drop(self, keys: Sequence[str]) -> None:
+        known = [key for key in keys if key in self._promises]
+        self._engine.cancel(known)
+        for key in known:
+            self._engine.kv.release(key)
+            del self._promises[key]
+
+    def _probe(self, message: ProbeLinks) -> LinksProbed:
+        links: list[Link] = []
+        errors: dict[str, str] = {}
+        for peer in message.peers:
+            try:
+                links.append(self._engine.kv.probe(peer))
+            except TransferError as error:
+                errors[peer.engine_id] = str(error)
+        return LinksProbed(message.call_id, links, errors)
+
+    # ---- one step ----------------------------------------------------------------------------------------
+
+    def _step(self) -> bool:
+        self._socket.step_began_s = time.monotonic()
+        try:
+            result = self._engine.step(self._compose)
+        finally:
+            self._socket.step_began_s = None
+        for pull in self._engine.kv.take_pulls():
+            self._note_pull(pull)
+        by_peer: dict[bytes, list[Delta]] = {}
+        for output in result.outputs:
+            promise = self._promises.get(output.work_id)
+            if promise is not None:
+                by_peer.setdefault(promise.peer, []).append(self._delta(promise, output))
+        for peer, deltas in by_peer.items():
+            self._queue(peer, deltas)
+        if result.report is None:
+            return False
+        self._steps += 1
+        self._step_s += 0.1 * (result.report.seconds - self._step_s)
+        self._cost = self._cost.updated(result.report)
+        return True
+
+    def _compose(self, seqs: Sequence[Seq]) -> BatchPlan:
+        now_s = self._clock()
+        duties = {}
+        for seq in seqs:
+            promise = self._promises.get(seq.work_id)
+            if promise is None:
+                continue
+            promise.prefill_left = seq.prefill_left
+            if promise.batched_s is None and seq.running:
+                promise.batched_s = now_s
+            duties[seq.work_id] = promise.duty
+        return self._role.compose(seqs, duties, now_s, self._cost, self._info.max_batch_tokens)
+
+    def _note_pull(self, pull: Pull) -> None:
+        self._recent_pulls.append(pull)
+        promise = self._promises.get(pull.request_id)
+        if promise is not None:
+            promise.pull = pull
+        if pull.outcome not in ("pulled", "cached"):
+            self._local_prefills += 1
+            logger.warning("%s: KV of %s not used (%s): %s", self.name, pull.request_id, pull.outcome, pull.detail)
+
+    def _delta(self, promise: Promise, output: Output) -> Delta:
+        submit = promise.submit
+        now_s = self._clock()
+        timing = None
+        if promise.first_token_s is None:
+            promise.first_token_s = now_s
+            timing = self._timing(promise, now_s)
+        index = promise.tokens
+        promise.tokens += len(output.token_ids)
+        self._set_next_due(promise)
+        if output.handoff is not None:
+            promise.offered = True
+        elif output.finish_reason is not None:
+            del self._promises[output.work_id]
+        return Delta(
+            request_id=submit.request_id,
+            attempt=submit.attempt,
+            index=index,
+            token_ids=list(output.token_ids),
+            finish_reason=output.finish_reason,
+            stop_reason=output.stop_reason,
+            payload=output.payload,
+            cached_tokens=output.cached_tokens,
+            handoff=output.handoff,
+            error=output.error,
+            timing=timing,
+        )
+
+    def _set_next_due(self, promise: Promise) -> None:
+        """Token n is due at max(first deadline, first token) + (n - 1) * TPOT (the scoring rule)."""
+        duty = promise.duty
+        assert promise.first_token_s is not None
+        origin_s = max(duty.first_token_due_s, promise.first_token_s)
+        next_due_s = origin_s + promise.tokens * duty.tpot_s
+        promise.duty = Duty(duty.work_id, duty.first_token_due_s, duty.tpot_s, next_due_s, duty.best_effort)
+
+    def _timing(self, promise: Promise, now_s: float) -> Timing:
+        batched_s = promise.batched_s if promise.batched_s is not None else now_s
+        pull = promise.pull
+        return Timing(
+            queued_s=batched_s - promise.received_s,
+            first_token_s=now_s - promise.received_s,
+            pull_s=None if pull is None else pull.seconds,
+            pull_outcome=None if pull is None else pull.outcome,
+            pulled_bytes=0 if pull is None else pull.kv_bytes,
+        )
+
+    def _queue(self, peer: bytes, deltas: Sequence[Delta]) -> None:
+        outbox = self._outboxes.setdefault(peer, Outbox())
+        for delta in deltas:
+            outbox.add(delta)
+        self._flush(peer, outbox)
+
+    def _flush(self, peer: bytes, outbox: Outbox) -> None:
+        if outbox.deltas and outbox.credit > 0:
+            outbox.credit -= 1
+            self._socket.send(peer, Deltas(self.name, outbox.deltas))
+            outbox.deltas = []
+
+    # ---- upkeep ------------------------------------------------------------------------------------------
+
+    def _drop_silent_peers(self, now_s: float) -> None:
+        silent = {
+            peer
+            for peer, heard_s in list(self._socket.heard_s.items())
+            if now_s - heard_s > self._peer_silent_s
+        }
+        for peer in silent:
+            keys = [key for key, promise in self._promises.items() if promise.peer == peer]
+            if keys:
+                logger.warning("%s: %r fell silent, dropping its %d requests", self.name, peer, len(keys))
+            self._drop(keys)
+            self._outboxes.pop(peer, None)
+            self._socket.heard_s.pop(peer, None)
+
+    def _drop_ended_offers(self) -> None:
+        """Forget offers whose lease is over: pulled, or run out."""
+        offered = [key for key, promise in self._promises.items() if promise.offered]
+        if offered:
+            leased = {lease.request_id for lease in self._engine.kv.leases()}
+            for key in offered:
+                if key not in leased:
+                    del self._promises[key]
+
+    def _hand_back(self, reason: str) -> None:
+        for promise in self._promises.values():
+            declined = Declined(promise.submit.request_id, promise.submit.attempt, f"{self.name}: {reason}")
+            self._socket.send(promise.peer, declined)
+
+    def _publish_report(self) -> None:
+        now_s = self._clock()
+        self._socket.report = Report(
+            node=self.name,
+            boot_id=self.boot_id,
+            role=self._role.name,
+            info=self._info,
+            kv=self._engine.kv.address(),
+            usage=self._engine.usage(),
+            works=[self._state(promise, now_s) for promise in self._promises.values()],
+            leases=self._engine.kv.leases(),
+            pulls=list(self._recent_pulls),
+            cost_base_s=self._cost.base_s * self._cost.drift,
+            cost_per_token_s=self._cost.per_token_s * self._cost.drift,
+            idle_base_s=self._idle_cost.base_s,
+            idle_per_token_s=self._idle_cost.per_token_s,
+            steps=self._steps,
+            step_s=self._step_s,
+            stuck_s=0.0,
+            local_prefills=self._local_prefills,
+            pid=os.getpid(),
+        )
+
+    def _state(self, promise: Promise, now_s: float) -> WorkState:
+        submit = promise.submit
+        return WorkState(
+            request_id=submit.request_id,
+            attempt=submit.attempt,
+            kind=submit.kind,
+            prompt_tokens=len(submit.prompt_token_ids),
+            prefill_left_tokens=0 if promise.offered else promise.prefill_left,
+            output_tokens=promise.tokens,
+            max_tokens=submit.max_tokens,
+            first_token_left_s=promise.duty.first_token_due_s - now_s,
+            tpot_s=promise.duty.tpot_s,
+            best_effort=promise.duty.best_effort,
+        )

@@ -1,0 +1,126 @@
+"""A node's socket: a thread that owns it, so that a long step never makes the node look dead."""
+
+from __future__ import annotations
+
+import collections
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import zmq
+
+from engine.errors import ProtocolError
+from engine.messages import Alive, Message, Report, Watch, decode, encode
+
+
+class NodeSocket:
+    """A ROUTER socket served by its own thread.
+
+    The step thread takes what peers sent from `drain` and answers with `send`. `Watch` is answered here, at
+    once, from the last report that the step thread published: what a peer reads there is how long the present
+    step has been running, so a node that hangs in a step is told from one that is idle.
+    """
+
+    def __init__(self, host: str, name: str, clock: Callable[[], float]) -> None:
+        self._name = name
+        self._clock = clock
+        self._context = zmq.Context()
+        self._router = self._context.socket(zmq.ROUTER)
+        self._router.setsockopt(zmq.LINGER, 200)
+        self._router.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        self._router.setsockopt(zmq.SNDHWM, 0)
+        port = self._router.bind_to_random_port(f"tcp://{host}")
+        self.address = f"tcp://{host}:{port}"
+        self._inbox: collections.deque[tuple[bytes, Message]] = collections.deque()
+        self._outbox: collections.deque[tuple[bytes, list[bytes]]] = collections.deque()
+        self._arrived = threading.Event()
+        self._wake_read, self._wake_write = os.pipe()
+        os.set_blocking(self._wake_read, False)
+        self._stopping = False
+        self.report: Report | None = None
+        self.step_began_s: float | None = None
+        self.heard_s: dict[bytes, float] = {}
+        self.rejected_messages = 0
+        self._thread = threading.Thread(target=self._serve, name=f"{name}-socket", daemon=True)
+
+    def start(self) -> None:
+        """Begin to serve."""
+        self._thread.start()
+
+    def send(self, peer: bytes, message: Message) -> None:
+        """Queue a message for a peer. Called from the step thread."""
+        self._outbox.append((peer, encode(message)))
+        os.write(self._wake_write, b"x")
+
+    def drain(self, wait_s: float = 0.0) -> list[tuple[bytes, Message]]:
+        """What has come since the last call, waiting up to `wait_s` for the first."""
+        if wait_s > 0 and not self._inbox:
+            self._arrived.wait(wait_s)
+        self._arrived.clear()
+        taken = []
+        while self._inbox:
+            taken.append(self._inbox.popleft())
+        return taken
+
+    def stop(self) -> None:
+        """Send what is queued, then close."""
+        self._stopping = True
+        os.write(self._wake_write, b"x")
+        self._thread.join(timeout=2)
+
+    def _stuck_s(self) -> float:
+        began_s = self.step_began_s
+        return 0.0 if began_s is None else max(time.monotonic() - began_s, 0.0)
+
+    def _serve(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._router, zmq.POLLIN)
+        poller.register(self._wake_read, zmq.POLLIN)
+        while True:
+            poller.poll(200)
+            self._send_queued()
+            if self._stopping:
+                break
+            self._receive()
+        self._router.close()
+        self._context.term()
+        os.close(self._wake_read)
+
+    def _send_queued(self) -> None:
+        try:
+            while len(os.read(self._wake_read, 4096)) == 4096:
+                pass
+        except BlockingIOError:
+            pass
+        while self._outbox:
+            peer, frames = self._outbox.popleft()
+            self._router.send_multipart([peer, *frames])
+
+    def _receive(self) -> None:
+        arrived = False
+        while True:
+            try:
+                peer, *frames = self._router.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                break
+            try:
+                message = decode(frames)
+            except ProtocolError:
+                self.rejected_messages += 1
+                continue
+            self.heard_s[peer] = self._clock()
+            if isinstance(message, Watch):
+                self._answer_watch(peer, message)
+            else:
+                self._inbox.append((peer, message))
+                arrived = True
+        if arrived:
+            self._arrived.set()
+
+    def _answer_watch(self, peer: bytes, watch: Watch) -> None:
+        if not watch.reports:
+            self._router.send_multipart([peer, *encode(Alive(self._name, self._stuck_s()))])
+        elif self.report is not None:
+            self._router.send_multipart([peer, *encode(replace(self.report, stuck_s=self._stuck_s()))])

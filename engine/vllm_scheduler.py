@@ -1,0 +1,348 @@
+"""vLLM's scheduler, carrying out our plans: the only file that touches its internals (written against 0.32).
+
+vLLM decides what fits (blocks, slots, transfers); the plan decides what is tried, in which order and how much
+of it. A plan is made by the composer that `VllmEngine.step` leaves on the scheduler.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.request_queue import FCFSRequestQueue
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request, RequestStatus
+from vllm.version import __version__ as vllm_version
+
+from engine.base import BatchPlan, Composer, Seq, StepReport
+from engine.errors import MissingHook
+
+
+@dataclass(frozen=True, slots=True)
+class Hook:
+    """An internal of vLLM that we rely on. `parameters` it must accept; `uses` it must refer to."""
+
+    owner: type
+    name: str
+    parameters: tuple[str, ...] = ()
+    uses: tuple[str, ...] = ()
+
+
+_REQUEST_FIELDS = (
+    "status",
+    "num_prompt_tokens",
+    "num_computed_tokens",
+    "num_output_placeholders",
+    "spec_token_ids",
+    "num_preemptions",
+)
+_SCHEDULER_FIELDS = (
+    "requests",
+    "running",
+    "waiting",
+    "kv_holding_waiting",
+    "finished_recving_kv_req_ids",
+    "max_num_active_reqs",
+    "max_num_running_reqs",
+    "max_num_scheduled_tokens",
+    "num_spec_tokens",
+    "dynamic_sd_lookup",
+    "kv_cache_manager",
+    "kv_cache_config",
+    "requires_kv_delivery",
+)
+
+
+def _hooks() -> tuple[Hook, ...]:
+    called = ("_reserve_prefill_lookahead", "_preempt_request", "_update_after_schedule")
+    read = ("max_num_active_reqs", "max_num_scheduled_tokens", "dynamic_sd_lookup", "kv_holding_waiting")
+    return (
+        Hook(Scheduler, "__init__", uses=_SCHEDULER_FIELDS),
+        Hook(Scheduler, "schedule", ("throttle_prefills",), (*called, *read)),
+        Hook(
+            Scheduler,
+            "_reserve_prefill_lookahead",
+            ("request", "num_computed_tokens", "num_new_tokens"),
+        ),
+        Hook(Scheduler, "_preempt_request", ("request", "timestamp", "drop_stale_output")),
+        Hook(Scheduler, "_update_after_schedule", ("scheduler_output",)),
+        Hook(Scheduler, "update_from_output", ("scheduler_output", "model_runner_output")),
+        Hook(Scheduler, "has_requests"),
+        Hook(Scheduler, "get_request_counts"),
+        Hook(AsyncScheduler, "_update_after_schedule", ("scheduler_output",), ("spec_token_ids",)),
+        Hook(Request, "__init__", uses=_REQUEST_FIELDS),
+        Hook(FCFSRequestQueue, "__iter__"),
+        Hook(FCFSRequestQueue, "extend"),
+        Hook(FCFSRequestQueue, "clear"),
+    )
+
+
+def check_hooks() -> None:
+    """Raise MissingHook, naming it, if the installed vLLM lacks an internal that a plan is carried out with."""
+    for hook in _hooks():
+        trouble = _trouble(hook)
+        if trouble:
+            raise MissingHook(
+                f"vLLM {vllm_version} {trouble}, which slosserve's scheduler relies on. "
+                f"Install vLLM 0.32.0, or adapt engine/vllm_scheduler.py to this version."
+            )
+
+
+def _trouble(hook: Hook) -> str | None:
+    label = f"{hook.owner.__name__}.{hook.name}"
+    function = getattr(hook.owner, hook.name, None)
+    if function is None:
+        return f"has no {label}"
+    if hook.parameters:
+        accepted = inspect.signature(function).parameters
+        lacking = [name for name in hook.parameters if name not in accepted]
+        if lacking:
+            return f"has a {label} without the parameter {', '.join(lacking)}"
+    if hook.uses:
+        lacking = [name for name in hook.uses if name not in function.__code__.co_names]
+        if lacking:
+            return f"has a {label} that does not use {', '.join(lacking)}"
+    return None
+
+
+@dataclass(slots=True)
+class _Step:
+    """A scheduled batch that is not reported yet. Counts as in StepReport."""
+
+    started_s: float
+    tokens: int = 0
+    seqs: int = 0
+    decode_seqs: int = 0
+    decode_context_tokens: int = 0
+    prefill_work: float = 0.0
+    drafted_tokens: int = 0
+    preempted: int = 0
+
+    def add(self, computed_tokens: int, new_tokens: int, drafts: int) -> None:
+        """Count a sequence of the batch. A decode is one token (and its drafts) over KV that is there."""
+        self.tokens += new_tokens
+        self.seqs += 1
+        self.drafted_tokens += drafts
+        if computed_tokens > 0 and new_tokens - drafts == 1:
+            self.decode_seqs += 1
+            self.decode_context_tokens += computed_tokens
+        else:
+            self.prefill_work += new_tokens * (computed_tokens + new_tokens / 2)
+
+    def report(self, seconds: float, accepted_tokens: int) -> StepReport:
+        """The finished step."""
+        return StepReport(
+            seconds=seconds,
+            tokens=self.tokens,
+            seqs=self.seqs,
+            decode_seqs=self.decode_seqs,
+            decode_context_tokens=self.decode_context_tokens,
+            prefill_work=self.prefill_work,
+            drafted_tokens=self.drafted_tokens,
+            accepted_tokens=accepted_tokens,
+            preempted=self.preempted,
+        )
+
+
+class PlannedScheduler(Scheduler):  # type: ignore[misc]
+    """vLLM's scheduler with a composer. Without one, or with an empty plan, it is vLLM's own."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.composer: Composer | None = None
+        self._plan = BatchPlan()
+        self._step: _Step | None = None
+        self._unreported: deque[_Step] = deque()
+        self._reports: deque[StepReport] = deque()
+        self._last_end_s = 0.0
+        if self.num_spec_tokens > 0 and self.dynamic_sd_lookup is None:
+            # vLLM 0.32 pads a waiting request with one token left (every pulled one) to 1 + num_spec_tokens,
+            # whatever the plan says, and asserts on it when clipped. With a table by batch size it does not.
+            self.dynamic_sd_lookup = [self.num_spec_tokens] * (self.max_num_running_reqs + 1)
+
+    def schedule(self, throttle_prefills: bool = False) -> Any:
+        """Compose a plan, carry it out, and leave the queues in the order in which they were."""
+        self._step = _Step(time.monotonic())
+        self._plan = self.composer(self.seqs()) if self.composer is not None else BatchPlan()
+        output = _CarriedOut(self, self._plan).run(partial(super().schedule, throttle_prefills))
+        self._step.preempted = len(output.preempted_req_ids or ())
+        self._unreported.append(self._step)
+        return output
+
+    def seqs(self) -> list[Seq]:
+        """What a plan can be about: running and waiting, without those that cannot run in the next batch."""
+        waiting = [*self.kv_holding_waiting, *self.waiting]
+        seqs = [_seq(request, running=True) for request in self.running]
+        seqs += [_seq(request, running=False) for request in waiting if self._can_run(request)]
+        return seqs
+
+    def _can_run(self, request: Request) -> bool:
+        if request.status == RequestStatus.WAITING_FOR_REMOTE_KVS:
+            return request.request_id in self.finished_recving_kv_req_ids
+        if request.status == RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR:
+            structured = request.structured_output_request
+            return structured is not None and structured.grammar is not None
+        return True
+
+    def _reserve_prefill_lookahead(
+        self, request: Request, num_computed_tokens: int, num_new_tokens: int
+    ) -> int:
+        tokens: int = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
+        cap = self._plan.chunk_tokens.get(request.request_id)
+        return tokens if cap is None or cap < 1 else min(tokens, cap)
+
+    def _update_after_schedule(self, scheduler_output: Any) -> None:
+        if self._plan.draft_tokens is not None:
+            # Set here and not after schedule(): the asynchronous scheduler reads it in this call.
+            scheduler_output.num_spec_tokens_to_schedule = min(self._plan.draft_tokens, self.num_spec_tokens)
+        drafts = scheduler_output.scheduled_spec_decode_tokens
+        assert self._step is not None
+        for request_id, new_tokens in scheduler_output.num_scheduled_tokens.items():
+            computed = self.requests[request_id].num_computed_tokens
+            self._step.add(computed, new_tokens, len(drafts.get(request_id, ())))
+        super()._update_after_schedule(scheduler_output)
+
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        """vLLM's own, and a report of the batch. Batches come back in the order in which they were scheduled."""
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        step = self._unreported.popleft()
+        end_s = time.monotonic()
+        # With batches in flight one begins on the device when the one before it ends.
+        started_s = max(step.started_s, self._last_end_s)
+        self._last_end_s = end_s
+        if step.tokens > 0:
+            accepted = _accepted_tokens(scheduler_output, model_runner_output)
+            self._reports.append(step.report(end_s - started_s, accepted))
+        return outputs
+
+    def take_report(self) -> StepReport | None:
+        """The report of the batch that ended in this step, if one did."""
+        report = self._reports.popleft() if self._reports else None
+        return report
+
+    def used_blocks(self) -> int:
+        """Blocks that works and leases hold. A cached prefix that nobody holds is free."""
+        pool = self.kv_cache_manager.block_pool
+        return self.num_blocks - int(pool.get_num_free_blocks())
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that can be used: vLLM keeps block 0 for itself."""
+        return int(self.kv_cache_manager.block_pool.num_gpu_blocks) - 1
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of KV that a token takes on this engine, all layers."""
+        config = self.kv_cache_config
+        total = sum(tensor.size for tensor in config.kv_cache_tensors)
+        return int(total // (config.num_blocks * self.block_size))
+
+
+class PlannedAsyncScheduler(PlannedScheduler, AsyncScheduler):  # type: ignore[misc]
+    """The same over vLLM's asynchronous scheduler, which composes a batch while the one before it runs."""
+
+
+class _CarriedOut:
+    """One plan laid over the scheduler's queues for one `schedule()`, and taken off again."""
+
+    def __init__(self, scheduler: PlannedScheduler, plan: BatchPlan) -> None:
+        self._scheduler = scheduler
+        self._plan = plan
+        self._rank = {work_id: rank for rank, work_id in reversed(list(enumerate(plan.order)))}
+        self._out = {*plan.skip, *(key for key, tokens in plan.chunk_tokens.items() if tokens < 1)}
+
+    def run(self, schedule: Callable[[], Any]) -> Any:
+        """`schedule()` under the plan. The queues keep their order outside it, so that no plan leaves a trace."""
+        scheduler = self._scheduler
+        preempted = self._preempt()
+        running = list(scheduler.running)
+        queues = {name: list(getattr(scheduler, name)) for name in ("kv_holding_waiting", "waiting")}
+        held = [request for request in running if request.request_id in self._out]
+        self._cut_drafts(running, held)
+        limits = scheduler.max_num_active_reqs, scheduler.max_num_scheduled_tokens
+        try:
+            scheduler.running = self._ordered(running)
+            for name, queue in queues.items():
+                _refill(getattr(scheduler, name), self._ordered(r for r in queue if r not in preempted))
+            # Held requests leave vLLM's count but keep their slots; without this it would admit into them.
+            scheduler.max_num_active_reqs = max(limits[0] - len(held), 0)
+            if self._plan.max_tokens is not None:
+                scheduler.max_num_scheduled_tokens = min(max(self._plan.max_tokens, 0), limits[1])
+            return schedule()
+        finally:
+            scheduler.max_num_active_reqs, scheduler.max_num_scheduled_tokens = limits
+            scheduler.running = _merged(running, scheduler.running, held)
+            for name, queue in queues.items():
+                out = [r for r in queue if r.request_id in self._out or r in preempted]
+                now = getattr(scheduler, name)
+                _refill(now, _merged(queue, list(now), out))
+
+    def _ordered(self, requests: Iterable[Request]) -> list[Request]:
+        """What may be in the batch, named ones first and in the plan's order, the others as they were."""
+        inside = [request for request in requests if request.request_id not in self._out]
+        return sorted(inside, key=lambda request: self._rank.get(request.request_id, len(self._rank)))
+
+    def _preempt(self) -> set[Request]:
+        scheduler = self._scheduler
+        named = set(self._plan.preempt)
+        victims = [r for r in scheduler.running if r.request_id in named] if named else []
+        for request in victims:
+            scheduler.running.remove(request)
+            # vLLM puts it at the front of the queue and would take it back in this very batch.
+            scheduler._preempt_request(request, time.monotonic(), scheduler.requires_kv_delivery)
+        return set(victims)
+
+    def _cut_drafts(self, running: Sequence[Request], held: Sequence[Request]) -> None:
+        for request in running:
+            depth = self._plan.depth.get(request.request_id)
+            if depth is not None and depth < len(request.spec_token_ids):
+                # A new list: the asynchronous scheduler shares one between requests.
+                request.spec_token_ids = request.spec_token_ids[: max(depth, 0)]
+        if self._scheduler.scheduler_config.async_scheduling:
+            for request in held:
+                # They stand for drafts of the batch before, which the worker forgets when it is held out.
+                request.spec_token_ids = []
+
+
+def _seq(request: Request, *, running: bool) -> Seq:
+    output_tokens = request.num_output_tokens + request.num_output_placeholders
+    return Seq(
+        work_id=request.request_id,
+        prompt_tokens=request.num_prompt_tokens,
+        computed_tokens=request.num_computed_tokens,
+        output_tokens=output_tokens,
+        running=running,
+        drafts=len(request.spec_token_ids),
+    )
+
+
+def _refill(queue: FCFSRequestQueue, requests: Iterable[Request]) -> None:
+    requests = list(requests)
+    queue.clear()
+    queue.extend(requests)
+
+
+def _merged(before: Sequence[Request], after: Sequence[Request], out: Sequence[Request]) -> list[Request]:
+    """`after` and what was taken `out`, those of `before` in their old order, newcomers where they came.
+
+    Newcomers to the running go behind; newcomers to a queue (preempted by vLLM) stand in front of it.
+    """
+    place = {request: index for index, request in enumerate(before)}
+    kept = [request for request in (*after, *out) if request in place]
+    kept.sort(key=place.__getitem__)
+    new = [request for request in after if request not in place]
+    in_front = [r for r in new if r.status == RequestStatus.PREEMPTED]
+    return [*in_front, *kept, *(r for r in new if r.status != RequestStatus.PREEMPTED)]
+
+
+def _accepted_tokens(scheduler_output: Any, model_runner_output: Any) -> int:
+    sampled = model_runner_output.sampled_token_ids
+    index = model_runner_output.req_id_to_index
+    drafted = scheduler_output.scheduled_spec_decode_tokens
+    return sum(max(len(sampled[index[key]]) - 1, 0) for key in drafted if key in index and sampled)

@@ -1,0 +1,68 @@
+"""The pulls into one node, from submission to outcome. Pure: time is passed in.
+
+Every pull that begins ends exactly once; a second end is ignored, so that the places where a pull may fail
+need not know of each other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kv_transfer.base import Pull, PullOutcome
+
+
+@dataclass(slots=True)
+class OpenPull:
+    """A pull that has not ended. Times are readings of this host's clock, in seconds."""
+
+    request_id: str
+    source: str
+    begun_s: float
+    deadline_s: float
+    kv_bytes: int = 0
+
+
+class PullLedger:
+    """Open pulls by the engine's own request id, and those that ended and were not taken yet."""
+
+    def __init__(self) -> None:
+        self._open: dict[str, OpenPull] = {}
+        self._ended: list[Pull] = []
+
+    def begin(self, key: str, pull: OpenPull) -> None:
+        """Open a pull. Raises ValueError if `key` has one."""
+        if key in self._open:
+            raise ValueError(f"a pull of {key} is under way: one request pulls once")
+        self._open[key] = pull
+
+    def get(self, key: str) -> OpenPull | None:
+        """The open pull of a request, None if it has ended or never began."""
+        return self._open.get(key)
+
+    def started(self, key: str, now_s: float) -> None:
+        """The transfer starts now: what the request waited before is no part of its time."""
+        if pull := self._open.get(key):
+            pull.begun_s = now_s
+
+    def moved(self, key: str, kv_bytes: int) -> None:
+        """Count bytes that have arrived."""
+        if pull := self._open.get(key):
+            pull.kv_bytes += kv_bytes
+
+    def late(self, now_s: float) -> list[str]:
+        """Keys of the open pulls whose deadline has passed."""
+        return [key for key, pull in self._open.items() if pull.deadline_s <= now_s]
+
+    def end(self, key: str, outcome: PullOutcome, now_s: float, detail: str = "") -> bool:
+        """Close a pull. False if it had ended already."""
+        pull = self._open.pop(key, None)
+        if pull is None:
+            return False
+        seconds = max(now_s - pull.begun_s, 0.0)
+        self._ended.append(Pull(pull.request_id, pull.source, outcome, pull.kv_bytes, seconds, detail))
+        return True
+
+    def take(self) -> list[Pull]:
+        """Pulls that ended since the last call, in order."""
+        ended, self._ended = self._ended, []
+        return ended
