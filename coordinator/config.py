@@ -36,7 +36,9 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 class Section(BaseModel):
     """A part of the configuration: read-only, and closed to unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), coerce_numbers_to_str=True
+    )
 
 
 class PoolsConfig(Section):
@@ -62,7 +64,7 @@ class EngineConfig(Section):
     """One replica. `kv_cache_gib` None leaves the size to the engine; CPUs and GPUs are what Ray reserves."""
 
     max_model_len: Positive | None = None
-    block_size: Positive = 16
+    block_size: Positive | None = None
     kv_cache_gib: Annotated[float, Field(gt=0)] | None = None
     max_num_seqs: Positive = 64
     max_batch_tokens: Positive = 2048
@@ -71,12 +73,6 @@ class EngineConfig(Section):
     num_cpus: Annotated[float, Field(ge=0)] = 1.0
     num_gpus: Annotated[float, Field(ge=0)] = 0.0
     env: dict[str, str] = Field(default_factory=dict)
-
-    @field_validator("env", mode="before")
-    @classmethod
-    def _texts(cls, env: Any) -> Any:
-        """YAML reads `OMP_NUM_THREADS: 1` as a number; an environment holds text."""
-        return {key: str(value) for key, value in env.items()} if isinstance(env, dict) else env
 
 
 class TransferConfig(Section):
@@ -121,9 +117,9 @@ class RayConfig(Section):
 class SloClass(Section):
     """What a class of requests is promised.
 
-    The first token is due after `ttft_ms`, or, where that is None, after `ttft_scale` times what the prefill of
-    the prompt takes alone on an idle replica, but never before `ttft_floor_ms`. `thinking_tpot_ms` is the pace
-    of a thinking stage before the answer, whose pace is `tpot_ms`.
+    The first token is due after `ttft_ms`, or, where that is None, after `ttft_scale` times what the prefill
+    of the prompt takes alone on an idle replica, but never before `ttft_floor_ms`. `thinking_tpot_ms` is the
+    pace of a thinking stage before the answer, whose pace is `tpot_ms`.
     """
 
     ttft_scale: Annotated[float, Field(ge=1)] = 5.0

@@ -104,8 +104,8 @@ def _yaml(text: str, place: str) -> Any:
 def environment_layer(environment: Mapping[str, str], known: Collection[str]) -> Layer:
     """Values of `SLOSSERVE_SECTION__KEY` variables, read as YAML, for the `known` sections.
 
-    Other variables of that prefix (SLOSSERVE_CACHE, SLOSSERVE_RUN_DIR) are left alone, unless they look like a
-    section misspelt: ConfigError.
+    Other variables of that prefix (SLOSSERVE_CACHE, SLOSSERVE_RUN_DIR) are left alone, unless they look like
+    a section misspelt: ConfigError.
     """
     flat: dict[str, Any] = {}
     for variable, text in environment.items():
@@ -116,7 +116,8 @@ def environment_layer(environment: Mapping[str, str], known: Collection[str]) ->
             flat[".".join(path)] = _yaml(text, variable)
         elif len(path) > 1 or difflib.get_close_matches(path[0], known, cutoff=0.8):
             raise ConfigError(
-                f"environment {variable}: unknown key {path[0]}.{did_you_mean(path[0], known)} Unset or correct it."
+                f"environment {variable}: unknown key {path[0]}.{did_you_mean(path[0], known)}"
+                " Unset or correct it."
             )
     return Layer("environment", nest(flat))
 

@@ -29,7 +29,9 @@ class StepCost:
 
     def __post_init__(self) -> None:
         if self.base_s < 0 or self.per_token_s <= 0 or self.drift <= 0:
-            raise ValueError(f"a step cannot cost {self.base_s} s + {self.per_token_s} s/token x {self.drift}")
+            raise ValueError(
+                f"a step cannot cost {self.base_s} s + {self.per_token_s} s/token x {self.drift}"
+            )
 
     def predict(self, tokens: int) -> float:
         """Seconds of a batch of `tokens`; an empty batch takes none."""
@@ -67,7 +69,7 @@ class StepCost:
 
 
 def _line(tokens: np.ndarray, seconds: np.ndarray) -> tuple[float, float]:
-    """Base and slope, both non-negative; with two unknowns the best of the edges is the constrained optimum."""
+    """Base and slope, both non-negative: where the free optimum is not, the best is on an edge."""
     spread = tokens - tokens.mean()
     variance = float(spread @ spread)
     slope = float(spread @ seconds) / variance if variance > 0 else 0.0

@@ -26,7 +26,7 @@ import yaml
 from engine.errors import ConfigError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 MODEL_NAMES = ("tiny", "scale")
 END_OF_TURN = "<|im_end|>"
@@ -35,6 +35,7 @@ CONTROL_TOKENS = ("<|im_start|>", END_OF_TURN, END_OF_TEXT)
 # Parsers of reasoning and tool calls look for these in the text, so they are not dropped as control tokens.
 MARKUP_TOKENS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
 GENERATED_LINES = 4000
+CONSTANT_CHANNEL = 0.5  # large beside the other channels of an embedding, so its share of the norm is steady
 
 CHAT_TEMPLATE = """\
 {%- if tools -%}
@@ -83,6 +84,7 @@ class Recipe:
     intermediate_size: int
     max_position_embeddings: int
     initializer_range: float
+    quiet_weight: float  # head weight that lowers the logits of white space and of parts of characters
 
     @property
     def parameters(self) -> int:
@@ -252,19 +254,54 @@ def _save_weights(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, folder: Pa
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         model = LlamaForCausalLM(config)
+    _quieten(model, _quiet_tokens(tokenizer), recipe.quiet_weight)
     model.to(getattr(torch, recipe.dtype)).save_pretrained(folder)
     return int(model.num_parameters())
 
 
+def _quiet_tokens(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """White space, which pads a forced tool call, and parts of characters, which hold back a stream."""
+    texts = ((token_id, tokenizer.decode([token_id])) for token_id in range(len(tokenizer)))
+    return [token_id for token_id, text in texts if not text.strip() or "\ufffd" in text]
+
+
+def _quieten(model: LlamaForCausalLM, token_ids: list[int], weight: float) -> None:
+    """Lower the logits of `token_ids` by a bias. Llama's head has none, so channel 0 serves as one.
+
+    Every embedding holds the same value there, no layer reads or writes it, and only the head sees it.
+    """
+    import torch
+
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 0] = CONSTANT_CHANNEL
+        for layer in model.model.layers:
+            attention, mlp = layer.self_attn, layer.mlp
+            for reads in (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj):
+                reads.weight[:, 0] = 0
+            for writes in (attention.o_proj, mlp.down_proj):
+                writes.weight[0, :] = 0
+        model.lm_head.weight[:, 0] = 0
+        model.lm_head.weight[token_ids, 0] = weight
+
+
 def corpus(seed: int) -> Iterator[str]:
     """The tokenizer's training text: prose, then sentences, tool calls and JSON drawn from words."""
-    source: dict[str, str] = yaml.safe_load(_recipe_text("corpus.yaml"))
-    yield from source["prose"].splitlines(keepends=True)
-    words = source["words"].split()
+    yield from _corpus_source()["prose"].splitlines(keepends=True)
+    words = corpus_words()
     draw = random.Random(seed)
     makers = (_sentence, _tool_call, _record)
     for line in range(GENERATED_LINES):
         yield makers[line % len(makers)](draw, words)
+
+
+def corpus_words() -> list[str]:
+    """Plain words, most of which are one token each for the made models."""
+    return _corpus_source()["words"].split()
+
+
+def _corpus_source() -> dict[str, str]:
+    source: dict[str, str] = yaml.safe_load(_recipe_text("corpus.yaml"))
+    return source
 
 
 def _sentence(draw: random.Random, words: list[str]) -> str:

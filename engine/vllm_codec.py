@@ -21,10 +21,11 @@ PAYLOAD_FIELDS = ("new_logprobs", "new_prompt_logprobs_tensors", "prompt_token_i
 
 
 def encode_sampling(params: SamplingParams) -> bytes:
-    """Sampling parameters as vLLM's input processor left them, private fields included, but not the client's
-    own `kv_transfer_params`: those are ours to set."""
-    params = without_transfer(params)
-    return _joined(_encoder().encode(params))
+    """Sampling parameters as vLLM's input processor left them, private fields included.
+
+    Left out are the client's own `kv_transfer_params`: those are ours to set.
+    """
+    return _joined(_encoder().encode(without_transfer(params)))
 
 
 def decode_sampling(blob: bytes) -> SamplingParams:
@@ -55,8 +56,10 @@ def encode_payload(output: EngineCoreOutput) -> bytes | None:
 
 
 def decode_output(output: Output, request_id: str) -> EngineCoreOutput:
-    """vLLM's output for `request_id`, as its output processor wants it. Raises ProtocolError for a reason that
-    vLLM does not know, or a payload that is none."""
+    """vLLM's output for `request_id`, as its output processor wants it.
+
+    Raises ProtocolError for a reason that vLLM does not know, or a payload that is none.
+    """
     from vllm.v1.engine import EngineCoreOutput
     from vllm.v1.metrics.stats import PrefillStats
 

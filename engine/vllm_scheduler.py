@@ -34,13 +34,14 @@ class Hook:
     uses: tuple[str, ...] = ()
 
 
+_QUEUES = ("kv_holding_waiting", "waiting")
 _REQUEST_FIELDS = (
     "status",
     "num_prompt_tokens",
     "num_computed_tokens",
     "num_output_placeholders",
     "spec_token_ids",
-    "num_preemptions",
+    "kv_transfer_params",
 )
 _SCHEDULER_FIELDS = (
     "requests",
@@ -48,7 +49,6 @@ _SCHEDULER_FIELDS = (
     "waiting",
     "kv_holding_waiting",
     "finished_recving_kv_req_ids",
-    "max_num_active_reqs",
     "max_num_running_reqs",
     "max_num_scheduled_tokens",
     "num_spec_tokens",
@@ -61,7 +61,7 @@ _SCHEDULER_FIELDS = (
 
 def _hooks() -> tuple[Hook, ...]:
     called = ("_reserve_prefill_lookahead", "_preempt_request", "_update_after_schedule")
-    read = ("max_num_active_reqs", "max_num_scheduled_tokens", "dynamic_sd_lookup", "kv_holding_waiting")
+    read = ("max_num_scheduled_tokens", "dynamic_sd_lookup", "kv_holding_waiting")
     return (
         Hook(Scheduler, "__init__", uses=_SCHEDULER_FIELDS),
         Hook(Scheduler, "schedule", ("throttle_prefills",), (*called, *read)),
@@ -84,7 +84,7 @@ def _hooks() -> tuple[Hook, ...]:
 
 
 def check_hooks() -> None:
-    """Raise MissingHook, naming it, if the installed vLLM lacks an internal that a plan is carried out with."""
+    """Raise MissingHook, naming it, if the installed vLLM lacks an internal that plans need."""
     for hook in _hooks():
         trouble = _trouble(hook)
         if trouble:
@@ -157,6 +157,8 @@ class PlannedScheduler(Scheduler):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         self.composer: Composer | None = None
         self._plan = BatchPlan()
+        self._held: frozenset[str] = frozenset()
+        self._pull_waits = False
         self._step: _Step | None = None
         self._unreported: deque[_Step] = deque()
         self._reports: deque[StepReport] = deque()
@@ -164,13 +166,18 @@ class PlannedScheduler(Scheduler):  # type: ignore[misc]
         if self.num_spec_tokens > 0 and self.dynamic_sd_lookup is None:
             # vLLM 0.32 pads a waiting request with one token left (every pulled one) to 1 + num_spec_tokens,
             # whatever the plan says, and asserts on it when clipped. With a table by batch size it does not.
-            self.dynamic_sd_lookup = [self.num_spec_tokens] * (self.max_num_running_reqs + 1)
+            self.dynamic_sd_lookup: list[int] | None = [self.num_spec_tokens] * (
+                self.max_num_running_reqs + 1
+            )
 
     def schedule(self, throttle_prefills: bool = False) -> Any:
         """Compose a plan, carry it out, and leave the queues in the order in which they were."""
         self._step = _Step(time.monotonic())
-        self._plan = self.composer(self.seqs()) if self.composer is not None else BatchPlan()
-        output = _CarriedOut(self, self._plan).run(partial(super().schedule, throttle_prefills))
+        plan = self.composer(self.seqs()) if self.composer is not None else BatchPlan()
+        held = plan.skip.union(key for key, tokens in plan.chunk_tokens.items() if tokens < 1)
+        self._plan, self._held = plan, held
+        self._pull_waits = any(_starts_pull(request) for request in self.waiting)
+        output = _CarriedOut(self, plan, held).run(partial(super().schedule, throttle_prefills))
         self._step.preempted = len(output.preempted_req_ids or ())
         self._unreported.append(self._step)
         return output
@@ -183,6 +190,8 @@ class PlannedScheduler(Scheduler):  # type: ignore[misc]
         return seqs
 
     def _can_run(self, request: Request) -> bool:
+        if _starts_pull(request):
+            return False
         if request.status == RequestStatus.WAITING_FOR_REMOTE_KVS:
             return request.request_id in self.finished_recving_kv_req_ids
         if request.status == RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR:
@@ -194,8 +203,11 @@ class PlannedScheduler(Scheduler):  # type: ignore[misc]
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
     ) -> int:
         tokens: int = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
-        cap = self._plan.chunk_tokens.get(request.request_id)
-        return tokens if cap is None or cap < 1 else min(tokens, cap)
+        if request.request_id in self._held:
+            return 0  # vLLM goes on with the next running request; waiting ones that are held are not asked
+        if self._pull_waits and tokens > 1 and num_computed_tokens + tokens < request.num_tokens:
+            tokens -= 1  # vLLM starts pulls only while a token of the batch is left
+        return min(tokens, self._plan.chunk_tokens.get(request.request_id, tokens))
 
     def _update_after_schedule(self, scheduler_output: Any) -> None:
         if self._plan.draft_tokens is not None:
@@ -209,7 +221,7 @@ class PlannedScheduler(Scheduler):  # type: ignore[misc]
         super()._update_after_schedule(scheduler_output)
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
-        """vLLM's own, and a report of the batch. Batches come back in the order in which they were scheduled."""
+        """vLLM's own, and a report of the batch. Batches end in the order in which they were scheduled."""
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         step = self._unreported.popleft()
         end_s = time.monotonic()
@@ -223,8 +235,7 @@ class PlannedScheduler(Scheduler):  # type: ignore[misc]
 
     def take_report(self) -> StepReport | None:
         """The report of the batch that ended in this step, if one did."""
-        report = self._reports.popleft() if self._reports else None
-        return report
+        return self._reports.popleft() if self._reports else None
 
     def used_blocks(self) -> int:
         """Blocks that works and leases hold. A cached prefix that nobody holds is free."""
@@ -251,42 +262,42 @@ class PlannedAsyncScheduler(PlannedScheduler, AsyncScheduler):  # type: ignore[m
 class _CarriedOut:
     """One plan laid over the scheduler's queues for one `schedule()`, and taken off again."""
 
-    def __init__(self, scheduler: PlannedScheduler, plan: BatchPlan) -> None:
+    def __init__(self, scheduler: PlannedScheduler, plan: BatchPlan, held: frozenset[str]) -> None:
         self._scheduler = scheduler
         self._plan = plan
         self._rank = {work_id: rank for rank, work_id in reversed(list(enumerate(plan.order)))}
-        self._out = {*plan.skip, *(key for key, tokens in plan.chunk_tokens.items() if tokens < 1)}
+        self._held = held
 
     def run(self, schedule: Callable[[], Any]) -> Any:
-        """`schedule()` under the plan. The queues keep their order outside it, so that no plan leaves a trace."""
+        """`schedule()` under the plan. The queues keep their order outside it: no plan leaves a trace."""
         scheduler = self._scheduler
         preempted = self._preempt()
         running = list(scheduler.running)
-        queues = {name: list(getattr(scheduler, name)) for name in ("kv_holding_waiting", "waiting")}
-        held = [request for request in running if request.request_id in self._out]
-        self._cut_drafts(running, held)
-        limits = scheduler.max_num_active_reqs, scheduler.max_num_scheduled_tokens
+        queues = {name: list(getattr(scheduler, name)) for name in _QUEUES}
+        out = {r for queue in queues.values() for r in queue if r.request_id in self._held} | preempted
+        self._cut_drafts(running)
+        limit = scheduler.max_num_scheduled_tokens
         try:
-            scheduler.running = self._ordered(running)
+            # Held ones stay among the running, where vLLM counts their slots (with the count too low it would
+            # admit into them and die of it), and last, where it looks for a victim when memory is short.
+            scheduler.running = sorted(running, key=self._place)
             for name, queue in queues.items():
-                _refill(getattr(scheduler, name), self._ordered(r for r in queue if r not in preempted))
-            # Held requests leave vLLM's count but keep their slots; without this it would admit into them.
-            scheduler.max_num_active_reqs = max(limits[0] - len(held), 0)
+                # Left in the queue, one that must wait would block all behind it.
+                _refill(getattr(scheduler, name), sorted((r for r in queue if r not in out), key=self._place))
             if self._plan.max_tokens is not None:
-                scheduler.max_num_scheduled_tokens = min(max(self._plan.max_tokens, 0), limits[1])
+                scheduler.max_num_scheduled_tokens = min(max(self._plan.max_tokens, 0), limit)
             return schedule()
         finally:
-            scheduler.max_num_active_reqs, scheduler.max_num_scheduled_tokens = limits
-            scheduler.running = _merged(running, scheduler.running, held)
+            scheduler.max_num_scheduled_tokens = limit
+            scheduler.running = _merged(running, scheduler.running)
             for name, queue in queues.items():
-                out = [r for r in queue if r.request_id in self._out or r in preempted]
                 now = getattr(scheduler, name)
-                _refill(now, _merged(queue, list(now), out))
+                _refill(now, _merged(queue, [*now, *(r for r in queue if r in out)]))
 
-    def _ordered(self, requests: Iterable[Request]) -> list[Request]:
-        """What may be in the batch, named ones first and in the plan's order, the others as they were."""
-        inside = [request for request in requests if request.request_id not in self._out]
-        return sorted(inside, key=lambda request: self._rank.get(request.request_id, len(self._rank)))
+    def _place(self, request: Request) -> tuple[int, int]:
+        """First pulls to be started (they take no tokens), then what is named, the rest, what is held."""
+        kind = -1 if _starts_pull(request) else int(request.request_id in self._held)
+        return kind, self._rank.get(request.request_id, len(self._rank))
 
     def _preempt(self) -> set[Request]:
         scheduler = self._scheduler
@@ -298,16 +309,22 @@ class _CarriedOut:
             scheduler._preempt_request(request, time.monotonic(), scheduler.requires_kv_delivery)
         return set(victims)
 
-    def _cut_drafts(self, running: Sequence[Request], held: Sequence[Request]) -> None:
+    def _cut_drafts(self, running: Sequence[Request]) -> None:
+        asynchronous = self._scheduler.scheduler_config.async_scheduling
         for request in running:
             depth = self._plan.depth.get(request.request_id)
+            if asynchronous and request.request_id in self._held:
+                # They stand for drafts of the batch before, which the worker forgets when it is held out.
+                depth = 0
             if depth is not None and depth < len(request.spec_token_ids):
                 # A new list: the asynchronous scheduler shares one between requests.
                 request.spec_token_ids = request.spec_token_ids[: max(depth, 0)]
-        if self._scheduler.scheduler_config.async_scheduling:
-            for request in held:
-                # They stand for drafts of the batch before, which the worker forgets when it is held out.
-                request.spec_token_ids = []
+
+
+def _starts_pull(request: Request) -> bool:
+    """Whether its KV is still to be fetched: vLLM's connectors clear the mark when they begin."""
+    params = request.kv_transfer_params
+    return request.status == RequestStatus.WAITING and bool(params) and bool(params.get("do_remote_prefill"))
 
 
 def _seq(request: Request, *, running: bool) -> Seq:
@@ -328,17 +345,19 @@ def _refill(queue: FCFSRequestQueue, requests: Iterable[Request]) -> None:
     queue.extend(requests)
 
 
-def _merged(before: Sequence[Request], after: Sequence[Request], out: Sequence[Request]) -> list[Request]:
-    """`after` and what was taken `out`, those of `before` in their old order, newcomers where they came.
+def _merged(before: Sequence[Request], after: Sequence[Request]) -> list[Request]:
+    """`after`, with those of `before` in their old order.
 
-    Newcomers to the running go behind; newcomers to a queue (preempted by vLLM) stand in front of it.
+    Newcomers go behind them, but for those that vLLM has just preempted: it wants them in front.
     """
     place = {request: index for index, request in enumerate(before)}
-    kept = [request for request in (*after, *out) if request in place]
-    kept.sort(key=place.__getitem__)
-    new = [request for request in after if request not in place]
-    in_front = [r for r in new if r.status == RequestStatus.PREEMPTED]
-    return [*in_front, *kept, *(r for r in new if r.status != RequestStatus.PREEMPTED)]
+    last = len(before)
+
+    def key(request: Request) -> int:
+        newcomer = -1 if request.status == RequestStatus.PREEMPTED else last
+        return place.get(request, newcomer)
+
+    return sorted(after, key=key)
 
 
 def _accepted_tokens(scheduler_output: Any, model_runner_output: Any) -> int:

@@ -28,8 +28,8 @@ from typing import Any
 class Handoff:
     """KV that a source offers. Travels in messages; `params` is opaque to all but the transport.
 
-    `request_id` is the one by which the source's port releases it. `lease_s` is the time LEFT on the lease when
-    the message is sent: clock readings never leave a host.
+    `request_id` is the one by which the source's port releases it. `lease_s` is the time LEFT on the lease
+    when the message is sent: clock readings never leave a host.
     """
 
     request_id: str

@@ -10,6 +10,14 @@ from collections.abc import Callable
 from typing import Any
 
 
+def is_under_way(agent: Any, handle: Any) -> bool:
+    """Whether a read may still bring bytes. An error ends it: a failed endpoint delivers nothing more."""
+    try:
+        return bool(agent.check_xfer_state(handle) == "PROC")
+    except Exception:  # noqa: BLE001 - NIXL has one exception class per status
+        return False
+
+
 class WatchedAgent:
     """Passes everything on to the agent, but for reads made between `watch` and `stop_watching`."""
 

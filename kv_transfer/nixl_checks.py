@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from kv_transfer.nixl_agent import is_under_way
 from kv_transfer.nixl_memory import NUM_WORDS, WORD_BYTES, SideMemory
 
 # A word takes about 20 us over shared memory and TCP (README); a later poll would wait for a whole batch.
@@ -96,12 +97,9 @@ class WordChecks:
         return Verdict.LOST, "the lease had ended when the bytes were in"
 
     def _recycle(self, check: _Check) -> bool:
-        """Whether the check's landing word is free again. An error may leave bytes under way, as a read may."""
-        try:
-            if self._agent.check_xfer_state(check.handle) == "PROC":
-                return False
-        except Exception:  # noqa: BLE001 - a failed endpoint delivers nothing more
-            pass
+        """Whether the check's landing word is free again."""
+        if is_under_way(self._agent, check.handle):
+            return False
         try:
             self._agent.release_xfer_handle(check.handle)
         except Exception:  # noqa: BLE001 - kept for the next poll

@@ -65,7 +65,7 @@ def _metadata(message: bytes, peer: PeerAddress, compat_hash: str) -> dict[str, 
         raise TransferError(f"engine {peer.engine_id} speaks another handshake: {error}") from error
     if payload.compatibility_hash != compat_hash:
         raise TransferError(
-            f"engine {peer.engine_id} does not match: version, model, dtype, cache dtype and attention backend "
-            "must be the same on both sides"
+            f"engine {peer.engine_id} does not match: version, model, dtype, cache dtype and attention "
+            "backend must be the same on both sides"
         )
     return metadata

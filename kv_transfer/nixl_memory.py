@@ -76,7 +76,7 @@ class Offer:
 
 
 class Offers:
-    """Offers of one source by the engine's own request id. The words are written here and nowhere else."""
+    """Offers of one source, by the id of the request that was prefilled. Only this writes the words."""
 
     def __init__(self, words: np.ndarray[Any, np.dtype[np.uint64]]) -> None:
         self._words = words
@@ -102,10 +102,6 @@ class Offers:
         """The offer under `key`, None if there is none or it is withdrawn."""
         return None if key in self.withdrawn else self._open.get(key)
 
-    def standing(self) -> list[str]:
-        """Keys of the offers that can still be pulled."""
-        return [key for key in self._open if key not in self.withdrawn]
-
     def withdraw(self, key: str) -> bool:
         """Let every pull fail from now on; the blocks are still held. False if there is no such offer."""
         offer = self.get(key)
@@ -116,7 +112,7 @@ class Offers:
         return True
 
     def close(self, key: str) -> None:
-        """The blocks are about to be free: zero the word and let it be used again. Unknown keys are ignored."""
+        """The blocks are about to be free: zero the word and let it be used again. Safe to repeat."""
         offer = self._open.pop(key, None)
         if offer is None:
             return

@@ -6,7 +6,6 @@ import time
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_scheduler import NixlPullConnectorScheduler
-from vllm.distributed.kv_transfer.kv_connector.v1.nixl.utils import get_base_request_id
 
 from kv_transfer.base import PullOutcome
 from kv_transfer.nixl_exchange import Exchange
@@ -41,12 +40,19 @@ class SlosPullScheduler(NixlPullConnectorScheduler):  # type: ignore[misc]
             now_s = time.monotonic()
             key = request.request_id
             deadline_s = now_s + float(params.get("pull_deadline_s", self._pull_deadline_s))
-            source = str(params.get("remote_engine_id"))
-            self._exchange.pulls.begin(key, OpenPull(get_base_request_id(key), source, now_s, deadline_s))
+            pull = OpenPull(
+                key,
+                source=str(params.get("remote_engine_id")),
+                begun_s=now_s,
+                deadline_s=deadline_s,
+                lease_slot=params.get("lease_slot", 0),
+                lease_nonce=params.get("lease_nonce", 0),
+            )
+            self._exchange.pulls.begin(pull)
             self._requests[key] = request
             if params.get("lease_left_s", 1.0) <= 0:
                 self._drop_pull(request, PullOutcome.LEASE_LOST, "the lease had ended before the pull began")
-            elif params.get("lease_nonce") is None:
+            elif not pull.lease_nonce:
                 self._drop_pull(request, PullOutcome.FAILED, "the handoff has no lease word to check")
         super().on_new_request(request)
 
@@ -99,22 +105,28 @@ class SlosPullScheduler(NixlPullConnectorScheduler):  # type: ignore[misc]
 
     def lease_ends(self) -> dict[str, float]:
         """Offers that the worker has not heard of yet, and when their leases end (time.perf_counter)."""
-        return self._reqs_need_send
+        ends: dict[str, float] = self._reqs_need_send
+        return ends
 
     # Blocks of pulls that failed with bytes under way.
 
     def update_connector_output(self, connector_output: Any) -> None:
-        """Set aside the blocks of pulls that the worker gave up, and free those that can no longer be written.
+        """Set aside the blocks of pulls that the worker gave up.
 
         Called before the scheduler acts on the failed pull, so the request finds itself without blocks and
         is given others to recompute into.
         """
         super().update_connector_output(connector_output)
-        for key, held in list(self._exchange.held.items()):
+        for key, held in self._exchange.held.items():
             if held.blocks is None:
                 held.blocks = self._kv_cache_manager.pop_blocks_for_free(self._requests[key])
-            if not held.handles:
-                self._kv_cache_manager.block_pool.free_blocks(reversed(held.blocks))
-                del self._exchange.held[key]
         for key in connector_output.finished_recving or ():
             self._requests.pop(key, None)
+
+    def build_connector_meta(self, scheduler_output: Any) -> Any:
+        """Called on every step: free what was set aside and can no longer be written."""
+        for key, held in list(self._exchange.held.items()):
+            if held.blocks is not None and not held.handles:
+                self._kv_cache_manager.block_pool.free_blocks(reversed(held.blocks))
+                del self._exchange.held[key]
+        return super().build_connector_meta(scheduler_output)

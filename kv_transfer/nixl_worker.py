@@ -13,7 +13,7 @@ from typing import Any
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker import NixlPullConnectorWorker
 
 from kv_transfer.base import PeerAddress, PullOutcome, TransferError
-from kv_transfer.nixl_agent import WatchedAgent
+from kv_transfer.nixl_agent import WatchedAgent, is_under_way
 from kv_transfer.nixl_checks import Verdict, WordChecks
 from kv_transfer.nixl_exchange import Exchange, HeldPull
 from kv_transfer.nixl_greeting import ask_peer, with_memory
@@ -40,8 +40,9 @@ class SlosPullWorker(NixlPullConnectorWorker):  # type: ignore[misc]
         # vLLM 0.32 divides whole seconds; a lease of 1 s would be extended by 0.
         self._lease_extension = lease_s * 2 / 3
         self._exchange = exchange
-        self.nixl_wrapper = WatchedAgent(self.nixl_wrapper, exchange.pulls.moved)
+        self.nixl_wrapper: Any = WatchedAgent(self.nixl_wrapper, exchange.pulls.moved)
         self._checks = WordChecks(exchange.memory, self.nixl_wrapper)
+        self.xfer_handshake_metadata: Any = None
         self._peers: dict[str, PeerMemory] = {}
         self._why: dict[str, tuple[PullOutcome, str]] = {}
 
@@ -82,7 +83,7 @@ class SlosPullWorker(NixlPullConnectorWorker):  # type: ignore[misc]
         self._peers.pop(engine_id, None)
 
     def reach(self, peer: PeerAddress, timeout_s: float) -> tuple[str, PeerMemory]:
-        """The NIXL agent and the memory of a peer, after a handshake if there was none. Raises TransferError."""
+        """The agent's name and the memory of a peer, greeting it if need be. Raises TransferError."""
         give_up_s = time.monotonic() + timeout_s
         handshake = self._ensure_handshake(peer.engine_id, peer.host, peer.port, peer.tp_size)
         if handshake is not None:
@@ -141,45 +142,43 @@ class SlosPullWorker(NixlPullConnectorWorker):  # type: ignore[misc]
                 outcome = PullOutcome.LEASE_LOST if verdict is Verdict.LOST else PullOutcome.FAILED
                 self._why[key] = outcome, detail
                 failed.add(key)
-        self._give_up_late(transfers)
+        self._give_up_late(transfers, done)
         return done, failed
 
     def _start_check(self, key: str) -> bool:
-        meta = self._recving_metadata[key]
-        engine_id = meta.remote.engine_id
-        slot, nonce = self._exchange.words_to_check[key]
+        pull = self._exchange.pulls.get(key)
+        if pull is None:
+            self._why[key] = PullOutcome.FAILED, "vLLM read for a request that never began a pull"
+            return False
         try:
-            address = self._peers[engine_id].word_address(slot)
-            self._checks.start(key, self._remote_agents[engine_id][0, 0], address, nonce)
+            address = self._peers[pull.source].word_address(pull.lease_slot)
+            self._checks.start(key, self._remote_agents[pull.source][0, 0], address, pull.lease_nonce)
         except Exception as error:  # noqa: BLE001 - NIXL has one exception class per status
             self._why[key] = PullOutcome.FAILED, f"the lease word could not be read: {error}"
             return False
         return True
 
-    def _give_up_late(self, transfers: dict[str, list[Any]]) -> None:
+    def _give_up_late(self, transfers: dict[str, list[Any]], done: set[str]) -> None:
         """Fail what is past its deadline. Reads under way cannot be recalled: their blocks are set aside.
 
         NIXL 1.5 lets go of a handle in progress, but the bytes still come when a stopped peer wakes up.
         """
         for key in self._exchange.pulls.late(time.monotonic()):
-            if key not in self._recving_metadata or key in self._recv_failures:
+            if key not in self._recving_metadata or key in done:
                 continue
             handles = transfers.pop(key, None)
             if handles:
                 self._exchange.held[key] = HeldPull(handles)
             what = (
-                "bytes were"
-                if handles
-                else "the lease word was"
-                if key in self._checks
-                else "the handshake was"
+                "bytes were" if handles else "the check was" if key in self._checks else "the handshake was"
             )
             self._checks.abandon(key)
-            self._why[key] = PullOutcome.LATE, f"the deadline passed while {what} under way"
+            # What failed before, and could not let go of its blocks, keeps its own reason.
+            self._why.setdefault(key, (PullOutcome.LATE, f"the deadline passed while {what} under way"))
             self._recv_failures.add(key)
 
     def _log_failure(self, failure_type: str, req_id: str | None, *args: Any, **kwargs: Any) -> None:
-        if req_id is not None:
+        if req_id is not None and self._exchange.pulls.get(req_id) is not None:
             error = kwargs.get("error")
             self._why.setdefault(req_id, (PullOutcome.FAILED, f"{failure_type}: {error or 'see the log'}"))
         super()._log_failure(failure_type, req_id, *args, **kwargs)
@@ -203,7 +202,6 @@ class SlosPullWorker(NixlPullConnectorWorker):  # type: ignore[misc]
         if not failed:
             moved = pull is not None and pull.kv_bytes > 0
             outcome, detail = (PullOutcome.PULLED if moved else PullOutcome.CACHED), ""
-        self._exchange.words_to_check.pop(key, None)
         self._exchange.pulls.end(key, outcome, time.monotonic(), detail)
 
     def _end_withdrawn(self, finished_sending: set[str]) -> None:
@@ -221,16 +219,23 @@ class SlosPullWorker(NixlPullConnectorWorker):  # type: ignore[misc]
 
     def _is_over(self, handle: Any) -> bool:
         """Whether a read that was given up can bring no more bytes."""
-        try:
-            if self.nixl_wrapper.check_xfer_state(handle) == "PROC":
-                return False
-        except Exception:  # noqa: BLE001 - an error ends it as well: a failed endpoint delivers nothing more
-            pass
+        if is_under_way(self.nixl_wrapper, handle):
+            return False
         return bool(self._try_release_xfer_handle("", handle))
 
     def lease_ends(self) -> dict[str, float]:
         """Leases, and when they end (time.perf_counter)."""
-        return self._reqs_to_send
+        ends: dict[str, float] = self._reqs_to_send
+        return ends
+
+    def shutdown(self) -> None:
+        """Let go of reads that were given up too; the process, and with it their memory, is about to end."""
+        if hasattr(self, "_exchange"):
+            for held in self._exchange.held.values():
+                held.handles = [
+                    handle for handle in held.handles if not self._try_release_xfer_handle("", handle)
+                ]
+        super().shutdown()
 
     def _engines_with_inflight_transfers(self) -> set[str]:
         busy: set[str] = super()._engines_with_inflight_transfers()

@@ -19,47 +19,49 @@ class OpenPull:
     source: str
     begun_s: float
     deadline_s: float
+    lease_slot: int = 0
+    lease_nonce: int = 0
     kv_bytes: int = 0
 
 
 class PullLedger:
-    """Open pulls by the engine's own request id, and those that ended and were not taken yet."""
+    """Open pulls by the id of the request that pulls, and those that ended and were not taken yet."""
 
     def __init__(self) -> None:
         self._open: dict[str, OpenPull] = {}
         self._ended: list[Pull] = []
 
-    def begin(self, key: str, pull: OpenPull) -> None:
-        """Open a pull. Raises ValueError if `key` has one."""
-        if key in self._open:
-            raise ValueError(f"a pull of {key} is under way: one request pulls once")
-        self._open[key] = pull
+    def begin(self, pull: OpenPull) -> None:
+        """Open a pull. Raises ValueError if its request has one."""
+        if pull.request_id in self._open:
+            raise ValueError(f"a pull of {pull.request_id} is under way: one request pulls once")
+        self._open[pull.request_id] = pull
 
-    def get(self, key: str) -> OpenPull | None:
+    def get(self, request_id: str) -> OpenPull | None:
         """The open pull of a request, None if it has ended or never began."""
-        return self._open.get(key)
+        return self._open.get(request_id)
 
-    def started(self, key: str, now_s: float) -> None:
+    def started(self, request_id: str, now_s: float) -> None:
         """The transfer starts now: what the request waited before is no part of its time."""
-        if pull := self._open.get(key):
+        if pull := self._open.get(request_id):
             pull.begun_s = now_s
 
-    def moved(self, key: str, kv_bytes: int) -> None:
+    def moved(self, request_id: str, kv_bytes: int) -> None:
         """Count bytes that have arrived."""
-        if pull := self._open.get(key):
+        if pull := self._open.get(request_id):
             pull.kv_bytes += kv_bytes
 
     def late(self, now_s: float) -> list[str]:
-        """Keys of the open pulls whose deadline has passed."""
-        return [key for key, pull in self._open.items() if pull.deadline_s <= now_s]
+        """Requests whose deadline has passed, with their pulls still open."""
+        return [request_id for request_id, pull in self._open.items() if pull.deadline_s <= now_s]
 
-    def end(self, key: str, outcome: PullOutcome, now_s: float, detail: str = "") -> bool:
+    def end(self, request_id: str, outcome: PullOutcome, now_s: float, detail: str = "") -> bool:
         """Close a pull. False if it had ended already."""
-        pull = self._open.pop(key, None)
+        pull = self._open.pop(request_id, None)
         if pull is None:
             return False
         seconds = max(now_s - pull.begun_s, 0.0)
-        self._ended.append(Pull(pull.request_id, pull.source, outcome, pull.kv_bytes, seconds, detail))
+        self._ended.append(Pull(request_id, pull.source, outcome, pull.kv_bytes, seconds, detail))
         return True
 
     def take(self) -> list[Pull]:

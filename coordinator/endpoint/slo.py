@@ -66,7 +66,7 @@ def read_asked(fields: Mapping[str, Any], classes: Mapping[str, SloClass]) -> As
     if unknown:
         return Asked(malformed=f"unknown field {unknown[0]!r}; there are {', '.join(sorted(BODY_FIELDS))}")
     class_name = fields.get("class")
-    if class_name is not None and class_name not in classes:
+    if class_name is not None and class_name not in list(classes):
         return Asked(malformed=f"unknown class {str(class_name)[:40]!r}; there are {', '.join(sorted(classes))}")
     on_miss = fields.get("on_miss", "defer")
     if on_miss not in ON_MISS:
@@ -85,7 +85,7 @@ def _positive_ms(value: Any) -> float | str | None:
         return None
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return repr(value)[:40]
     in_range = not isinstance(value, bool) and 0 < number <= MAX_MS
     return number if in_range else repr(value)[:40]

@@ -1,0 +1,163 @@
+"""Nodes as Ray actors: placed, named, found again and ended. Ray is imported when one of these is called.
+
+Actors are detached and live in the namespace of their cluster, so they outlive the coordinator, and a new one
+finds them by name. Work never passes through Ray.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from coordinator.config import ClusterConfig
+from engine.errors import EngineStartError, NodeLost, SlosserveError
+
+ACTOR = "engine.actor:NodeActor"
+MAX_RESTARTS = 3
+# start() blocks while the engine loads; log_tail() and stop() must get through.
+CONCURRENT_CALLS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class NodeRef:
+    """A node's actor. `actor` is Ray's handle."""
+
+    name: str
+    actor: Any
+
+    def start(self, timeout_s: float) -> dict[str, Any]:
+        """Start the engine and wait for it. Raises EngineStartError, or NodeLost if the actor died."""
+        started: dict[str, Any] = self._call("start", timeout_s)
+        return started
+
+    def describe(self, timeout_s: float = 10.0) -> dict[str, Any]:
+        """What the node says of itself: name, address, role, pid."""
+        described: dict[str, Any] = self._call("describe", timeout_s)
+        return described
+
+    def log_tail(self, lines: int, timeout_s: float = 10.0) -> str:
+        """The last lines of the node's log."""
+        return str(self._call("log_tail", timeout_s, lines))
+
+    def stop(self, timeout_s: float = 10.0) -> None:
+        """Let the engine free everything. The actor stays until `kill_node`."""
+        self._call("stop", timeout_s)
+
+    def _call(self, method: str, timeout_s: float, *arguments: Any) -> Any:
+        import ray
+
+        try:
+            return ray.get(getattr(self.actor, method).remote(*arguments), timeout=timeout_s)
+        except ray.exceptions.RayTaskError as error:
+            cause = error.cause
+            raise (cause if isinstance(cause, SlosserveError) else EngineStartError(str(error))) from None
+        except ray.exceptions.GetTimeoutError:
+            raise EngineStartError(f"{self.name}: no answer to {method} within {timeout_s:.0f} s") from None
+        except ray.exceptions.RayActorError as error:
+            raise NodeLost(f"{self.name}: its process ended: {error}") from None
+
+
+def namespace(config: ClusterConfig) -> str:
+    """Where the cluster's actors are found."""
+    return f"slosserve-{config.name}"
+
+
+def connect(config: ClusterConfig) -> None:
+    """Join the Ray of `config.ray.address`. Raises NodeLost if nothing answers there."""
+    import ray
+
+    try:
+        ray.init(
+            address=config.ray.address,
+            namespace=namespace(config),
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise NodeLost(f"no Ray at {config.ray.address}: {error}") from None
+
+
+def disconnect() -> None:
+    """Leave Ray. Detached actors stay."""
+    import ray
+
+    ray.shutdown()
+
+
+def node_environment(config: ClusterConfig) -> dict[str, str]:
+    """Variables of every process that imports vLLM; `engine.env` of the configuration has the last word."""
+    fixed = {
+        "VLLM_NO_USAGE_STATS": "1",
+        # The step loop runs inside the node's process, next to its sockets.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    }
+    offline = {"HF_HUB_OFFLINE": "1"} if Path(config.model).is_dir() else {}
+    return {**fixed, **offline, **config.engine.env}
+
+
+def start_node(
+    config: ClusterConfig, name: str, role: str, spec: Mapping[str, Any], *, actor_class: str = ACTOR
+) -> NodeRef:
+    """Create the actor of a node; returns before its process is up. Call `start` on what is returned.
+
+    `spec` goes to the actor's constructor with `name` and `role` added. Raises EngineStartError if a node of
+    that name exists.
+    """
+    import ray
+
+    options = {
+        "name": name,
+        "namespace": namespace(config),
+        "lifetime": "detached",
+        "max_restarts": MAX_RESTARTS,
+        "max_concurrency": CONCURRENT_CALLS,
+        "num_cpus": config.engine.num_cpus,
+        "num_gpus": config.engine.num_gpus,
+        "runtime_env": {"env_vars": node_environment(config)},
+    }
+    try:
+        actor = ray.remote(_load(actor_class)).options(**options).remote({**spec, "name": name, "role": role})
+    except ValueError as error:
+        raise EngineStartError(f"{name}: {error}") from None
+    return NodeRef(name, actor)
+
+
+def list_nodes(config: ClusterConfig) -> list[NodeRef]:
+    """The cluster's nodes that Ray knows, by name, whoever created them."""
+    import ray
+
+    names = [row["name"] for row in ray.util.list_named_actors(all_namespaces=True) if _ours(row, config)]
+    return [NodeRef(name, ray.get_actor(name, namespace(config))) for name in sorted(names)]
+
+
+def kill_node(node: NodeRef) -> None:
+    """End a node's process at once, for good: Ray does not restart it."""
+    import ray
+
+    ray.kill(node.actor, no_restart=True)
+
+
+def kill_nodes(config: ClusterConfig) -> list[str]:
+    """End every node of the cluster, from a process that is not connected. Returns their names."""
+    connect(config)
+    try:
+        nodes = list_nodes(config)
+        for node in nodes:
+            kill_node(node)
+        return [node.name for node in nodes]
+    finally:
+        disconnect()
+
+
+def _ours(row: Mapping[str, str], config: ClusterConfig) -> bool:
+    return row["namespace"] == namespace(config)
+
+
+def _load(path: str) -> Any:
+    import importlib
+
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)

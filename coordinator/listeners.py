@@ -1,0 +1,63 @@
+"""TCP ports of this machine: whether they are free, and who has them."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterable
+
+import psutil
+
+from engine.errors import ConfigError
+
+
+def check_ports_free(host: str, ports: Iterable[int]) -> None:
+    """Raises ConfigError naming the first port that cannot be had, who has it, and what to do."""
+    for port in ports:
+        trouble = _trouble(host, port)
+        if trouble:
+            raise ConfigError(
+                f"port {port} on {host} {trouble}. Stop what uses it, or choose another port with --port."
+            )
+
+
+def free_ports(count: int) -> int:
+    """The first of `count` free ports in a row."""
+    for _ in range(100):
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            first: int = probe.getsockname()[1]
+        if first + count <= 65536 and not any(_trouble("", port) for port in range(first, first + count)):
+            return first
+    raise ConfigError(f"no {count} free ports in a row on this machine. Choose them with --port.")
+
+
+def listener(port: int) -> str | None:
+    """Name and pid of the process that listens on a port, as far as this user may know."""
+    for connection in psutil.net_connections(kind="tcp"):
+        listens = connection.status == psutil.CONN_LISTEN and connection.laddr
+        if listens and connection.laddr[1] == port and connection.pid:
+            return f"{psutil.Process(connection.pid).name()} (pid {connection.pid})"
+    return None
+
+
+def _trouble(host: str, port: int) -> str | None:
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        return f"cannot be had: {error}"
+    with socket.socket(family) as probe:
+        # As the server will: a port in TIME_WAIT is free.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+        except OSError as error:
+            by = _named(port)
+            return f"is in use by {by}" if by else f"cannot be had: {error.strerror}"
+    return None
+
+
+def _named(port: int) -> str | None:
+    try:
+        return listener(port)
+    except psutil.Error:
+        return None
