@@ -6,6 +6,7 @@ finds them by name. Work never passes through Ray.
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,12 +14,75 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.config import ClusterConfig
+from coordinator.node_spec import node_environment, node_spec
 from engine.errors import EngineStartError, NodeLost, SlosserveError
 
-ACTOR = "engine.actor:NodeActor"
+ACTOR = "coordinator.ray_node:RayNode"
 MAX_RESTARTS = 3
 # start() blocks while the engine loads; log_tail() and stop() must get through.
 CONCURRENT_CALLS = 4
+ANSWER_S = 5.0
+LOOPBACK = "127.0.0.1"
+
+logger = logging.getLogger(__name__)
+
+
+class Cluster:
+    """The nodes of one cluster, as the coordinator uses them. Its methods block; call them from threads."""
+
+    def __init__(self, config: ClusterConfig, run_dir: Path) -> None:
+        self._config = config
+        self._run_dir = run_dir
+        self._roles: dict[str, str] = {}
+
+    @property
+    def host(self) -> str:
+        """The address of this machine that the nodes can reach: loopback where all are in one machine."""
+        if self._local:
+            return LOOPBACK
+        import ray
+
+        return str(ray.util.get_node_ip_address())
+
+    def connect(self) -> None:
+        """Join the cluster's Ray. Raises NodeLost if nothing answers."""
+        connect(self._config)
+
+    def start_node(self, name: str, role: str) -> dict[str, Any]:
+        """Bring a node to the point where it serves, making it if there is none of that name.
+
+        Returns its name, address, role now and pid. Raises EngineStartError with the tail of its log.
+        """
+        self._roles[name] = str(role)
+        node = find_node(self._config, name) or self._create(name)
+        return self._describe_or_start(node)
+
+    def revive(self, name: str) -> str | None:
+        """The address of a node that fell silent: the old one if it speaks again, a new one if it was replaced.
+
+        None if it hangs or is being restarted: ask again later. Raises EngineStartError.
+        """
+        try:
+            node = find_node(self._config, name) or self._create(name)
+            return str(self._describe_or_start(node)["address"])
+        except NodeLost as error:
+            logger.warning("%s", error)
+            return None
+
+    def _describe_or_start(self, node: NodeRef) -> dict[str, Any]:
+        try:
+            return node.describe()
+        except EngineStartError:  # its process is there, its engine is not: a first start, or Ray's restart
+            return node.start(self._config.timeouts.node_start_s)
+
+    def _create(self, name: str) -> NodeRef:
+        role = self._roles[name]
+        spec = node_spec(self._config, self._run_dir, name, role, LOOPBACK if self._local else None)
+        return start_node(self._config, name, role, spec)
+
+    @property
+    def _local(self) -> bool:
+        return (self._config.ray.address or LOOPBACK).startswith(LOOPBACK)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,33 +94,34 @@ class NodeRef:
 
     def start(self, timeout_s: float) -> dict[str, Any]:
         """Start the engine and wait for it. Raises EngineStartError, or NodeLost if the actor died."""
-        started: dict[str, Any] = self._call("start", timeout_s)
+        try:
+            started: dict[str, Any] = self._call("start", timeout_s)
+        except TimeoutError:
+            raise EngineStartError(f"{self.name} was not ready within {timeout_s:.0f} s") from None
         return started
 
-    def describe(self, timeout_s: float = 10.0) -> dict[str, Any]:
-        """What the node says of itself: name, address, role, pid."""
-        described: dict[str, Any] = self._call("describe", timeout_s)
+    def describe(self, timeout_s: float = ANSWER_S) -> dict[str, Any]:
+        """What the node says of itself: name, address, role, pid.
+
+        Raises EngineStartError if its engine was never started, NodeLost if it died or does not answer.
+        """
+        try:
+            described: dict[str, Any] = self._call("describe", timeout_s)
+        except TimeoutError:
+            raise NodeLost(f"{self.name} does not answer") from None
         return described
 
-    def log_tail(self, lines: int, timeout_s: float = 10.0) -> str:
-        """The last lines of the node's log."""
-        return str(self._call("log_tail", timeout_s, lines))
-
-    def stop(self, timeout_s: float = 10.0) -> None:
-        """Let the engine free everything. The actor stays until `kill_node`."""
-        self._call("stop", timeout_s)
-
-    def _call(self, method: str, timeout_s: float, *arguments: Any) -> Any:
+    def _call(self, method: str, timeout_s: float) -> Any:
         import ray
 
         try:
-            return ray.get(getattr(self.actor, method).remote(*arguments), timeout=timeout_s)
+            return ray.get(getattr(self.actor, method).remote(), timeout=timeout_s)
         except ray.exceptions.RayTaskError as error:
             cause = error.cause
             raise (cause if isinstance(cause, SlosserveError) else EngineStartError(str(error))) from None
         except ray.exceptions.GetTimeoutError:
-            raise EngineStartError(f"{self.name}: no answer to {method} within {timeout_s:.0f} s") from None
-        except ray.exceptions.RayActorError as error:
+            raise TimeoutError from None
+        except (ray.exceptions.RayActorError, ray.exceptions.ActorUnavailableError) as error:
             raise NodeLost(f"{self.name}: its process ended: {error}") from None
 
 
@@ -87,17 +152,6 @@ def disconnect() -> None:
     ray.shutdown()
 
 
-def node_environment(config: ClusterConfig) -> dict[str, str]:
-    """Variables of every process that imports vLLM; `engine.env` of the configuration has the last word."""
-    fixed = {
-        "VLLM_NO_USAGE_STATS": "1",
-        # The step loop runs inside the node's process, next to its sockets.
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    }
-    offline = {"HF_HUB_OFFLINE": "1"} if Path(config.model).is_dir() else {}
-    return {**fixed, **offline, **config.engine.env}
-
-
 def start_node(
     config: ClusterConfig, name: str, role: str, spec: Mapping[str, Any], *, actor_class: str = ACTOR
 ) -> NodeRef:
@@ -118,19 +172,31 @@ def start_node(
         "num_gpus": config.engine.num_gpus,
         "runtime_env": {"env_vars": node_environment(config)},
     }
+    module, _, class_name = actor_class.partition(":")
+    remote_class = ray.remote(getattr(importlib.import_module(module), class_name))
     try:
-        actor = ray.remote(_load(actor_class)).options(**options).remote({**spec, "name": name, "role": role})
+        return NodeRef(name, remote_class.options(**options).remote({**spec, "name": name, "role": role}))
     except ValueError as error:
         raise EngineStartError(f"{name}: {error}") from None
-    return NodeRef(name, actor)
+
+
+def find_node(config: ClusterConfig, name: str) -> NodeRef | None:
+    """The node's actor if Ray knows one that lives or is being restarted."""
+    import ray
+
+    try:
+        return NodeRef(name, ray.get_actor(name, namespace(config)))
+    except ValueError:
+        return None
 
 
 def list_nodes(config: ClusterConfig) -> list[NodeRef]:
     """The cluster's nodes that Ray knows, by name, whoever created them."""
     import ray
 
-    names = [row["name"] for row in ray.util.list_named_actors(all_namespaces=True) if _ours(row, config)]
-    return [NodeRef(name, ray.get_actor(name, namespace(config))) for name in sorted(names)]
+    rows = ray.util.list_named_actors(all_namespaces=True)
+    names = sorted(row["name"] for row in rows if row["namespace"] == namespace(config))
+    return [node for node in (find_node(config, name) for name in names) if node is not None]
 
 
 def kill_node(node: NodeRef) -> None:
@@ -150,14 +216,3 @@ def kill_nodes(config: ClusterConfig) -> list[str]:
         return [node.name for node in nodes]
     finally:
         disconnect()
-
-
-def _ours(row: Mapping[str, str], config: ClusterConfig) -> bool:
-    return row["namespace"] == namespace(config)
-
-
-def _load(path: str) -> Any:
-    import importlib
-
-    module, _, name = path.partition(":")
-    return getattr(importlib.import_module(module), name)

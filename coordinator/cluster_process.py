@@ -266,7 +266,8 @@ def _checked(config: ClusterConfig, progress: Progress) -> ClusterConfig:
     progress({"event": "process", "process": "model", "state": "starting", "detail": config.model})
     model = resolve_model(config.model)
     progress({"event": "process", "process": "model", "state": "ready", "detail": model})
-    return config.model_copy(update={"model": model, "endpoint": endpoint})
+    served = config.served_model_name or config.model
+    return config.model_copy(update={"model": model, "served_model_name": served, "endpoint": endpoint})
 
 
 def _fresh_run_directory(config: ClusterConfig) -> Path:

@@ -157,6 +157,7 @@ class ClusterConfig(Section):
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")] = "slosserve"
     model: str = "tiny"
+    served_model_name: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     engines: Literal["vllm", "virtual"] = "vllm"
     pools: PoolsConfig = PoolsConfig(prefill=1, decode=1)
@@ -166,6 +167,8 @@ class ClusterConfig(Section):
     ray: RayConfig = RayConfig()
     slo_classes: dict[str, SloClass] = Field(default_factory=dict, validate_default=True)
     timeouts: TimeoutsConfig = TimeoutsConfig()
+    # By node, in seconds. For tests: a node whose clock is off keeps its promises all the same.
+    clock_skew_s: dict[str, float] = Field(default_factory=dict)
 
     @field_validator("slo_classes", mode="before")
     @classmethod

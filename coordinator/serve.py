@@ -18,7 +18,7 @@ from typing import Any
 
 import zmq.asyncio  # noqa: F401 - before uvloop takes over the event loop
 
-from coordinator.cluster import Cluster
+from coordinator.cluster import NodeRef, connect, list_nodes, start_node
 from coordinator.config import ClusterConfig
 from coordinator.endpoint.links import ADDRESS_FILE
 from coordinator.service import Coordinator
@@ -26,6 +26,13 @@ from engine.errors import SlosserveError
 from engine.request import RoleName
 
 logger = logging.getLogger(__name__)
+
+LOOPBACK = "127.0.0.1"
+ROLES = {
+    "prefill": "prefill_node.role:PrefillRole",
+    "decode": "decode_node.role:DecodeRole",
+    "mixed": "decode_node.role:MixedRole",
+}
 
 
 def say(event: str, **details: Any) -> None:
@@ -42,17 +49,70 @@ def node_names(config: ClusterConfig) -> dict[str, RoleName]:
     }
 
 
+def node_spec(config: ClusterConfig, name: str, run_dir: Path) -> dict[str, Any]:
+    """What a node's actor is told. `host` None: it takes the address under which Ray knows its machine."""
+    engine = config.engine
+    kv_cache_bytes = None if engine.kv_cache_gib is None else int(engine.kv_cache_gib * 2**30)
+    return {
+        "host": LOOPBACK if (config.ray.address or "").startswith(LOOPBACK) else None,
+        "log": str(run_dir / "logs" / f"{name}.log"),
+        "roles": ROLES,
+        "max_waiting": config.endpoint.max_waiting,
+        "peer_silent_s": config.timeouts.endpoint_silent_s,
+        "clock_skew_s": config.clock_skew_s.get(name, 0.0),
+        "engine": {
+            "kind": config.engines,
+            "model": config.model,
+            "dtype": config.dtype,
+            "max_model_len": engine.max_model_len,
+            "block_size": engine.block_size,
+            "kv_cache_bytes": kv_cache_bytes,
+            "max_num_seqs": engine.max_num_seqs,
+            "max_batch_tokens": engine.max_batch_tokens,
+            "enable_prefix_caching": engine.enable_prefix_caching,
+            "speculative": engine.speculative,
+            "lease_s": config.transfer.lease_s,
+            "pull_deadline_s": config.transfer.pull_deadline_s,
+        },
+    }
+
+
+class Nodes:
+    """The cluster's nodes in Ray: found if they are there already, else started."""
+
+    def __init__(self, config: ClusterConfig, run_dir: Path) -> None:
+        self._config = config
+        self._run_dir = run_dir
+        self._refs: dict[str, NodeRef] = {}
+
+    def connect(self) -> None:
+        """Join Ray and find the nodes that an earlier coordinator started."""
+        connect(self._config)
+        self._refs = {node.name: node for node in list_nodes(self._config)}
+
+    def start(self, name: str, role: RoleName) -> dict[str, Any]:
+        """A node that is up: name, address, role, pid. Raises EngineStartError or NodeLost."""
+        if name not in self._refs:
+            spec = node_spec(self._config, name, self._run_dir)
+            self._refs[name] = start_node(self._config, name, str(role), spec)
+        return self._refs[name].start(self._config.timeouts.node_start_s)
+
+    def revive(self, name: str) -> str | None:
+        """The address of a node that had fallen silent: the same if it woke up, a new one if Ray restarted it."""
+        return str(self._refs[name].start(self._config.timeouts.node_start_s)["address"])
+
+
 async def serve(run_dir: Path) -> None:
     """Serve until SIGTERM or SIGINT."""
     config = ClusterConfig.read(run_dir)
-    cluster = Cluster(config, run_dir)
+    nodes = Nodes(config, run_dir)
 
     async def revive(name: str) -> str | None:
-        return await asyncio.to_thread(cluster.revive, name)
+        return await asyncio.to_thread(nodes.revive, name)
 
     coordinator = Coordinator(
-        config.model,
-        f"tcp://{config.endpoint.host if config.ray.address is None else cluster.host}",
+        config.served_model_name or config.model,
+        f"tcp://{config.endpoint.host}",
         node_silent_s=config.timeouts.node_silent_s,
         revive=revive,
     )
@@ -60,18 +120,19 @@ async def serve(run_dir: Path) -> None:
     names = node_names(config)
     coordinator.expect(names)
     serving = asyncio.create_task(coordinator.run())
-    await asyncio.to_thread(cluster.connect)
-    await asyncio.gather(*(_start(cluster, coordinator, name, role) for name, role in names.items()))
+    await asyncio.to_thread(nodes.connect)
+    await asyncio.gather(*(_start(nodes, coordinator, name, role) for name, role in names.items()))
+    say("links", state="measuring")
     while not coordinator.ready:
         await asyncio.sleep(0.05)
     say("ready", address=coordinator.address)
     await serving
 
 
-async def _start(cluster: Cluster, coordinator: Coordinator, name: str, role: RoleName) -> None:
+async def _start(nodes: Nodes, coordinator: Coordinator, name: str, role: RoleName) -> None:
     say("node", name=name, state="loading", role=str(role))
     try:
-        node = await asyncio.to_thread(cluster.start_node, name, role)
+        node = await asyncio.to_thread(nodes.start, name, role)
     except SlosserveError as error:
         say("node", name=name, state="failed", detail=str(error))
         raise

@@ -8,8 +8,11 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import socket
+import sys
 import threading
 import time
+import uuid
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -41,7 +44,9 @@ class NodeActor:
         _redirect_output(self._log)
 
     def start(self) -> dict[str, Any]:
-        """Start the engine and serve. Blocks until ready; raises EngineStartError with the tail of the log."""
+        """Start the engine and serve, once. Blocks until ready; raises EngineStartError with the log's tail."""
+        if self._node is not None:
+            return self.describe()
         ready: Future[None] = Future()
         threading.Thread(target=self._run, args=(ready,), name="node", daemon=True).start()
         try:
@@ -67,7 +72,7 @@ class NodeActor:
 
     def log_tail(self, lines: int) -> str:
         """The last lines of the node's log."""
-        sys_flush()
+        _flush_output()
         text = self._log.read_text(errors="replace") if self._log.exists() else ""
         return "\n".join(text.splitlines()[-lines:])
 
@@ -99,10 +104,17 @@ class NodeActor:
         def clock() -> float:
             return time.monotonic() + skew_s
 
-        self._engine = build_engine(spec["engine"])
+        host = spec["host"] or _host_in_ray()
+        settings = {
+            **spec["engine"],
+            "engine_id": f"{spec['name']}-{uuid.uuid4().hex[:8]}",
+            "side_channel_host": host,
+            "side_channel_port": _free_port(host),
+        }
+        self._engine = build_engine(settings)
         self._info = self._engine.start()
         cost = StepCost.fit(self._engine.profile_step_times())
-        self._socket = NodeSocket(spec["host"], spec["name"], clock)
+        self._socket = NodeSocket(host, spec["name"], clock)
         roles: dict[RoleName, Role] = {RoleName(name): load(path)() for name, path in spec["roles"].items()}
         self._node = Node(
             spec["name"],
@@ -137,10 +149,21 @@ def load(path: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def sys_flush() -> None:
-    """Write out what this process has printed."""
-    import sys
+def _host_in_ray() -> str:
+    """The address under which Ray knows this machine."""
+    import ray
 
+    return str(ray.util.get_node_ip_address())
+
+
+def _free_port(host: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def _flush_output() -> None:
+    """Write out what this process has printed."""
     sys.stdout.flush()
     sys.stderr.flush()
 

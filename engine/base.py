@@ -183,5 +183,9 @@ class Engine(ABC):
         """Forget cached prefixes (not those in use)."""
 
     @abstractmethod
+    def profile_step_times(self) -> list[StepReport]:
+        """Measure a few prefills and decodes on the idle engine, and leave no trace of them."""
+
+    @abstractmethod
     def stop(self) -> None:
         """Free everything. The engine cannot be started again."""

@@ -63,6 +63,8 @@ CPU_ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "UCX_TLS": "shm,tcp,self",
+    # vLLM compiles a kernel at the first request for logprobs: more than a minute in which nothing else runs.
+    "TORCH_COMPILE_DISABLE": "1",
 }
 # What a failed start says, and what helps.
 REMEDIES = (
@@ -320,7 +322,7 @@ class VllmEngine(Engine):
         profile = _Profile(self, self._vocab_size)
         profile.run([longest], 1)  # the first large batch pays for its buffers
         reports = [profile.quickest([size], 1, size) for size in sizes]
-        reports += [profile.quickest([1] * seqs, 3, seqs) for seqs in batches]
+        reports += [profile.quickest([2] * seqs, 3, seqs) for seqs in batches]
         self.reset_prefix_cache()
         return reports
 
@@ -459,9 +461,7 @@ def _cause(error: BaseException) -> str:
 def _remedy(error: BaseException, config: VllmEngineConfig) -> str:
     text = f"{error} {_cause(error)}".lower()
     if config.model.startswith(("/", ".", "~")) and not Path(config.model).expanduser().is_dir():
-        return (
-            f"There is no folder {config.model}: check the path (`slosserve model make` makes a small model)"
-        )
+        return f"There is no folder {config.model}; `slosserve model make` makes a small model"
     return next(
         (help_text for words, help_text in REMEDIES if any(word in text for word in words)),
         "The log above this line has vLLM's own account",

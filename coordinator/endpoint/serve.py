@@ -32,7 +32,7 @@ def front_arguments(config: ClusterConfig, model: str, port: int) -> list[str]:
     engine = config.engine
     arguments = [
         f"--model={model}",
-        f"--served-model-name={config.model}",
+        f"--served-model-name={config.served_model_name or config.model}",
         f"--dtype={config.dtype}",
         f"--host={config.endpoint.host}",
         f"--port={port}",

@@ -1,0 +1,253 @@
+"""What a plan says is what vLLM does, and no plan changes a token: each trap of vLLM's scheduler in a test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import pytest
+from replica import Drive, prompt, running_engine, vllms_own, work
+
+from engine.base import BatchPlan, Engine, Seq, Work
+from engine.errors import MissingHook
+
+SLOTS = 4
+LENGTHS = (5, 40, 130, 33, 70, 12)
+MAX_TOKENS = 8
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    with running_engine(
+        "planned",
+        max_num_seqs=SLOTS,
+        max_batch_tokens=128,
+        num_blocks=40,
+        enable_prefix_caching=False,
+        side_channel_port=5741,
+    ) as started:
+        yield started
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left(engine: Engine) -> Iterator[None]:
+    yield
+    assert engine.usage().used_blocks == 0
+    assert not engine.has_work()
+
+
+@pytest.fixture(scope="module")
+def expected(engine: Engine) -> dict[str, list[int]]:
+    """The tokens of each work when it runs alone."""
+    tokens: dict[str, list[int]] = {}
+    for item in works():
+        tokens |= Drive(engine).submit(item).run().tokens
+    return tokens
+
+
+def works() -> list[Work]:
+    return [work(f"w{i}", prompt(length, seed=i), MAX_TOKENS) for i, length in enumerate(LENGTHS)]
+
+
+def test_an_empty_plan_is_vllms_default(engine: Engine, expected: dict[str, list[int]]) -> None:
+    drive = Drive(engine).submit(*works()).run()
+    assert drive.tokens == expected
+    assert {output.finish_reason for output in drive.finished.values()} == {"length"}
+    assert max(report.tokens for report in drive.reports) == 128
+    assert max(report.seqs for report in drive.reports) == SLOTS
+
+
+def test_skipped_sequences_wait_and_say_the_same(engine: Engine, expected: dict[str, list[int]]) -> None:
+    turn = 0
+
+    def every_other(seqs: Sequence[Seq]) -> BatchPlan:
+        nonlocal turn
+        turn += 1
+        return BatchPlan(skip=frozenset(seq.work_id for i, seq in enumerate(seqs) if (i + turn) % 2))
+
+    drive = Drive(engine, every_other).submit(*works())
+    while engine.has_work():
+        before = {key: list(tokens) for key, tokens in drive.tokens.items()}
+        drive.step()
+        skipped = every_other_skips(drive.seqs.values(), turn)
+        assert all(drive.tokens.get(key) == before.get(key) for key in skipped)
+    assert drive.tokens == expected
+
+
+def every_other_skips(seqs: Sequence[Seq], turn: int) -> list[str]:
+    return [seq.work_id for i, seq in enumerate(seqs) if (i + turn) % 2]
+
+
+def test_order_of_the_plan_decides_who_is_first(engine: Engine, expected: dict[str, list[int]]) -> None:
+    finished_prefill: list[str] = []
+
+    def last_first(seqs: Sequence[Seq]) -> BatchPlan:
+        return BatchPlan(order=[seq.work_id for seq in reversed(seqs)], max_tokens=60)
+
+    drive = Drive(engine, last_first).submit(*works()[:SLOTS])
+    while engine.has_work():
+        drive.step()
+        finished_prefill += [key for key in drive.tokens if key not in finished_prefill]
+    assert drive.tokens == {key: expected[key] for key in drive.tokens}
+    assert finished_prefill[0] == "w3"
+    assert finished_prefill.index("w2") < finished_prefill.index("w0")
+
+
+def test_chunks_are_capped_one_by_one(engine: Engine, expected: dict[str, list[int]]) -> None:
+    caps = {"w1": 7, "w2": 50}
+    drive = Drive(engine, lambda _: BatchPlan(chunk_tokens=caps)).submit(*works()[:3])
+    drive.step()
+    computed = {}
+    for _ in range(3):
+        drive.step()
+        computed = {key: seq.computed_tokens for key, seq in drive.seqs.items()}
+    assert computed["w1"] == 3 * 7
+    assert computed["w2"] == LENGTHS[2]
+    drive.run()
+    assert drive.tokens == {key: expected[key] for key in drive.tokens}
+
+
+def test_a_batch_holds_no_more_than_the_plan_says(engine: Engine, expected: dict[str, list[int]]) -> None:
+    drive = Drive(engine, lambda _: BatchPlan(max_tokens=16)).submit(*works()).run()
+    assert drive.tokens == expected
+    assert max(report.tokens for report in drive.reports) == 16
+
+
+def test_a_preempted_sequence_stays_out_of_that_batch_and_comes_back(
+    engine: Engine, expected: dict[str, list[int]]
+) -> None:
+    drive = Drive(engine).submit(*works()[:2])
+    for _ in range(3):
+        drive.step()
+    said = len(drive.tokens["w1"])
+    report = drive.step(BatchPlan(preempt=["w1"]))
+    assert report is not None
+    assert (report.preempted, report.seqs) == (1, 1)
+    assert len(drive.tokens["w1"]) == said
+    drive.step()
+    assert not drive.seqs["w1"].running
+    assert drive.seqs["w1"].computed_tokens == 0
+    assert drive.seqs["w1"].output_tokens == said
+    drive.run()
+    assert drive.tokens == {key: expected[key] for key in drive.tokens}
+
+
+def test_held_sequences_keep_their_slots(engine: Engine, expected: dict[str, list[int]]) -> None:
+    drive = Drive(engine).submit(*works())
+    while engine.usage().running < SLOTS:
+        drive.step()
+    held = frozenset(key for key, seq in drive.seqs.items() if seq.running) | {"w0", "w1", "w2", "w3"}
+    for _ in range(4):
+        assert drive.step(BatchPlan(skip=held)) is None
+        assert (engine.usage().running, engine.usage().waiting) == (SLOTS, len(LENGTHS) - SLOTS)
+    drive.run()
+    assert drive.tokens == expected
+
+
+@pytest.mark.parametrize("held", [BatchPlan(skip=frozenset({"w0"})), BatchPlan(chunk_tokens={"w0": 0})])
+def test_a_waiting_work_that_is_held_blocks_nobody(
+    engine: Engine, expected: dict[str, list[int]], held: BatchPlan
+) -> None:
+    drive = Drive(engine).submit(*works()[:3])
+    while len(drive.finished) < 2:
+        drive.step(held)
+    assert set(drive.finished) == {"w1", "w2"}
+    assert "w0" not in drive.tokens
+    drive.run()
+    assert drive.tokens == {key: expected[key] for key in drive.tokens}
+
+
+def test_queues_keep_their_order_when_a_plan_is_over(engine: Engine) -> None:
+    drive = Drive(engine).submit(*works())
+    for _ in range(3):
+        drive.step(BatchPlan(order=["w5", "w3", "w1"], skip=frozenset({"w0", "w4"}), max_tokens=8))
+    drive.step(BatchPlan(max_tokens=0))
+    waiting = [key for key, seq in drive.seqs.items() if not seq.running]
+    assert waiting == sorted(waiting)
+    engine.cancel(list(drive.seqs))
+    drive.run()
+
+
+def test_a_plan_about_nothing_that_exists_does_no_harm(
+    engine: Engine, expected: dict[str, list[int]]
+) -> None:
+    nonsense = BatchPlan(
+        order=["gone", "w0", "w0", "gone"],
+        chunk_tokens={"gone": 3, "w1": -4},
+        skip=frozenset({"gone"}),
+        depth={"gone": 2, "w0": -1},
+        max_tokens=10**9,
+        preempt=["gone", "w0", "w1"],
+    )
+    drive = Drive(engine).submit(*works()[:2])
+    for _ in range(3):
+        drive.step(nonsense)
+    assert drive.step(BatchPlan(max_tokens=-5)) is None
+    drive.run()
+    assert drive.tokens == {key: expected[key] for key in drive.tokens}
+
+
+def test_when_memory_is_short_those_that_are_held_give_it(engine: Engine) -> None:
+    drive = Drive(engine).submit(work("held", prompt(640, seed=1), 4), work("first", prompt(600, seed=2), 24))
+    while "first" not in drive.tokens:
+        drive.step(BatchPlan(order=["held", "first"], chunk_tokens={"held": 100}))
+    assert engine.usage().used_blocks >= 38
+    hold = BatchPlan(order=["first", "held"], skip=frozenset({"held"}))
+    while "first" not in drive.finished:
+        drive.step(hold)
+    assert sum(report.preempted for report in drive.reports) == 1
+    alone = Drive(engine).run().submit(work("first", prompt(600, seed=2), 24)).run()
+    assert drive.tokens["first"] == alone.tokens["first"]
+
+
+def test_a_report_counts_what_the_batch_held(engine: Engine) -> None:
+    drive = Drive(engine).submit(work("a", prompt(10, seed=1), 5), work("b", prompt(100, seed=2), 5))
+    first = drive.step(BatchPlan(chunk_tokens={"b": 60}))
+    second = drive.step(BatchPlan(chunk_tokens={"b": 20}))
+    assert first is not None
+    assert second is not None
+    assert (first.tokens, first.seqs, first.decode_seqs, first.prefill_work) == (
+        70,
+        2,
+        0,
+        10**2 / 2 + 60**2 / 2,
+    )
+    assert (second.tokens, second.decode_seqs, second.decode_context_tokens) == (21, 1, 10)
+    assert second.prefill_work == 20 * (60 + 10)
+    assert 0 < second.seconds < 10
+    drive.compose = vllms_own
+    drive.run()
+
+
+@pytest.mark.parametrize("name", ["_reserve_prefill_lookahead", "_preempt_request", "update_from_output"])
+def test_a_missing_hook_is_named(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    from engine.vllm_scheduler import check_hooks
+
+    check_hooks()
+    monkeypatch.delattr(Scheduler, name)
+    with pytest.raises(MissingHook, match=rf"vLLM \d.* has no Scheduler.{name}.*Install vLLM"):
+        check_hooks()
+
+
+def test_a_hook_with_another_signature_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    from engine.vllm_scheduler import check_hooks
+
+    monkeypatch.setattr(Scheduler, "_preempt_request", lambda self, request: None)
+    with pytest.raises(MissingHook, match=r"Scheduler._preempt_request without the parameter timestamp"):
+        check_hooks()
+
+
+def test_a_hook_that_is_no_longer_called_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    from engine.vllm_scheduler import check_hooks
+
+    def schedule(self: object, throttle_prefills: bool = False) -> None:
+        """Calls nothing that we override."""
+
+    monkeypatch.setattr(Scheduler, "schedule", schedule)
+    with pytest.raises(MissingHook, match=r"Scheduler.schedule that does not use _reserve_prefill_lookahead"):
+        check_hooks()
