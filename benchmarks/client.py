@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import httpx
+import httpx2
 from openai import AsyncOpenAI, OpenAIError
 
 CALL_TIMEOUT_S = 120.0
@@ -119,8 +119,9 @@ async def send(client: AsyncOpenAI, model: str, ask: Ask, lateness_s: float = 0.
             error = "the stream ended without a token"
         elif ask.tool is not None:
             tool_call = recording.tool_call()
-    except (OpenAIError, httpx.HTTPError, ValueError) as failure:
-        error = f"{type(failure).__name__}: {failure}"
+    # A stream that breaks off raises the SDK's own transport's errors, unwrapped.
+    except (OpenAIError, httpx2.HTTPError, ValueError) as failure:
+        error = _described(failure)
     first_s = recording.first_s
     return Reply(
         slo_class=ask.slo_class,
@@ -136,6 +137,12 @@ async def send(client: AsyncOpenAI, model: str, ask: Ask, lateness_s: float = 0.
         tool_call=tool_call,
         error=error,
     )
+
+
+def _described(failure: BaseException) -> str:
+    """The SDK says "Connection error." and keeps the reason as the cause."""
+    text = f"{type(failure).__name__}: {failure}"
+    return text if failure.__cause__ is None else f"{text} ({_described(failure.__cause__)})"
 
 
 def _arguments(model: str, ask: Ask) -> dict[str, Any]:

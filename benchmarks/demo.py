@@ -13,6 +13,7 @@ import numpy as np
 import typer
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 
 from benchmarks import cluster_facts, traffic
 from benchmarks.board import live_view, report
@@ -55,7 +56,7 @@ def demo(
         with _endpoint(url, config, model, console) as (base_url, key):
             summary = _run(base_url, workload, api_key or key, console)
     except SlosserveError as error:
-        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False)
+        Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False)
         raise typer.Exit(2) from error
     summary["workload"] = {
         "duration_s": duration_s,

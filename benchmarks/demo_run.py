@@ -61,8 +61,8 @@ class DemoRun:
         self._misfits: list[str] = []
         self._model = ""
         self._max_model_len = 0
-        self._openai = AsyncOpenAI(base_url=f"{base_url}/v1", api_key=api_key or "none", max_retries=0)
         self._http = httpx.AsyncClient(base_url=base_url)
+        self._openai = AsyncOpenAI(base_url=f"{base_url}/v1", api_key=api_key or "none", max_retries=0)
         self._writer = PromptWriter(workload.seed, workload.block_tokens)
         for number, rng in enumerate(np.random.default_rng(workload.seed).spawn(agents)):
             name = f"agent-{workload.seed}-{number}"

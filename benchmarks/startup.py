@@ -18,8 +18,7 @@ def show_progress(console: Console, title: str) -> Iterator[Callable[[dict[str, 
     with console.status(title) as status:
 
         def take(event: dict[str, Any]) -> None:
-            part = str(event.get("node") or event.get("process") or "cluster")
-            state = str(event.get("state") or event.get("event") or "")
+            part, state = _part(event), _state(event)
             if state == "ready":
                 waiting.pop(part, None)
                 console.print(f"  {part} ready after {time.monotonic() - start_s:.1f} s", highlight=False)
@@ -28,3 +27,16 @@ def show_progress(console: Console, title: str) -> Iterator[Callable[[dict[str, 
             status.update(f"{title}: waiting for {', '.join(f'{k} ({v})' for k, v in waiting.items())}")
 
         yield take
+
+
+def step(event: dict[str, Any]) -> str:
+    """One event as text."""
+    return f"{_part(event)} {_state(event)}"
+
+
+def _part(event: dict[str, Any]) -> str:
+    return str(event.get("node") or event.get("process") or "cluster")
+
+
+def _state(event: dict[str, Any]) -> str:
+    return str(event.get("state") or event.get("event") or "")

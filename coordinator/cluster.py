@@ -14,75 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.config import ClusterConfig
-from coordinator.node_spec import node_environment, node_spec
 from engine.errors import EngineStartError, NodeLost, SlosserveError
 
-ACTOR = "coordinator.ray_node:RayNode"
+ACTOR = "engine.actor:NodeActor"
 MAX_RESTARTS = 3
 # start() blocks while the engine loads; log_tail() and stop() must get through.
 CONCURRENT_CALLS = 4
-ANSWER_S = 5.0
-LOOPBACK = "127.0.0.1"
-
-logger = logging.getLogger(__name__)
-
-
-class Cluster:
-    """The nodes of one cluster, as the coordinator uses them. Its methods block; call them from threads."""
-
-    def __init__(self, config: ClusterConfig, run_dir: Path) -> None:
-        self._config = config
-        self._run_dir = run_dir
-        self._roles: dict[str, str] = {}
-
-    @property
-    def host(self) -> str:
-        """The address of this machine that the nodes can reach: loopback where all are in one machine."""
-        if self._local:
-            return LOOPBACK
-        import ray
-
-        return str(ray.util.get_node_ip_address())
-
-    def connect(self) -> None:
-        """Join the cluster's Ray. Raises NodeLost if nothing answers."""
-        connect(self._config)
-
-    def start_node(self, name: str, role: str) -> dict[str, Any]:
-        """Bring a node to the point where it serves, making it if there is none of that name.
-
-        Returns its name, address, role now and pid. Raises EngineStartError with the tail of its log.
-        """
-        self._roles[name] = str(role)
-        node = find_node(self._config, name) or self._create(name)
-        return self._describe_or_start(node)
-
-    def revive(self, name: str) -> str | None:
-        """The address of a node that fell silent: the old one if it speaks again, a new one if it was replaced.
-
-        None if it hangs or is being restarted: ask again later. Raises EngineStartError.
-        """
-        try:
-            node = find_node(self._config, name) or self._create(name)
-            return str(self._describe_or_start(node)["address"])
-        except NodeLost as error:
-            logger.warning("%s", error)
-            return None
-
-    def _describe_or_start(self, node: NodeRef) -> dict[str, Any]:
-        try:
-            return node.describe()
-        except EngineStartError:  # its process is there, its engine is not: a first start, or Ray's restart
-            return node.start(self._config.timeouts.node_start_s)
-
-    def _create(self, name: str) -> NodeRef:
-        role = self._roles[name]
-        spec = node_spec(self._config, self._run_dir, name, role, LOOPBACK if self._local else None)
-        return start_node(self._config, name, role, spec)
-
-    @property
-    def _local(self) -> bool:
-        return (self._config.ray.address or LOOPBACK).startswith(LOOPBACK)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,33 +31,23 @@ class NodeRef:
 
     def start(self, timeout_s: float) -> dict[str, Any]:
         """Start the engine and wait for it. Raises EngineStartError, or NodeLost if the actor died."""
-        try:
-            started: dict[str, Any] = self._call("start", timeout_s)
-        except TimeoutError:
-            raise EngineStartError(f"{self.name} was not ready within {timeout_s:.0f} s") from None
+        started: dict[str, Any] = self._call("start", timeout_s)
         return started
 
-    def describe(self, timeout_s: float = ANSWER_S) -> dict[str, Any]:
-        """What the node says of itself: name, address, role, pid.
+    def log_tail(self, lines: int, timeout_s: float = 10.0) -> str:
+        """The last lines of the node's log."""
+        return str(self._call("log_tail", timeout_s, lines))
 
-        Raises EngineStartError if its engine was never started, NodeLost if it died or does not answer.
-        """
-        try:
-            described: dict[str, Any] = self._call("describe", timeout_s)
-        except TimeoutError:
-            raise NodeLost(f"{self.name} does not answer") from None
-        return described
-
-    def _call(self, method: str, timeout_s: float) -> Any:
+    def _call(self, method: str, timeout_s: float, *arguments: Any) -> Any:
         import ray
 
         try:
-            return ray.get(getattr(self.actor, method).remote(), timeout=timeout_s)
+            return ray.get(getattr(self.actor, method).remote(*arguments), timeout=timeout_s)
         except ray.exceptions.RayTaskError as error:
             cause = error.cause
             raise (cause if isinstance(cause, SlosserveError) else EngineStartError(str(error))) from None
         except ray.exceptions.GetTimeoutError:
-            raise TimeoutError from None
+            raise EngineStartError(f"{self.name}: no answer to {method} within {timeout_s:.0f} s") from None
         except (ray.exceptions.RayActorError, ray.exceptions.ActorUnavailableError) as error:
             raise NodeLost(f"{self.name}: its process ended: {error}") from None
 
@@ -150,6 +77,17 @@ def disconnect() -> None:
     import ray
 
     ray.shutdown()
+
+
+def node_environment(config: ClusterConfig) -> dict[str, str]:
+    """Variables of every process that imports vLLM; `engine.env` of the configuration has the last word."""
+    fixed = {
+        "VLLM_NO_USAGE_STATS": "1",
+        # The step loop runs inside the node's process, next to its sockets.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    }
+    offline = {"HF_HUB_OFFLINE": "1"} if Path(config.model).is_dir() else {}
+    return {**fixed, **offline, **config.engine.env}
 
 
 def start_node(

@@ -7,6 +7,7 @@ started them may leave, and they go on. What goes wrong while starting ends ever
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -74,8 +75,9 @@ class ClusterProcess:
         elif overrides:
             raise ConfigError("overrides go with a file or a name; a ready-made configuration takes none.")
         progress = progress or (lambda event: None)
-        config = _checked(config, progress)
         run_dir = _fresh_run_directory(config)
+        config = _checked(config, progress)
+        config.write(run_dir)
         state = RunState(
             name=config.name,
             run_id=uuid.uuid4().hex,
@@ -247,18 +249,26 @@ def stop_run(state: RunState, run_dir: Path, config: ClusterConfig) -> None:
     (run_dir / STATE_FILE).unlink(missing_ok=True)
 
 
-def stop_from_outside(state: RunState) -> None:
-    """End a run that another process started: ask a foreground owner first, then make sure of it."""
+def stop_from_outside(state: RunState) -> list[str]:
+    """End a run that another process started: ask a foreground owner first, then make sure of it.
+
+    Returns what still runs, by label; nothing, normally.
+    """
     run_dir = run_directory(state.name)
     config = ClusterConfig.read(run_dir)
     if state.owner is not None and is_alive(state.owner):
         os.kill(state.owner.pid, signal.SIGTERM)
         wait_gone(state.owner, 4 * config.timeouts.stop_s)
-    stop_run(read_state(run_dir) or state, run_dir, config)
+    state = read_state(run_dir) or state
+    stop_run(state, run_dir, config)
+    return [label for label, process in state.processes.items() if is_alive(process)]
 
 
 def _checked(config: ClusterConfig, progress: Progress) -> ClusterConfig:
-    """With the model's folder and the ports filled in. Raises ConfigError for what cannot start."""
+    """With ports and the model's folder filled in; the model is made if it is one of ours.
+
+    Raises ConfigError for what cannot start.
+    """
     endpoint = config.endpoint
     if endpoint.port == 0:
         endpoint = endpoint.model_copy(update={"port": free_ports(endpoint.count)})
@@ -280,10 +290,9 @@ def _fresh_run_directory(config: ClusterConfig) -> Path:
         )
     if old is not None:
         stop_run(old, run_dir, config)  # what a killed run has left
-    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-    for log in (run_dir / "logs").iterdir():
-        log.unlink()
-    config.write(run_dir)
+    # An endpoint that found the address of an earlier coordinator would wait for it.
+    shutil.rmtree(run_dir, ignore_errors=True)
+    (run_dir / "logs").mkdir(parents=True)
     return run_dir
 
 

@@ -130,7 +130,11 @@ class SloClass(Section):
 
 
 class TimeoutsConfig(Section):
-    """How long to wait before giving up, in seconds."""
+    """How long to wait before giving up, in seconds.
+
+    `node_silent_s`: a node that said nothing for so long is lost. `endpoint_silent_s`: after so long a node
+    drops the work of an endpoint. `place_s`: how long a new request waits for a coordinator.
+    """
 
     ray_start_s: Seconds = 60.0
     node_start_s: Seconds = 300.0

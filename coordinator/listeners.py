@@ -34,8 +34,8 @@ def free_ports(count: int) -> int:
 def listener(port: int) -> str | None:
     """Name and pid of the process that listens on a port, as far as this user may know."""
     for connection in psutil.net_connections(kind="tcp"):
-        listens = connection.status == psutil.CONN_LISTEN and connection.laddr
-        if listens and connection.laddr[1] == port and connection.pid:
+        at = connection.laddr[1:2]
+        if connection.status == psutil.CONN_LISTEN and at == (port,) and connection.pid:
             return f"{psutil.Process(connection.pid).name()} (pid {connection.pid})"
     return None
 

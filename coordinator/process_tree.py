@@ -108,6 +108,15 @@ def end_one(process: ProcessId, grace_s: float) -> None:
         psutil.wait_procs(family, timeout=grace_s)
 
 
+def end_family(process: ProcessId, grace_s: float) -> None:
+    """SIGTERM to a process and all its descendants at once; SIGKILL to those there after `grace_s`."""
+    found = _find(process)
+    if found is None:
+        _reap(process.pid)
+        return
+    end([found], grace_s)
+
+
 def wait_gone(process: ProcessId, timeout_s: float) -> bool:
     """Whether a process that is not our child ended within `timeout_s`."""
     deadline_s = time.monotonic() + timeout_s
@@ -119,7 +128,7 @@ def wait_gone(process: ProcessId, timeout_s: float) -> bool:
 
 
 class _Child(subprocess.Popen[bytes]):
-    """Known by its ProcessId from here on: the object may go without a warning that the process still runs."""
+    """Known by its ProcessId from here on: the object goes without a warning that the process runs."""
 
     def __del__(self) -> None:
         return

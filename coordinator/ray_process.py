@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coordinator.config import ClusterConfig
-from coordinator.process_tree import ProcessId, end_one, spawn
+from coordinator.process_tree import ProcessId, end_family, spawn
 
 RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -24,6 +24,8 @@ RAY_ENVIRONMENT = {
     "RAY_enable_worker_prestart": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
+# Workers go within half a second of SIGTERM; a raylet that had detached actors sits there for ten.
+GRACE_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,7 @@ def start_ray(
 def stop_ray(handle: RayHandle, grace_s: float) -> None:
     """End a Ray that `start_ray` started, with all its workers, and remove its folder; leave a joined one."""
     if handle.process is not None:
-        end_one(handle.process, grace_s)
+        end_family(handle.process, min(grace_s, GRACE_S))
     if handle.folder is not None:
         shutil.rmtree(handle.folder, ignore_errors=True)
 

@@ -84,7 +84,7 @@ class NodeActor:
     def _run(self, ready: Future[None]) -> None:
         try:
             node = self._build()
-        except BaseException as error:  # noqa: BLE001 - whatever it is, the caller is told
+        except BaseException as error:
             logging.exception("start-up failed")
             ready.set_exception(error)
             return

@@ -37,7 +37,11 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Seq:
-    """A sequence as it stands when a batch is composed. Counts are tokens."""
+    """A sequence as it stands when a batch is composed. Counts are tokens.
+
+    `blocked`: the last batch had room for it, but there was no slot or no KV memory, and there may be none
+    again.
+    """
 
     work_id: str
     prompt_tokens: int
@@ -45,6 +49,7 @@ class Seq:
     output_tokens: int
     running: bool  # holds a slot and KV; otherwise it waits
     drafts: int = 0
+    blocked: bool = False
 
     @property
     def prefill_left(self) -> int:
@@ -62,9 +67,9 @@ class BatchPlan:
     """What the next batch holds.
 
     `order`: first to last; `chunk_tokens`: most new tokens of a sequence in this batch; `skip`: left out of
-    this batch with their KV kept; `depth`: draft tokens to verify (0 = none); `max_tokens`: size of the batch;
-    `preempt`: give up slot and KV, keep tokens; `draft_tokens`: how many to draft for the batch after this one
-    (as many as the engine was started with if None).
+    this batch with their KV kept; `depth`: draft tokens to verify (0 = none); `max_tokens`: size of the
+    batch; `preempt`: give up slot and KV, keep tokens; `draft_tokens`: how many to draft for the batch after
+    this one (as many as the engine was started with if None).
     """
 
     order: Sequence[str] = ()
@@ -99,7 +104,7 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What a batch held and how long it took: one row of a step-time profile (columns of the profile files)."""
+    """What a batch held and how long it took: one row of a step-time profile (columns of its files)."""
 
     seconds: float
     tokens: int

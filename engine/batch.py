@@ -3,7 +3,8 @@
 Tokens of promised decodes go first, earliest due first. The batch takes no longer than the tightest pace
 among them; what it can hold within that time goes to prefills, earliest deadline first, in chunks, then to
 drafts; best effort comes last. The pace caps the time of a batch and is never a target: a promised decode is
-left out only when the batch cannot hold it.
+left out only when the batch cannot hold it. Best effort gives up slot and memory, last in first out, to a
+promise that lacks them.
 """
 
 from __future__ import annotations
@@ -70,13 +71,15 @@ class _Pour:
         crumb = chunk < min(needed, MIN_CHUNK_TOKENS)
         if chunk > 0 and not (crumb and self.order):
             self._take(seq, chunk)
+            if seq.blocked:
+                self.room += chunk  # so far it has used none: others are in the batch as if it were not
 
     def _take(self, seq: Seq, tokens: int) -> None:
         self.order.append(seq.work_id)
         self.chunk[seq.work_id] = tokens
         self.room -= tokens
 
-    def plan(self, ranked: Sequence[Seq], max_batch_tokens: int) -> BatchPlan:
+    def plan(self, ranked: Sequence[Seq], preempt: Sequence[str], max_batch_tokens: int) -> BatchPlan:
         """What got room is in; the rest is held, last of `ranked` last, where memory is taken from first."""
         inside = set(self.order)
         held = [seq.work_id for seq in ranked if seq.work_id not in inside]
@@ -86,6 +89,7 @@ class _Pour:
             skip=frozenset(held),
             depth=self.depth,
             max_tokens=max_batch_tokens,
+            preempt=preempt,
         )
 
 
@@ -105,7 +109,7 @@ def compose_decode(
     for seq in decodes:
         pour.verify(seq)
     _pour_spare(pour, spare)
-    return pour.plan([*decodes, *prefills, *spare], max_batch_tokens)
+    return pour.plan([*decodes, *prefills, *spare], _give_way(promised, spare), max_batch_tokens)
 
 
 def compose_prefill(
@@ -120,7 +124,7 @@ def compose_prefill(
         else:
             pour.prefill(seq)
     _pour_spare(pour, spare)
-    return pour.plan([*promised, *spare], max_batch_tokens)
+    return pour.plan([*promised, *spare], _give_way(promised, spare), max_batch_tokens)
 
 
 def _pour_spare(pour: _Pour, spare: Sequence[Seq]) -> None:
@@ -132,6 +136,13 @@ def _pour_spare(pour: _Pour, spare: Sequence[Seq]) -> None:
         pour.prefill(seq)
     for seq in decodes:
         pour.verify(seq)
+
+
+def _give_way(promised: Sequence[Seq], spare: Sequence[Seq]) -> tuple[str, ...]:
+    """The best-effort sequence that came last, if a promise lacks the slot or the memory that it holds."""
+    if not any(seq.blocked for seq in promised):
+        return ()
+    return tuple(seq.work_id for seq in spare if seq.running)[-1:]
 
 
 def _by_promise(seqs: Sequence[Seq], duties: Mapping[str, Duty]) -> tuple[list[Seq], list[Seq]]:

@@ -152,9 +152,10 @@ class VllmEngine(Engine):
         model_config = self._core.vllm_config.model_config
         self._vocab_size = model_config.get_vocab_size()
         self._max_model_len = model_config.max_model_len
-        return self._info()
+        return self.describe()
 
-    def _info(self) -> EngineInfo:
+    def describe(self) -> EngineInfo:
+        """What this engine is. Raises EngineError unless it runs."""
         core, scheduler = self._running()
         config = core.vllm_config
         return EngineInfo(

@@ -126,4 +126,4 @@ def _payload_decoder() -> Any:
 
     types = (LogprobsLists | None, LogprobsTensors | None, torch.Tensor | None)
     fields = [(name, kind, None) for name, kind in zip(PAYLOAD_FIELDS, types, strict=True)]
-    return MsgpackDecoder(msgspec.defstruct("Payload", fields))
+    return MsgpackDecoder(msgspec.defstruct("Payload", fields), share_mem=False)

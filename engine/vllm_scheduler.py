@@ -97,7 +97,7 @@ def check_hooks() -> None:
 def _trouble(hook: Hook) -> str | None:
     label = f"{hook.owner.__name__}.{hook.name}"
     function = getattr(hook.owner, hook.name, None)
-    if function is None:
+    if function is None or getattr(function, "__isabstractmethod__", False):
         return f"has no {label}"
     if hook.parameters:
         accepted = inspect.signature(function).parameters
@@ -159,6 +159,7 @@ class PlannedScheduler(Scheduler):  # type: ignore[misc]
         self._plan = BatchPlan()
         self._held: frozenset[str] = frozenset()
         self._pull_waits = False
+        self._blocked: str | None = None
         self._step: _Step | None = None
         self._unreported: deque[_Step] = deque()
         self._reports: deque[StepReport] = deque()
@@ -177,21 +178,25 @@ class PlannedScheduler(Scheduler):  # type: ignore[misc]
         held = plan.skip.union(key for key, tokens in plan.chunk_tokens.items() if tokens < 1)
         self._plan, self._held = plan, held
         self._pull_waits = any(_starts_pull(request) for request in self.waiting)
-        output = _CarriedOut(self, plan, held).run(partial(super().schedule, throttle_prefills))
+        carried_out = _CarriedOut(self, plan, held)
+        output = carried_out.run(partial(super().schedule, throttle_prefills))
+        self._blocked = carried_out.blocked
         self._step.preempted = len(output.preempted_req_ids or ())
         self._unreported.append(self._step)
         return output
 
     def seqs(self) -> list[Seq]:
-        """What a plan can be about: running and waiting, without those that cannot run in the next batch."""
+        """What a plan can be about: running and waiting, without those that will take no tokens."""
         waiting = [*self.kv_holding_waiting, *self.waiting]
-        seqs = [_seq(request, running=True) for request in self.running]
-        seqs += [_seq(request, running=False) for request in waiting if self._can_run(request)]
+        seqs = [_seq(request) for request in self.running]
+        for request in waiting:
+            blocked = request.request_id == self._blocked
+            if blocked or (not _starts_pull(request) and self.can_run(request)):
+                seqs.append(_seq(request, running=False, blocked=blocked))
         return seqs
 
-    def _can_run(self, request: Request) -> bool:
-        if _starts_pull(request):
-            return False
+    def can_run(self, request: Request) -> bool:
+        """Whether a waiting request has its KV and its grammar, if it waited for any."""
         if request.status == RequestStatus.WAITING_FOR_REMOTE_KVS:
             return request.request_id in self.finished_recving_kv_req_ids
         if request.status == RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR:
@@ -267,6 +272,7 @@ class _CarriedOut:
         self._plan = plan
         self._rank = {work_id: rank for rank, work_id in reversed(list(enumerate(plan.order)))}
         self._held = held
+        self.blocked: str | None = None
 
     def run(self, schedule: Callable[[], Any]) -> Any:
         """`schedule()` under the plan. The queues keep their order outside it: no plan leaves a trace."""
@@ -286,13 +292,23 @@ class _CarriedOut:
                 _refill(getattr(scheduler, name), sorted((r for r in queue if r not in out), key=self._place))
             if self._plan.max_tokens is not None:
                 scheduler.max_num_scheduled_tokens = min(max(self._plan.max_tokens, 0), limit)
-            return schedule()
+            output = schedule()
+            self.blocked = self._left_at_the_door(output.total_num_scheduled_tokens)
+            return output
         finally:
             scheduler.max_num_scheduled_tokens = limit
             scheduler.running = _merged(running, scheduler.running)
             for name, queue in queues.items():
                 now = getattr(scheduler, name)
                 _refill(now, _merged(queue, [*now, *(r for r in queue if r in out)]))
+
+    def _left_at_the_door(self, tokens: int) -> str | None:
+        """Whom vLLM did not admit though the batch had room: no slot or no blocks. It stops at the first."""
+        scheduler = self._scheduler
+        if tokens >= scheduler.max_num_scheduled_tokens:
+            return None
+        waiting = (request for name in _QUEUES for request in getattr(scheduler, name))
+        return next((request.request_id for request in waiting if scheduler.can_run(request)), None)
 
     def _place(self, request: Request) -> tuple[int, int]:
         """First pulls to be started (they take no tokens), then what is named, the rest, what is held."""
@@ -327,7 +343,7 @@ def _starts_pull(request: Request) -> bool:
     return request.status == RequestStatus.WAITING and bool(params) and bool(params.get("do_remote_prefill"))
 
 
-def _seq(request: Request, *, running: bool) -> Seq:
+def _seq(request: Request, *, running: bool = True, blocked: bool = False) -> Seq:
     output_tokens = request.num_output_tokens + request.num_output_placeholders
     return Seq(
         work_id=request.request_id,
@@ -336,6 +352,7 @@ def _seq(request: Request, *, running: bool) -> Seq:
         output_tokens=output_tokens,
         running=running,
         drafts=len(request.spec_token_ids),
+        blocked=blocked,
     )
 
 

@@ -36,7 +36,7 @@ class ManualClock:
 class Faults:
     """What is wrong with a source. The default is nothing.
 
-    `fail_at`: its pulls fail when they have moved this share of their blocks. `delay_s`: added to the latency.
+    `fail_at`: its pulls fail when they have moved this share of their blocks. `delay_s`: more latency.
     `corrupt`: its leases end while they are being read. `source_dead`: it is gone, as after a SIGKILL.
     `stalled`: it neither answers nor sends, as after a SIGSTOP.
     """
@@ -129,7 +129,7 @@ class FakePort(KvPort):
         self._held_by: dict[str, list[int]] = {}
         self._offers: dict[str, _Offer] = {}
         self._leases = LeaseTable()
-        self._over: list[str] = []
+        self._over: list[int] = []  # blocks, free after the next step
         self._pulls = PullLedger()
         self._transfers: dict[str, _Transfer] = {}
         self._orphans: list[_Transfer] = []
@@ -153,7 +153,7 @@ class FakePort(KvPort):
         return [self.blocks[block] for block in self._held_by[request_id]]
 
     def free(self, request_id: str) -> None:
-        """The request is over. One that is pulling keeps its blocks until no byte can arrive. Unknown ids pass."""
+        """The request is over. Blocks that a pull may still write are free later. Unknown ids do nothing."""
         if request_id in self._transfers:
             self._orphan(request_id, PullOutcome.FAILED, "the request was cancelled")
         self._free.extend(self._held_by.pop(request_id, []))
@@ -185,7 +185,7 @@ class FakePort(KvPort):
     def stands(self, request_id: str, nonce: int) -> bool:
         """The lease word: whether this very offer still holds its blocks."""
         offer = self._offers.get(request_id)
-        return offer is not None and offer.nonce == nonce and request_id in self._leases
+        return offer is not None and offer.nonce == nonce
 
     def notify(self, request_id: str, nonce: int) -> None:
         """A target has it all: the lease is over."""
@@ -204,7 +204,7 @@ class FakePort(KvPort):
         """End a lease; the blocks are free after the next step."""
         if not self._leases.release(request_id):
             return False
-        self._over.append(request_id)
+        self._over.extend(self._offers.pop(request_id).blocks)
         return True
 
     # Pulls.
@@ -212,7 +212,7 @@ class FakePort(KvPort):
     def start_pull(
         self, request_id: str, handoff: Handoff, deadline_s: float, cached_blocks: int = 0
     ) -> bool:
-        """Begin to pull into new blocks; the first `cached_blocks` are here already. False: recompute at once."""
+        """Begin to pull what lies behind `cached_blocks`. False if the pull is over already, and failed."""
         now_s = self._fabric.clock()
         self._pulls.begin(OpenPull(request_id, handoff.source, now_s, now_s + deadline_s))
         source = self._fabric.find(handoff.source)
@@ -267,8 +267,9 @@ class FakePort(KvPort):
             self._orphan(request_id, PullOutcome.LATE, "the deadline passed while bytes were under way")
         for orphan in list(self._orphans):
             self._drain(orphan, now_s)
-        for request_id in [*self._over, *self._leases.expire(now_s)]:
-            self._free.extend(self._offers.pop(request_id).blocks)
+        for request_id in self._leases.expire(now_s):
+            self._over.extend(self._offers.pop(request_id).blocks)
+        self._free.extend(self._over)
         self._over = []
 
     def _advance(self, transfer: _Transfer, now_s: float) -> None:

@@ -13,7 +13,8 @@ Sample = tuple[int, float]  # bytes, seconds
 
 SMALL_PROBE_BYTES = 4 << 10
 LARGE_PROBE_BYTES = 8 << 20
-_WINDOW = 64
+_WINDOW = 32
+_MIN_PULLS = 4
 _MIN_RATE = 1.0
 
 
@@ -59,18 +60,17 @@ def fit_link(source: str, target: str, samples: Sequence[Sample]) -> Link:
 
 
 class LinkTable:
-    """The latest measure of every pair: seeded by a probe, kept fresh by the pulls that ended well."""
+    """The latest measure of every pair: latency from its probe, rate from the pulls since then."""
 
     def __init__(self) -> None:
         self._links: dict[tuple[str, str], Link] = {}
-        self._samples: dict[tuple[str, str], deque[Sample]] = {}
+        self._pulls: dict[tuple[str, str], deque[Sample]] = {}
 
     def put(self, link: Link) -> None:
         """Take a new measure of a pair; what was known of it is forgotten."""
         pair = link.source, link.target
         self._links[pair] = link
-        seeds = [(size, link.transfer_s(size)) for size in (SMALL_PROBE_BYTES, LARGE_PROBE_BYTES)]
-        self._samples[pair] = deque(seeds * 3, maxlen=_WINDOW)
+        self._pulls[pair] = deque(maxlen=_WINDOW)
 
     def get(self, source: str, target: str) -> Link | None:
         """The link from `source` to `target`, None if it was never measured."""
@@ -83,19 +83,24 @@ class LinkTable:
     def drop(self, engine_id: str) -> None:
         """Forget an engine that is gone."""
         for pair in [pair for pair in self._links if engine_id in pair]:
-            del self._links[pair], self._samples[pair]
+            del self._links[pair], self._pulls[pair]
 
     def observe(self, target: str, pull: Pull) -> None:
-        """Learn from a pull into `target`, if it moved anything over a link that was probed."""
+        """Learn from a pull into `target`, if it moved anything over a link that was probed.
+
+        Every pull counts by its bytes: a small one says little about the rate. A rate needs a few pulls to
+        move, so that one pull in a slow step does not look like a slow link.
+        """
         pair = pull.source, target
         link = self._links.get(pair)
-        if link is None or pull.outcome is not PullOutcome.PULLED or pull.kv_bytes <= 0:
+        if link is None or pull.outcome is not PullOutcome.PULLED or pull.kv_bytes <= 0 or pull.seconds <= 0:
             return
-        samples = self._samples[pair]
-        samples.append((pull.kv_bytes, pull.seconds))
-        fit = fit_rate(samples)
-        if fit is None:
-            # All alike: the fixed part is what it was, the rest is the rate.
-            moving_s = max(median(seconds for _, seconds in samples) - link.latency_s, 1e-9)
-            fit = link.latency_s, max(pull.kv_bytes / moving_s, _MIN_RATE)
-        self._links[pair] = Link(*pair, latency_s=fit[0], bytes_per_s=fit[1])
+        self._pulls[pair].append((pull.kv_bytes, pull.seconds))
+        if len(self._pulls[pair]) < _MIN_PULLS:
+            return
+        rates = [
+            # A latency that has shrunk since the probe must not make the rest of the time vanish.
+            (size / max(seconds - link.latency_s, seconds / 2), float(size))
+            for size, seconds in self._pulls[pair]
+        ]
+        self._links[pair] = Link(*pair, latency_s=link.latency_s, bytes_per_s=_weighted_median(rates))

@@ -89,7 +89,7 @@ class NixlPort(KvPort):
         return sorted(leases, key=lambda lease: lease.left_s)
 
     def release(self, request_id: str) -> bool:
-        """End a lease, by the id that vLLM's scheduler knows (`remote_request_id` in the handoff's params)."""
+        """End a lease, by the id that vLLM's scheduler has (`remote_request_id` in the handoff)."""
         return self._exchange.offers.withdraw(request_id)
 
     def take_pulls(self) -> list[Pull]:

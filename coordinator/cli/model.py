@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from engine.errors import ConfigError
 from engine.models import MODEL_NAMES, load_recipe, make_model
@@ -35,7 +36,7 @@ def make(
         with console.status(f"making {name}: {recipe.description}"):
             path = make_model(name, force=force)
     except ConfigError as error:
-        console.print(f"[red]error:[/red] {error}", highlight=False)
+        console.print(f"[red]error:[/red] {escape(str(error))}", highlight=False)
         raise typer.Exit(2) from error
     _report(name, path, time.monotonic() - start_s, as_json)
 

@@ -43,10 +43,12 @@ from engine.errors import NoCapacity, RequestError, SlosserveError
 from engine.messages import Declined, Delta, Finished
 from engine.score import Score, score
 from engine.vllm import decode_output, encode_sampling
+from kv_transfer.base import PullOutcome
 
 logger = logging.getLogger(__name__)
 
 REMEMBERED_REQUESTS = 2048
+USED = (PullOutcome.PULLED, PullOutcome.CACHED)
 
 
 class Journey:
@@ -343,7 +345,7 @@ class ClusterEngine(EngineClient):
             met=result is not None and result.met,
             stages={} if result is None else {str(kind): met for kind, met in result.stages.items()},
             placement="pair" if timeline.prefill_node else "one_node",
-            handoff_s=pull.pull_s if pull is not None and pull.pull_outcome == "pulled" else None,
+            handoff_s=pull.pull_s if pull is not None and pull.pull_outcome in USED else None,
             kv_bytes=0 if pull is None else pull.pulled_bytes,
         )
         self._coordinator.send(finished)

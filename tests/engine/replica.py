@@ -55,7 +55,7 @@ def vllms_own(_: Sequence[Seq]) -> BatchPlan:
 
 
 class Drive:
-    """Steps an engine and keeps what it gave: tokens by work, reports, and the sequences of the last batch."""
+    """Steps an engine and keeps what it gave: tokens by work, reports, and the last sequences composed."""
 
     def __init__(self, engine: Engine, compose: Callable[[Sequence[Seq]], BatchPlan] = vllms_own) -> None:
         self.engine = engine

@@ -1,18 +1,30 @@
-"""What a plan says is what vLLM does, and no plan changes a token: each trap of vLLM's scheduler in a test."""
+"""What a plan says is what vLLM does, and no plan changes a token. Each trap of its scheduler has a test."""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Any
 
 import pytest
-from replica import Drive, prompt, running_engine, vllms_own, work
+from transformers import AutoTokenizer
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
 from engine.base import BatchPlan, Engine, Seq, Work
-from engine.errors import MissingHook
+from engine.batch import Duty, compose_decode
+from engine.cost import StepCost
+from engine.errors import MissingHook, RequestError
+from engine.models import make_model
+from engine.vllm import decode_output, encode_sampling
+from tests.engine.replica import Drive, prompt, running_engine, vllms_own, work
 
 SLOTS = 4
 LENGTHS = (5, 40, 130, 33, 70, 12)
-MAX_TOKENS = 8
+MAX_TOKENS = 16
 
 
 @pytest.fixture(scope="module")
@@ -187,16 +199,98 @@ def test_a_plan_about_nothing_that_exists_does_no_harm(
 
 
 def test_when_memory_is_short_those_that_are_held_give_it(engine: Engine) -> None:
-    drive = Drive(engine).submit(work("held", prompt(640, seed=1), 4), work("first", prompt(600, seed=2), 24))
-    while "first" not in drive.tokens:
-        drive.step(BatchPlan(order=["held", "first"], chunk_tokens={"held": 100}))
-    assert engine.usage().used_blocks >= 38
-    hold = BatchPlan(order=["first", "held"], skip=frozenset({"held"}))
+    first, held = work("first", prompt(600, seed=2), 24), work("held", prompt(620, seed=1), 8)
+    alone = Drive(engine).submit(first).run().submit(held).run()
+    drive = Drive(engine).submit(held, first)
+    while "held" not in drive.tokens:
+        drive.step()
     while "first" not in drive.finished:
-        drive.step(hold)
+        drive.step(BatchPlan(skip=frozenset({"held"})))
     assert sum(report.preempted for report in drive.reports) == 1
-    alone = Drive(engine).run().submit(work("first", prompt(600, seed=2), 24)).run()
-    assert drive.tokens["first"] == alone.tokens["first"]
+    assert drive.run().tokens == alone.tokens
+
+
+def test_a_promise_gets_the_slots_and_the_memory_of_best_effort(
+    engine: Engine, expected: dict[str, list[int]]
+) -> None:
+    duties = {"promised": Duty("promised", first_token_due_s=0.0, tpot_s=1.0)}
+
+    def compose(seqs: Sequence[Seq]) -> BatchPlan:
+        return compose_decode(seqs, duties, 0.0, StepCost(1e-3, 1e-5), 128)
+
+    best_effort = works()[:SLOTS]
+    drive = Drive(engine, compose).submit(*best_effort)
+    while len(drive.tokens) < SLOTS:
+        drive.step()
+    drive.submit(work("promised", prompt(1000, seed=3), 2))
+    while "promised" not in drive.finished:
+        drive.step()
+    assert sum(report.preempted for report in drive.reports) >= 1
+    assert not all(item.work_id in drive.finished for item in best_effort)
+    drive.run()
+    assert all(drive.tokens[item.work_id] == expected[item.work_id] for item in best_effort)
+
+
+def test_a_grammar_is_kept_under_any_plan(engine: Engine) -> None:
+    turns = itertools.count()
+
+    def every_third(seqs: Sequence[Seq]) -> BatchPlan:
+        held = next(turns) % 3 == 0 and any(seq.decoding for seq in seqs)
+        return BatchPlan(skip=frozenset(seq.work_id for seq in seqs if held), chunk_tokens={"json": 9})
+
+    drive = Drive(engine, every_third).submit(json_work("json"))
+    drive.run()
+    assert json.loads(text_of(drive.tokens["json"])) in ({"tool": "search"}, {"tool": "open"})
+    assert drive.finished["json"].finish_reason == "stop"
+    drive.compose = vllms_own
+    assert drive.submit(json_work("again")).run().tokens["again"] == drive.tokens["json"]
+
+
+def test_a_grammar_that_does_not_compile_ends_its_work_alone(
+    engine: Engine, expected: dict[str, list[int]]
+) -> None:
+    drive = Drive(engine)
+    with contextlib.suppress(RequestError):  # vLLM may see it at once, or when it has compiled it
+        drive.submit(json_work("broken", schema={"type": "no such type"}))
+    drive.submit(works()[0]).run()
+    assert drive.tokens["w0"] == expected["w0"]
+    if "broken" in drive.finished:
+        assert drive.finished["broken"].finish_reason == "error"
+        assert drive.finished["broken"].error
+
+
+def test_logprobs_come_with_the_tokens(engine: Engine, expected: dict[str, list[int]]) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True, logprobs=2, prompt_logprobs=1)
+    engine.submit(replace(works()[0], sampling=encode_sampling(params)))
+    outputs = [
+        decode_output(output, "request") for _ in range(5) for output in engine.step(vllms_own).outputs
+    ]
+    assert [output.new_token_ids for output in outputs] == [[token] for token in expected["w0"][:3]]
+    for output in outputs:
+        assert output.new_logprobs is not None
+        assert output.new_logprobs.logprob_token_ids[0][0] == output.new_token_ids[0]
+    assert outputs[0].new_prompt_logprobs_tensors is not None
+    assert len(outputs[0].new_prompt_logprobs_tensors.logprobs) == LENGTHS[0] - 1
+
+
+def json_work(work_id: str, schema: dict[str, Any] | None = None) -> Work:
+    tools = {"type": "object", "properties": {"tool": {"enum": ["search", "open"]}}, "required": ["tool"]}
+    params = SamplingParams(temperature=0.0, max_tokens=60)
+    params.structured_outputs = StructuredOutputsParams(
+        json=schema or {**tools, "additionalProperties": False}
+    )
+    params.structured_outputs._backend = "xgrammar"  # as vLLM's input processor leaves it
+    params.update_from_generation_config({}, tokenizer().eos_token_id)
+    return Work(work_id, prompt(20, seed=8), encode_sampling(params), max_tokens=60)
+
+
+def text_of(tokens: Sequence[int]) -> str:
+    return str(tokenizer().decode(tokens, skip_special_tokens=True))
+
+
+@cache
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(make_model("tiny"))
 
 
 def test_a_report_counts_what_the_batch_held(engine: Engine) -> None:

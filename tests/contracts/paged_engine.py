@@ -1,4 +1,4 @@
-"""Everything of a vLLM engine that moves KV, and no model: vLLM's scheduler, our connector, NIXL, real memory.
+"""Everything of a vLLM engine that moves KV, without a model: scheduler, connector, NIXL, real memory.
 
 The "model" writes a number into every place of the KV cache that depends on the prompt and the position, and
 "samples" a token that depends on all the numbers it finds. So KV that is not what the prompt gives shows, in
@@ -13,6 +13,7 @@ import os
 import signal
 import tempfile
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -56,7 +57,8 @@ class PagedEngine:
         self._kv_config = _kv_cache_config()
         self._caches = _kv_caches()
         self._finished: dict[str, dict[str, Any] | None] = {}
-        self._tokens: dict[str, int] = {}
+        self._prompts: dict[str, list[int]] = {}
+        self._tokens: dict[str, list[int]] = {}
         _start_parallel_state(self._vllm_config)
         self._make_connectors()
         self.port = nixl_port(config.engine_id)
@@ -85,12 +87,14 @@ class PagedEngine:
     # What a node does.
 
     def submit(self, request_id: str, prompt: list[int], kv_transfer_params: dict[str, Any] | None) -> None:
-        """Queue a request for one token."""
+        """Queue a request: one token for a prefill, two for what goes on after it."""
         from vllm import SamplingParams
         from vllm.v1.request import Request
 
+        self._prompts[request_id] = prompt
         extra = {"kv_transfer_params": kv_transfer_params} if kv_transfer_params else None
-        params = SamplingParams(temperature=0, max_tokens=1, extra_args=extra)
+        offers = bool(kv_transfer_params and kv_transfer_params["do_remote_decode"])
+        params = SamplingParams(temperature=0, max_tokens=1 if offers else 2, extra_args=extra)
         params.update_from_generation_config({}, eos_token_id=None)
         self._scheduler.add_request(Request(request_id, prompt, params, None))
 
@@ -142,17 +146,21 @@ class PagedEngine:
         )
         for outputs in self._scheduler.update_from_output(plan, output).values():
             for one in outputs.outputs:
+                self._tokens.setdefault(one.request_id, []).extend(one.new_token_ids)
                 if one.finish_reason is not None:
                     self._finished[one.request_id] = one.kv_transfer_params
-                    self._tokens[one.request_id] = one.new_token_ids[-1] if one.new_token_ids else -1
 
     def has_work(self) -> bool:
         """Whether stepping can change anything."""
         return bool(self._scheduler.has_requests())
 
-    def token(self, request_id: str) -> int | None:
-        """The token of a finished request."""
-        return self._tokens.get(request_id)
+    def tokens(self, request_id: str) -> list[int]:
+        """The tokens of a request so far."""
+        return self._tokens.get(request_id, [])
+
+    def prompt(self, request_id: str) -> list[int]:
+        """The prompt of a request."""
+        return self._prompts[request_id]
 
     def used_blocks(self) -> int:
         """Blocks that anything holds."""
@@ -192,7 +200,7 @@ class PagedEngine:
         blocks = self._scheduler.kv_cache_manager.get_block_ids(request_id)[0]
         end = request.num_computed_tokens
         for position in range(end - num_new, end):
-            value = expected_value(request.prompt_token_ids, position)
+            value = expected_value(request.all_token_ids, position)
             for cache in self._caches.values():
                 cache[blocks[position // BLOCK_TOKENS], :, position % BLOCK_TOKENS, :] = value
         total = 0.0
@@ -203,14 +211,18 @@ class PagedEngine:
         return int(total) % 30000
 
 
-def expected_value(prompt: list[int], position: int) -> float:
+def expected_value(token_ids: Sequence[int], position: int) -> float:
     """What the KV of a position holds: exact in bfloat16."""
-    return float((prompt[position] * 7 + position) % 251)
+    return float((token_ids[position] * 7 + position) % 251)
 
 
-def expected_token(prompt: list[int]) -> int:
-    """The token of a prompt whose KV is right."""
-    return int(sum(expected_value(prompt, position) for position in range(len(prompt))) * LAYERS) % 30000
+def expected_tokens(prompt: list[int]) -> list[int]:
+    """The two tokens of a prompt whose KV is right."""
+    token_ids = list(prompt)
+    for _ in range(2):
+        total = sum(expected_value(token_ids, position) for position in range(len(token_ids)))
+        token_ids.append(int(total * LAYERS) % 30000)
+    return token_ids[-2:]
 
 
 def _vllm_config(config: PagedConfig) -> Any:
@@ -286,14 +298,21 @@ class PagedProcess:
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(config, theirs), daemon=True)
         self._process.start()
+        self._started = False
 
     def call(self, method: str, *args: Any, timeout_s: float = 60.0) -> Any:
         """Call a method there. What it raises is raised here."""
         self._pipe.send((method, args))
         return self.answer(timeout_s)
 
+    def ready(self) -> None:
+        """Wait until the engine has started. Safe to repeat."""
+        if not self._started:
+            self.answer(timeout_s=240.0)
+            self._started = True
+
     def answer(self, timeout_s: float = 60.0) -> Any:
-        """Wait for an answer (the first one comes unasked, when the engine is ready)."""
+        """Wait for an answer."""
         if not self._pipe.poll(timeout_s):
             raise TimeoutError("the engine's process does not answer")
         error, value = self._pipe.recv()
@@ -323,7 +342,7 @@ class PagedProcess:
 def _serve(config: PagedConfig, pipe: Connection) -> None:
     try:
         engine = PagedEngine(config)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - the caller decides
         traceback.print_exc()
         pipe.send((RuntimeError(f"{type(error).__name__}: {error}"), None))
         return

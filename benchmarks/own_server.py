@@ -1,0 +1,81 @@
+"""vLLM's own OpenAI server as a child process: the same engine, asked without a cluster in between."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import psutil
+
+from coordinator.config import ClusterConfig
+from coordinator.endpoint.serve import front_arguments
+from coordinator.listeners import free_ports
+from coordinator.process_events import tail
+from coordinator.process_tree import ProcessId, end, is_alive, spawn
+from engine.errors import EngineStartError
+from engine.models import resolve_model
+
+# The vllm console script of the CPU build looks for a distribution named vllm and fails.
+MODULE = "vllm.entrypoints.launchers.api_server.entry"
+POLL_S = 0.2
+
+
+@contextmanager
+def own_server(config: ClusterConfig, log: Path) -> Iterator[str]:
+    """The base URL of vLLM's server with the engine arguments of a node of `config`; it ends with the block.
+
+    Raises EngineStartError with the last lines of its log.
+    """
+    port = free_ports(1)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.unlink(missing_ok=True)
+    command = [sys.executable, "-m", MODULE, *_arguments(config, port)]
+    process = spawn(command, environment=_environment(config), output=log, errors=log, die_with_parent=True)
+    try:
+        base_url = f"http://{config.endpoint.host}:{port}"
+        _wait_ready(process, base_url, config.timeouts.node_start_s, log)
+        yield base_url
+    finally:
+        if is_alive(process):
+            end([psutil.Process(process.pid)], config.timeouts.stop_s)
+
+
+def _arguments(config: ClusterConfig, port: int) -> list[str]:
+    engine = config.engine
+    arguments = [
+        *front_arguments(config, resolve_model(config.model), port),
+        f"--block-size={engine.block_size}",
+        "--distributed-executor-backend=uni",
+        "--no-async-scheduling",
+        "--enable-prefix-caching" if engine.enable_prefix_caching else "--no-enable-prefix-caching",
+    ]
+    if engine.kv_cache_gib is not None:
+        arguments.append(f"--kv-cache-memory-bytes={int(engine.kv_cache_gib * 2**30)}")
+    return arguments
+
+
+def _environment(config: ClusterConfig) -> dict[str, str]:
+    # Without the last one the CPU platform gives the one worker a process of its own.
+    fixed = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    return {**os.environ, **config.engine.env, **fixed}
+
+
+def _wait_ready(process: ProcessId, base_url: str, timeout_s: float, log: Path) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while time.monotonic() < deadline_s:
+        if not is_alive(process):
+            raise EngineStartError(
+                f"vLLM's own server ended while starting. Its log ({log}):\n{tail(log, 20)}"
+            )
+        try:
+            if httpx.get(f"{base_url}/health", timeout=1.0).status_code == httpx.codes.OK:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(POLL_S)
+    raise EngineStartError(f"vLLM's own server was not up within {timeout_s:.0f} s. Its log: {log}")

@@ -1,0 +1,82 @@
+"""Asking a running cluster: where it is, and what went wrong, in a sentence."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from coordinator.config import ClusterConfig
+from coordinator.run_state import find_run, run_directory
+from engine.errors import NoCapacity, RequestError, SlosserveError
+
+ANSWER_S = 30.0
+REBALANCE_S = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterClient:
+    """One endpoint of a cluster. `admin_key` is what its administrative routes ask for."""
+
+    url: str
+    admin_key: str | None = None
+
+    def cluster(self) -> dict[str, Any]:
+        """GET /cluster. Raises NoCapacity if nothing answers, SlosserveError with the error it answered."""
+        return self._ask("GET", "/cluster", None, ANSWER_S)
+
+    def set_pools(self, prefill: int, decode: int, mixed: int, *, dry_run: bool) -> dict[str, Any]:
+        """POST /cluster/pools. Raises as `cluster`."""
+        wanted = {"prefill": prefill, "decode": decode, "mixed": mixed, "dry_run": dry_run}
+        return self._ask("POST", "/cluster/pools", wanted, REBALANCE_S)
+
+    def _ask(self, method: str, path: str, body: dict[str, Any] | None, timeout_s: float) -> dict[str, Any]:
+        headers = {"Authorization": f"Bearer {self.admin_key}"} if self.admin_key else {}
+        try:
+            answer = httpx.request(method, self.url + path, json=body, headers=headers, timeout=timeout_s)
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise NoCapacity(
+                f"no cluster answers at {self.url} ({str(error) or type(error).__name__}). Is it up?"
+                " Start one with `slosserve up`, or give its address with --url."
+            ) from None
+        if answer.is_error:
+            kind = RequestError if answer.is_client_error else SlosserveError
+            raise kind(f"{self.url}{path}: {_error_of(answer)} (HTTP {answer.status_code})")
+        return _object_of(answer)
+
+
+def find_cluster(url: str | None, name: str | None, admin_key: str | None = None) -> ClusterClient:
+    """The cluster at `url` (else SLOSSERVE_URL), or the one of this machine: `name` where several run."""
+    admin_key = admin_key or os.environ.get("SLOSSERVE_ENDPOINT__ADMIN_KEY")
+    url = url or (None if name else os.environ.get("SLOSSERVE_URL"))
+    if url is not None:
+        return ClusterClient(url.rstrip("/").removesuffix("/v1"), admin_key)
+    run = find_run(name)
+    if not run.urls:
+        raise NoCapacity(
+            f"the cluster {run.name!r} is still starting. Logs: {run_directory(run.name) / 'logs'}"
+        )
+    config = ClusterConfig.read(run_directory(run.name))
+    return ClusterClient(run.urls[0], admin_key or config.endpoint.admin_key)
+
+
+def _error_of(answer: httpx.Response) -> str:
+    try:
+        error = answer.json()["error"]
+        return str(error["message"] if isinstance(error, dict) else error)
+    except (ValueError, KeyError, TypeError):
+        return answer.text.strip()[:500] or answer.reason_phrase
+
+
+def _object_of(answer: httpx.Response) -> dict[str, Any]:
+    try:
+        value = answer.json()
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise SlosserveError(
+            f"{answer.url} answered, but not with a JSON object: is it a slosserve endpoint?"
+        )
+    return value

@@ -1,0 +1,273 @@
+"""The engine contract: what every engine must do, whatever runs behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+
+import pytest
+
+from engine.base import BatchPlan, Engine, EngineInfo, Seq, Work
+from engine.cost import StepCost
+from engine.errors import EngineError, RequestError
+from engine.vllm import VllmEngine
+from kv_transfer.base import Handoff, PullOutcome
+from tests.engine.replica import Drive, greedy, prompt, running_engine
+
+MAX_TOKENS = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """An engine under the contract: how it is started, and its encoding of greedy sampling."""
+
+    start: Callable[[], AbstractContextManager[VllmEngine]]
+    sampling: Callable[[int], bytes]
+
+
+KINDS = {
+    "vllm": Kind(
+        start=lambda: running_engine(
+            "contract", max_num_seqs=4, max_batch_tokens=128, num_blocks=80, side_channel_port=5743
+        ),
+        sampling=greedy,
+    )
+}
+
+
+@pytest.fixture(scope="module", params=list(KINDS))
+def kind(request: pytest.FixtureRequest) -> Kind:
+    return KINDS[request.param]
+
+
+@pytest.fixture(scope="module")
+def engine(kind: Kind) -> Iterator[VllmEngine]:
+    with kind.start() as started:
+        yield started
+    with pytest.raises(EngineError, match="not running"):
+        started.usage()
+
+
+@pytest.fixture
+def make(kind: Kind) -> Callable[..., Work]:
+    def work(work_id: str, length: int, max_tokens: int = MAX_TOKENS, seed: int = 0, **more: object) -> Work:
+        tokens = prompt(length, seed)
+        return replace(Work(work_id, tokens, kind.sampling(max_tokens), max_tokens), **more)
+
+    return work
+
+
+@pytest.fixture(autouse=True)
+def _all_comes_back(engine: VllmEngine) -> Iterator[None]:
+    """Whatever a test did: no block is used after it, and nothing is left to do."""
+    assert engine.reset_prefix_cache()
+    yield
+    Drive(engine).run()
+    usage = engine.usage()
+    assert (usage.used_blocks, usage.running, usage.waiting) == (0, 0, 0)
+
+
+def test_info_says_what_the_engine_is(engine: VllmEngine) -> None:
+    info: EngineInfo = engine.describe()
+    assert info.engine
+    assert info.engine_id == "contract"
+    assert engine.usage().num_blocks == info.num_blocks > 0
+    assert info.max_num_seqs == 4
+    assert info.max_batch_tokens == 128
+    assert info.max_model_len == 1024
+    assert info.kv_bytes_per_token > 0
+
+
+def test_a_work_gets_its_tokens_and_ends_once(engine: Engine, make: Callable[..., Work]) -> None:
+    engine.submit(make("a", 50))
+    outputs = []
+    while engine.has_work():
+        outputs += engine.step(lambda _: BatchPlan()).outputs
+    assert {output.work_id for output in outputs} == {"a"}
+    assert sum(len(output.token_ids) for output in outputs) == MAX_TOKENS
+    assert [output.finish_reason for output in outputs if output.finish_reason] == ["length"]
+    assert outputs[-1].finish_reason == "length"
+    assert [output.cached_tokens for output in outputs] == [0] + [None] * (len(outputs) - 1)
+    assert all(output.error is None for output in outputs)
+
+
+def test_the_same_work_gets_the_same_tokens_alone_or_among_others(
+    engine: Engine, make: Callable[..., Work]
+) -> None:
+    alone = Drive(engine).submit(make("a", 90)).run().tokens["a"]
+    others = [make(f"o{i}", 20 + 30 * i, seed=i + 1) for i in range(5)]
+    assert Drive(engine).submit(*others, make("a", 90)).run().tokens["a"] == alone
+
+
+def test_a_prefix_is_found_again_until_it_is_forgotten(engine: Engine, make: Callable[..., Work]) -> None:
+    def cached(work_id: str, **more: object) -> int | None:
+        engine.submit(make(work_id, 100, **more))
+        (first, *_) = [o for _ in range(20) for o in engine.step(lambda _: BatchPlan()).outputs]
+        return first.cached_tokens
+
+    assert cached("a") == 0
+    assert cached("b") == 96
+    assert cached("salted", cache_salt="other tenant") == 0
+    assert engine.usage().used_blocks == 0, "a cached prefix that nobody holds is free"
+    Drive(engine).run()
+    assert engine.reset_prefix_cache()
+    assert cached("c") == 0
+
+
+def test_the_composer_sees_each_sequence_as_it_stands(engine: Engine, make: Callable[..., Work]) -> None:
+    drive = Drive(engine).submit(make("a", 50))
+    drive.step(BatchPlan(max_tokens=30))
+    assert drive.seqs["a"] == Seq("a", 50, 0, 0, running=False)
+    drive.step(BatchPlan())
+    assert drive.seqs["a"] == Seq("a", 50, 30, 0, running=True)
+    assert drive.seqs["a"].prefill_left == 19
+    drive.step(BatchPlan())
+    assert drive.seqs["a"] == Seq("a", 50, 50, 1, running=True)
+    assert drive.seqs["a"].decoding
+
+
+def test_a_step_with_nothing_to_do_returns_at_once(engine: Engine) -> None:
+    Drive(engine).run()
+    assert not engine.has_work()
+    result = engine.step(lambda _: BatchPlan())
+    assert (list(result.outputs), result.report) == ([], None)
+
+
+def test_a_plan_decides_who_is_in_a_batch(engine: Engine, make: Callable[..., Work]) -> None:
+    drive = Drive(engine).submit(make("a", 40), make("b", 40, seed=1), make("c", 40, seed=2))
+    report = drive.step(
+        BatchPlan(order=["c", "b"], chunk_tokens={"c": 25}, skip=frozenset({"a", "gone"}), max_tokens=50)
+    )
+    assert report is not None
+    assert (report.tokens, report.seqs, report.decode_seqs) == (50, 2, 0)
+    drive.step(BatchPlan(skip=frozenset({"a", "b", "c"})))
+    assert [drive.seqs[key].computed_tokens for key in "abc"] == [0, 25, 25]
+    drive.run()
+    assert {key: len(tokens) for key, tokens in drive.tokens.items()} == dict.fromkeys("abc", MAX_TOKENS)
+
+
+def test_a_preempted_work_goes_on_where_it_was(engine: Engine, make: Callable[..., Work]) -> None:
+    alone = Drive(engine).submit(make("a", 60)).run().tokens["a"]
+    drive = Drive(engine).submit(make("a", 60))
+    for _ in range(3):
+        drive.step()
+    drive.step(BatchPlan(preempt=["a"]))
+    assert engine.usage().used_blocks == 0
+    assert drive.run().tokens["a"] == alone
+
+
+@pytest.mark.parametrize("phase", ["waiting", "prefill", "decode", "held", "preempted", "offered"])
+def test_cancel_frees_all_in_every_phase(engine: Engine, make: Callable[..., Work], phase: str) -> None:
+    drive = Drive(engine).submit(make("a", 300, max_tokens=50, offer_kv=phase == "offered"))
+    steps = {"waiting": 0, "prefill": 1, "decode": 5, "held": 5, "preempted": 5, "offered": 4}
+    for _ in range(steps[phase]):
+        drive.step()
+    if phase == "held":
+        drive.step(BatchPlan(skip=frozenset({"a"})))
+    if phase == "preempted":
+        drive.step(BatchPlan(preempt=["a"]))
+    said = len(drive.tokens.get("a", []))
+    assert (said > 0) == (phase in ("decode", "held", "preempted"))
+    assert (engine.usage().used_blocks > 0) == (phase not in ("waiting", "preempted"))
+    engine.cancel(["a", "unknown"])
+    engine.cancel(["a"])
+    drive.run()
+    assert engine.usage().used_blocks == 0
+    assert len(drive.tokens.get("a", [])) == said, "nothing is said after a cancel"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompt_token_ids": []}, "empty"),
+        ({"prompt_token_ids": [1] * 1024}, "1024 tokens.*shorten"),
+        ({"prompt_token_ids": [10**9]}, "vocabulary"),
+        ({"prompt_token_ids": [-1]}, "vocabulary"),
+        ({"work_id": "taken"}, "already"),
+    ],
+)
+def test_what_could_never_run_is_refused(
+    engine: Engine, make: Callable[..., Work], change: dict[str, object], message: str
+) -> None:
+    drive = Drive(engine).submit(make("taken", 10))
+    with pytest.raises(RequestError, match=message):
+        engine.submit(replace(make("new", 10), **change))
+    drive.run()
+    assert set(drive.finished) == {"taken"}
+
+
+def test_offered_kv_stays_until_it_is_released(engine: Engine, make: Callable[..., Work]) -> None:
+    drive = Drive(engine).submit(make("a", 100, offer_kv=True))
+    while "a" not in drive.finished:
+        drive.step()
+    output = drive.finished["a"]
+    assert output.handoff is not None
+    assert (output.finish_reason, list(output.token_ids), output.error) == ("length", [], None)
+    assert (output.handoff.source, output.handoff.num_tokens) == ("contract", 100)
+    assert output.handoff.kv_bytes > 0
+    for _ in range(3):
+        drive.step()
+    assert engine.has_work()
+    assert engine.usage().used_blocks == 4
+    assert [(lease.request_id, lease.num_blocks) for lease in engine.kv.leases()] == [("a", 4)]
+    assert engine.kv.release("a")
+    drive.run()
+    assert engine.kv.leases() == []
+    assert not engine.kv.release("a")
+
+
+def test_a_handoff_that_cannot_be_pulled_is_computed_anew(engine: Engine, make: Callable[..., Work]) -> None:
+    alone = Drive(engine).submit(make("alone", 100)).run().tokens["alone"]
+    drive = Drive(engine).submit(make("a", 100, offer_kv=True))
+    while "a" not in drive.finished:
+        drive.step()
+    offered = drive.finished["a"].handoff
+    assert offered is not None
+    engine.cancel(["a"])
+    drive.run()
+    assert engine.reset_prefix_cache()
+    gone = _from_nowhere(offered)
+    drive.submit(make("b", 100, handoff=gone, pull_deadline_s=0.5))
+    while engine.has_work():
+        drive.step()
+    assert drive.tokens["b"] == alone
+    (pull,) = engine.kv.take_pulls()
+    assert pull.request_id == "b"
+    assert pull.outcome in (PullOutcome.FAILED, PullOutcome.LATE)
+
+
+def _from_nowhere(offered: Handoff) -> Handoff:
+    """The same offer, of an engine that does not exist at a port where nobody listens."""
+    params = {**offered.params, "remote_engine_id": "nowhere", "remote_port": 1}
+    return replace(offered, source="nowhere", params=params)
+
+
+def test_profile_leaves_the_engine_clean(engine: VllmEngine) -> None:
+    reports = engine.profile_step_times()
+    assert engine.usage().used_blocks == 0
+    assert not engine.has_work()
+    assert {report.seqs for report in reports} == {1, 4}
+    assert max(report.tokens for report in reports) == 128
+    cost = StepCost.fit(reports)
+    assert 0 < cost.predict(1) <= cost.predict(128) < 60
+
+
+def test_profile_needs_an_idle_engine(engine: VllmEngine, make: Callable[..., Work]) -> None:
+    engine.submit(make("a", 10))
+    with pytest.raises(EngineError, match="idle"):
+        engine.profile_step_times()
+
+
+def test_the_composer_is_asked_in_every_step_about_what_is_not_over(
+    engine: Engine, make: Callable[..., Work]
+) -> None:
+    asked: list[Sequence[Seq]] = []
+
+    def compose(seqs: Sequence[Seq]) -> BatchPlan:
+        asked.append(seqs)
+        return BatchPlan()
+
+    drive = Drive(engine, compose).submit(make("a", 10, max_tokens=2), make("b", 10, max_tokens=4, seed=1))
+    drive.run()
+    assert [len(seqs) for seqs in asked[:4]] == [2, 2, 1, 1]
