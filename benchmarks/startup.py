@@ -35,7 +35,7 @@ def step(event: dict[str, Any]) -> str:
 
 
 def _part(event: dict[str, Any]) -> str:
-    return str(event.get("node") or event.get("process") or "cluster")
+    return str(event.get("name") or event.get("process") or "cluster")
 
 
 def _state(event: dict[str, Any]) -> str:

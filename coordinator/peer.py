@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable
 
 import zmq
 import zmq.asyncio
+from zmq.utils.monitor import parse_monitor_message
 
 from engine.errors import ProtocolError
 from engine.messages import Message, Watch, decode, encode
@@ -21,7 +21,9 @@ WATCH_EVERY_S = 0.2
 class Peer:
     """A DEALER socket to a node. `on_message` is called in the event loop for everything it says.
 
-    The node is `lost` when it has said nothing for `silent_s`; it is asked for a sign of life every 0.2 s.
+    The node is `lost` as soon as its process has closed the connection, or when it has left the questions of
+    `silent_s` unanswered, one every 0.2 s. Questions are counted and not seconds: an observer that was starved
+    itself has asked nothing, and must not think that everybody else is dead.
     """
 
     def __init__(
@@ -36,16 +38,20 @@ class Peer:
     ) -> None:
         self.address = address
         self._on_message = on_message
-        self._silent_s = silent_s
+        self._unanswered = 0
+        self._most_unanswered = max(round(silent_s / WATCH_EVERY_S), 2)
+        self._disconnected = False
         self._watch = Watch(reports=reports)
         self._socket = context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.IDENTITY, identity.encode())
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.SNDHWM, 0)
         self._socket.setsockopt(zmq.RCVHWM, 0)
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
         self._socket.connect(address)
-        self.heard_s = time.monotonic()
-        self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._keep_watching())]
+        self._tasks = [
+            asyncio.create_task(task) for task in (self._receive(), self._keep_watching(), self._notice_closing())
+        ]
 
     def send(self, message: Message) -> None:
         """Queue a message; never blocks."""
@@ -53,19 +59,20 @@ class Peer:
 
     @property
     def lost(self) -> bool:
-        """Whether the node has been silent for too long."""
-        return time.monotonic() - self.heard_s > self._silent_s
+        """Whether the node is gone, or silent for too long."""
+        return self._disconnected or self._unanswered > self._most_unanswered
 
     def close(self) -> None:
         """Let go of the node."""
         for task in self._tasks:
             task.cancel()
+        self._socket.disable_monitor()
         self._socket.close(linger=0)
 
     async def _receive(self) -> None:
         while True:
             frames = await self._socket.recv_multipart()
-            self.heard_s = time.monotonic()
+            self._unanswered = 0
             try:
                 message = decode(frames)
             except ProtocolError:
@@ -79,4 +86,10 @@ class Peer:
     async def _keep_watching(self) -> None:
         while True:
             self.send(self._watch)
+            self._unanswered += 1
             await asyncio.sleep(WATCH_EVERY_S)
+
+    async def _notice_closing(self) -> None:
+        while True:
+            event = parse_monitor_message(await self._monitor.recv_multipart())
+            self._disconnected = event["event"] == zmq.EVENT_DISCONNECTED

@@ -19,6 +19,8 @@ from coordinator.config import ClusterConfig
 from coordinator.process_tree import ProcessId, end_family, spawn
 
 RAY_ENVIRONMENT = {
+    # Ray would run its workers at nice 15, and our engines are its workers: any other process would starve them.
+    "RAY_worker_niceness": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     # Workers are started for our nodes and no others: two cores have better to do.
     "RAY_enable_worker_prestart": "0",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 
-from paged_engine import PagedConfig, PagedProcess, expected_tokens
+from tests.contracts.engine_process import EngineProcess
+from tests.contracts.paged_engine import PagedConfig, PagedEngine, expected_tokens
 
 from kv_transfer.base import Handoff, Lease, Link, Pull, PullOutcome
 from kv_transfer.fake import FakeFabric, Faults, ManualClock
@@ -192,15 +193,17 @@ class NixlEnds(Ends):
 
     def __init__(self, base_port: int) -> None:
         self._port = base_port
-        self._target = PagedProcess(PagedConfig("target", base_port, LEASE_S))
-        self._source: PagedProcess | None = None
+        self._target = EngineProcess(PagedEngine, PagedConfig("target", base_port, LEASE_S))
+        self._source: EngineProcess | None = None
         self._restarts = 0
         self.restart_source()
 
     def restart_source(self) -> None:
         # The same address every time: the target must not take the new engine for the old one.
         self._restarts += 1
-        self._source = PagedProcess(PagedConfig(f"source-{self._restarts}", self._port + 1, LEASE_S))
+        self._source = EngineProcess(
+            PagedEngine, PagedConfig(f"source-{self._restarts}", self._port + 1, LEASE_S)
+        )
         for process in (self._target, self._source):
             process.ready()
         # The first contact of a pair costs a handshake: not what the rows below are about.
@@ -212,7 +215,7 @@ class NixlEnds(Ends):
                 process.kill()
 
     @property
-    def _alive(self) -> PagedProcess:
+    def _alive(self) -> EngineProcess:
         assert self._source is not None
         return self._source
 

@@ -2,20 +2,16 @@
 
 The "model" writes a number into every place of the KV cache that depends on the prompt and the position, and
 "samples" a token that depends on all the numbers it finds. So KV that is not what the prompt gives shows, in
-the bytes and in the token. Runs in a process of its own (`PagedProcess`): a source must be free to die.
+the bytes and in the token.
 """
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-import signal
 import tempfile
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -288,69 +284,3 @@ def _start_parallel_state(vllm_config: Any) -> None:
     with set_current_vllm_config(vllm_config), tempfile.NamedTemporaryFile() as store:
         init_distributed_environment(1, 0, f"file://{store.name}", 0, "gloo")
         initialize_model_parallel(1, 1)
-
-
-class PagedProcess:
-    """A `PagedEngine` in a process of its own: every method of it can be called here."""
-
-    def __init__(self, config: PagedConfig) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(config, theirs), daemon=True)
-        self._process.start()
-        self._started = False
-
-    def call(self, method: str, *args: Any, timeout_s: float = 60.0) -> Any:
-        """Call a method there. What it raises is raised here."""
-        self._pipe.send((method, args))
-        return self.answer(timeout_s)
-
-    def ready(self) -> None:
-        """Wait until the engine has started. Safe to repeat."""
-        if not self._started:
-            self.answer(timeout_s=240.0)
-            self._started = True
-
-    def answer(self, timeout_s: float = 60.0) -> Any:
-        """Wait for an answer."""
-        if not self._pipe.poll(timeout_s):
-            raise TimeoutError("the engine's process does not answer")
-        error, value = self._pipe.recv()
-        if error is not None:
-            raise error
-        return value
-
-    def stop(self) -> None:
-        """SIGSTOP."""
-        os.kill(self._pid, signal.SIGSTOP)
-
-    def wake(self) -> None:
-        """SIGCONT."""
-        os.kill(self._pid, signal.SIGCONT)
-
-    def kill(self) -> None:
-        """SIGKILL, and wait."""
-        self._process.kill()
-        self._process.join(10)
-
-    @property
-    def _pid(self) -> int:
-        assert self._process.pid is not None
-        return self._process.pid
-
-
-def _serve(config: PagedConfig, pipe: Connection) -> None:
-    try:
-        engine = PagedEngine(config)
-    except Exception as error:  # noqa: BLE001 - the caller decides
-        traceback.print_exc()
-        pipe.send((RuntimeError(f"{type(error).__name__}: {error}"), None))
-        return
-    pipe.send((None, None))
-    while True:
-        method, args = pipe.recv()
-        try:
-            pipe.send((None, getattr(engine, method)(*args)))
-        except Exception as error:  # noqa: BLE001 - the caller decides
-            traceback.print_exc()
-            pipe.send((error, None))

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from kv_ends import LEASE_S, Ends, FakeEnds, NixlEnds
+from tests.contracts.kv_ends import LEASE_S, Ends, FakeEnds, NixlEnds
 
 from kv_transfer.base import PullOutcome
 

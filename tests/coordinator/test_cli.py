@@ -163,7 +163,8 @@ def stand_in() -> Iterator[tuple[StandIn, str]]:
 
 
 def rebalance(url: str, *extra: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return run_cli("rebalance", "--prefill", "0", "--decode", "2", "--url", url, *extra, **environment)
+    arguments = ["rebalance", "--prefill", "0", "--decode", "2", "--url", url, *extra]
+    return run_cli(*arguments, run_dir=None, **environment)
 
 
 def test_rebalance_believes_the_nodes_not_the_answer(stand_in: tuple[StandIn, str]) -> None:
@@ -241,9 +242,10 @@ def test_up_that_is_cut_short_leaves_nothing_behind(number: signal.Signals, tmp_
         up.communicate()
     assert up.returncode != 0
     wait_until_gone(state)
-    if number != signal.SIGKILL:
-        assert not Path(state.ray_folder).exists()
-        assert not (tmp_path / "cut-short" / STATE_FILE).exists()
+    if number == signal.SIGKILL:  # its files are what the next `up` or `down` removes
+        assert run_cli("down", "--name", "cut-short", run_dir=tmp_path).returncode == 0
+    assert not Path(state.ray_folder).exists()
+    assert not (tmp_path / "cut-short" / STATE_FILE).exists()
 
 
 @pytest.mark.timeout(240)

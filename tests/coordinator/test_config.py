@@ -168,4 +168,4 @@ def test_resolved_configuration_comes_back_as_written_and_is_private(tmp_path: P
 def test_configuration_is_read_only() -> None:
     config = load_config("laptop")
     with pytest.raises(ValidationError):
-        config.model = "other"  # type: ignore[misc]
+        config.model = "other"
