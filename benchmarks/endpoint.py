@@ -54,7 +54,7 @@ class Cell:
     requests: int
 
 
-CELLS = (Cell("tiny", 1, 10), Cell("tiny", 32, 3), Cell("scale", 1, 3), Cell("scale", 32, 2))
+CELLS = (Cell("tiny", 1, 16), Cell("tiny", 32, 3), Cell("scale", 1, 3), Cell("scale", 32, 2))
 MODELS = tuple(dict.fromkeys(cell.model for cell in CELLS))
 
 

@@ -22,6 +22,7 @@ PROMPT_WORDS = 96
 SHORTEST_OUTPUT_TOKENS = 40
 LONGEST_OUTPUT_TOKENS = 56
 RAMP_S = 1.0
+KEPT_BYTES = 4096  # of the end of a stream: its usage is there
 TIMEOUT_S = 120.0
 
 
@@ -94,20 +95,24 @@ async def _request(client: httpx.AsyncClient, body: bytes) -> tuple[float, int]:
     sent_s = time.perf_counter()
     first_s: float | None = None
     last = b""
-    async with client.stream("POST", "/v1/completions", content=body, headers=headers) as response:
-        async for part in response.aiter_raw():
-            if first_s is None:
-                first_s = time.perf_counter()
-            last = (last + part)[-4096:]
+    try:
+        async with client.stream("POST", "/v1/completions", content=body, headers=headers) as response:
+            async for part in response.aiter_raw():
+                if first_s is None:
+                    first_s = time.perf_counter()
+                last = (last + part)[-KEPT_BYTES:]
+    except httpx.HTTPError as error:
+        raise EngineError(f"{client.base_url}: {type(error).__name__} {error}") from error
     if response.status_code != httpx.codes.OK or first_s is None:
         raise EngineError(f"{response.url} answered {response.status_code}: {last.decode(errors='replace')}")
     return first_s - sent_s, _completion_tokens(last)
 
 
 def _completion_tokens(end_of_stream: bytes) -> int:
-    """The usage in the last event before [DONE]."""
+    """The usage in the last event before [DONE]. Raises EngineError with what the server said instead."""
     events = [line[6:] for line in end_of_stream.splitlines() if line.startswith(b"data: {")]
-    usage = json.loads(events[-1]).get("usage") if events else None
-    if not usage:
-        raise EngineError(f"the stream ended without its usage: {end_of_stream.decode(errors='replace')}")
-    return int(usage["completion_tokens"])
+    last = json.loads(events[-1]) if events else {}
+    if not last.get("usage"):
+        said = last.get("error", {}).get("message") or end_of_stream[-200:].decode(errors="replace")
+        raise EngineError(f"a stream ended without its usage: {said}")
+    return int(last["usage"]["completion_tokens"])

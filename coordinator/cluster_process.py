@@ -8,32 +8,28 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import sys
-import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from coordinator.cluster import kill_nodes, node_environment
+from coordinator.cluster import node_environment
 from coordinator.config import ClusterConfig, load_config
 from coordinator.listeners import check_ports_free, free_ports
 from coordinator.process_events import ProcessEvents, tail
-from coordinator.process_tree import MARK, ProcessId, end, end_one, is_alive, processes_of, spawn, wait_gone
-from coordinator.ray_process import RayHandle, start_ray, stop_ray
-from coordinator.run_state import STATE_FILE, RunState, read_state, run_directory
-from engine.errors import ConfigError, EngineStartError, SlosserveError
+from coordinator.process_tree import MARK, ProcessId, is_alive, spawn
+from coordinator.ray_process import RayHandle, start_ray
+from coordinator.run_state import COORDINATOR, RAY, RunState, read_state, run_directory
+from coordinator.run_stop import deaf_to_interrupts, stop_run
+from engine.errors import ConfigError, EngineStartError
 from engine.models import resolve_model
 
 Progress = Callable[[dict[str, Any]], None]
 POLL_S = 0.05
-COORDINATOR = "coordinator"
-RAY = "ray"
 COORDINATOR_MODULE = "coordinator.serve"
 ENDPOINT_MODULE = "coordinator.endpoint.serve"
 
@@ -122,7 +118,7 @@ class ClusterProcess:
 
     def stop(self) -> None:
         """End the endpoints, the coordinator, the nodes and Ray, in this order. Twice does no harm."""
-        with _deaf_to_interrupts():
+        with deaf_to_interrupts():
             stop_run(self.state, self.run_dir, self.config)
 
     def __enter__(self) -> Self:
@@ -230,40 +226,6 @@ class ClusterProcess:
         state.write(self.run_dir)
 
 
-def stop_run(state: RunState, run_dir: Path, config: ClusterConfig) -> None:
-    """End what a run has started, from whatever process, and remove its state file."""
-    grace_s = config.timeouts.stop_s
-    labels = [label for label in state.processes if label.startswith("endpoint")] + [COORDINATOR]
-    # Found before the first is ended: a child whose parent is gone is harder to tell.
-    everyone = processes_of(state.run_id, state.processes.values())
-    for label in labels:
-        if label in state.processes:
-            end_one(state.processes[label], grace_s)
-    if state.ray_folder is None and state.ray_address is not None:
-        _kill_nodes_in_joined_ray(config, state.ray_address)
-    else:
-        folder = Path(state.ray_folder) if state.ray_folder else None
-        stop_ray(RayHandle(state.ray_address or "", state.processes.get(RAY), folder), grace_s)
-    end(everyone, grace_s)
-    end(processes_of(state.run_id), grace_s)
-    (run_dir / STATE_FILE).unlink(missing_ok=True)
-
-
-def stop_from_outside(state: RunState) -> list[str]:
-    """End a run that another process started: ask a foreground owner first, then make sure of it.
-
-    Returns what still runs, by label; nothing, normally.
-    """
-    run_dir = run_directory(state.name)
-    config = ClusterConfig.read(run_dir)
-    if state.owner is not None and is_alive(state.owner):
-        os.kill(state.owner.pid, signal.SIGTERM)
-        wait_gone(state.owner, 4 * config.timeouts.stop_s)
-    state = read_state(run_dir) or state
-    stop_run(state, run_dir, config)
-    return [label for label, process in state.processes.items() if is_alive(process)]
-
-
 def _checked(config: ClusterConfig, progress: Progress) -> ClusterConfig:
     """With ports and the model's folder filled in; the model is made if it is one of ours.
 
@@ -296,27 +258,5 @@ def _fresh_run_directory(config: ClusterConfig) -> Path:
     return run_dir
 
 
-def _kill_nodes_in_joined_ray(config: ClusterConfig, address: str) -> None:
-    joined = config.model_copy(update={"ray": config.ray.model_copy(update={"address": address})})
-    try:
-        kill_nodes(joined)
-    except SlosserveError as error:
-        print(f"nodes could not be ended: {error}", file=sys.stderr)
-
-
 def _log_tail(run_dir: Path, label: str, lines: int = 20) -> str:
     return tail(run_dir / "logs" / f"{label}.log", lines)
-
-
-@contextmanager
-def _deaf_to_interrupts() -> Iterator[None]:
-    """A second ctrl-C must not cut the clean-up short."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    kept = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)

@@ -138,7 +138,6 @@ class TimeoutsConfig(Section):
 
     ray_start_s: Seconds = 60.0
     node_start_s: Seconds = 300.0
-    endpoint_start_s: Seconds = 300.0
     ready_s: Seconds = 420.0
     stop_s: Seconds = 10.0
     place_s: Seconds = 5.0

@@ -19,12 +19,11 @@ from coordinator.config import ClusterConfig
 from coordinator.process_tree import ProcessId, end_family, spawn
 
 RAY_ENVIRONMENT = {
-    # Ray would run its workers at nice 15, and our engines are its workers: any other process would starve them.
+    # Ray would run its workers at nice 15, and our engines are workers: whatever else runs would starve them.
     "RAY_worker_niceness": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     # Workers are started for our nodes and no others: two cores have better to do.
     "RAY_enable_worker_prestart": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 # Workers go within half a second of SIGTERM; a raylet that had detached actors sits there for ten.
 GRACE_S = 2.0

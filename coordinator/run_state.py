@@ -13,6 +13,9 @@ from engine.errors import ConfigError
 from engine.models import cache_directory
 
 STATE_FILE = "state.json"
+# Labels of processes; endpoints are endpoint-0, endpoint-1, ...
+COORDINATOR = "coordinator"
+RAY = "ray"
 
 
 @dataclass(frozen=True, slots=True)

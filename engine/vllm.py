@@ -378,7 +378,22 @@ def _build_core(config: VllmEngineConfig) -> EngineCore:
 
     check_hooks()
     vllm_config = EngineArgs(**_engine_args(config, current_platform)).create_engine_config()
+    if current_platform.is_cpu():
+        _prepare_torch(vllm_config.model_config.enforce_eager)
     return EngineCore(vllm_config, Executor.get_class(vllm_config), log_stats=False)
+
+
+def _prepare_torch(eager: bool) -> None:
+    """Settings that torch reads once, when it is imported, and it may have been imported before us."""
+    import torch
+    import torch._dynamo
+
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    if threads.isdigit():
+        torch.set_num_threads(int(threads))
+    # Even an eager vLLM 0.32 compiles what ranks logprobs: the first request that asks for them would stop
+    # the engine for seconds.
+    torch._dynamo.config.disable = eager
 
 
 def _engine_args(config: VllmEngineConfig, platform: Any) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def _add_payload(decoded: EngineCoreOutput, payload: bytes) -> None:
     import msgspec
 
     try:
-        fields = _payload_decoder().decode(payload)
+        fields = _payload_decoder().decode(bytearray(payload))  # torch warns of bytes, which nobody may write
     except (msgspec.MsgspecError, ValueError, TypeError) as error:
         raise ProtocolError(f"the payload of {decoded.request_id} cannot be read: {error}") from error
     for name in PAYLOAD_FIELDS:

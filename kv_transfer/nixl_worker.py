@@ -10,10 +10,11 @@ import os
 import time
 from typing import Any
 
+from vllm.distributed import nixl_utils
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker import NixlPullConnectorWorker
 
 from kv_transfer.base import PeerAddress, PullOutcome, TransferError
-from kv_transfer.nixl_agent import WatchedAgent, is_under_way
+from kv_transfer.nixl_agent import WatchedAgent, is_under_way, resting_progress
 from kv_transfer.nixl_checks import Verdict, WordChecks
 from kv_transfer.nixl_exchange import Exchange, HeldPull
 from kv_transfer.nixl_greeting import ask_peer, with_memory
@@ -32,7 +33,8 @@ class SlosPullWorker(NixlPullConnectorWorker):  # type: ignore[misc]
                 "leases are checked by one worker in the process of the scheduler: TP=PP=1"
             )
         cores = os.sched_getaffinity(0)
-        super().__init__(vllm_config, engine_id, kv_cache_config)
+        with resting_progress(nixl_utils.NixlWrapper):
+            super().__init__(vllm_config, engine_id, kv_cache_config)
         # On CPUs vLLM 0.32 leaves this thread, which runs the model too, on the last core of the machine:
         # two engines on one machine would share it.
         os.sched_setaffinity(0, cores)

@@ -16,8 +16,8 @@ def down(
 
     Example: slosserve down --name laptop
     """
-    from coordinator.cluster_process import stop_from_outside
     from coordinator.run_state import find_run
+    from coordinator.run_stop import stop_from_outside
 
     console = Console()
     run = find_run(name)

@@ -88,16 +88,17 @@ def _keep(cluster: ClusterProcess) -> None:
 
 @contextmanager
 def _terminated_like_interrupted() -> Iterator[None]:
-    """SIGTERM takes the way of ctrl-C, so that the clean-up runs."""
+    """SIGTERM, and SIGHUP of a terminal that closes, take the way of ctrl-C: the clean-up runs."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    kept = signal.signal(signal.SIGTERM, interrupt)
+    kept = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, kept)
+        for number, handler in kept.items():
+            signal.signal(number, handler)
 
 
 def _print_line(console: Console, event: dict[str, Any]) -> None:

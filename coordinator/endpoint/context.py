@@ -134,25 +134,41 @@ def _replay(messages: list[Message], receive: Receive) -> Receive:
 
 
 class _Response:
-    """Holds the start of a response until the request is decided, then adds headers, or becomes the refusal."""
+    """Keeps a streamed response back until the request is decided, then adds headers, or becomes the refusal.
+
+    Messages are kept, never waited for: some of vLLM's routes ask for generation only once their own first
+    event is out, so a response that waited here for the decision would wait for ever.
+    """
 
     def __init__(self, context: RequestContext, send: Send) -> None:
         self._context = context
         self._send = send
+        self._kept: list[Message] = []
+        self._started = False
         self._refused = False
 
     async def __call__(self, message: Message) -> None:
         if self._refused:
             return
-        if message["type"] == "http.response.start":
-            if message["status"] == 200 and _is_stream(message):
-                await self._context.decided.wait()
-            if self._context.error is not None:
-                self._refused = True
-                await self._send_refusal(self._context.error)
-                return
-            message["headers"] = [*message.get("headers", ()), *self._extra_headers()]
-        await self._send(message)
+        if self._started:
+            await self._send(message)
+            return
+        self._kept.append(message)
+        start = self._kept[0]
+        is_last = message["type"] == "http.response.body" and not message.get("more_body")
+        undecided = start["status"] == 200 and _is_stream(start) and not self._context.decided.is_set()
+        if undecided and not is_last:
+            return
+        if message is start and self._context.error is None and _is_stream(start):
+            return  # decided, but the first token may still fail: its error has a status of its own
+        if self._context.error is not None:
+            self._refused = True
+            await self._send_refusal(self._context.error)
+            return
+        self._started = True
+        start["headers"] = [*start.get("headers", ()), *self._extra_headers()]
+        for kept in self._kept:
+            await self._send(kept)
 
     def _extra_headers(self) -> list[tuple[bytes, bytes]]:
         return [

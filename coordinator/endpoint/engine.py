@@ -315,6 +315,8 @@ class ClusterEngine(EngineClient):
         journey = self._journeys.get(flight.passenger.request_id)
         self._land(flight, "refused" if error.http_status == HTTPStatus.TOO_MANY_REQUESTS else "failed")
         if journey is not None:
+            if not flight.token_times_s:
+                journey.context.decide(error)  # nothing was said yet: the error has a status of its own
             self._processor.abort_requests([flight.passenger.request_id], internal=True)
             journey.collector.put(error)
 

@@ -1,4 +1,4 @@
-"""An engine in a process of its own: one per process is all that vLLM allows, and a source must be free to die."""
+"""An engine in a process of its own: vLLM allows one per process, and a source must be free to die."""
 
 from __future__ import annotations
 

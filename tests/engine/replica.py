@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +13,7 @@ from engine.base import BatchPlan, Composer, Engine, Output, Seq, StepReport, Wo
 from engine.models import make_model
 from engine.vllm import VllmEngine, VllmEngineConfig, encode_sampling
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 VOCABULARY = 1000  # of the model's token ids, those that prompts are made of
 MiB = 1 << 20
@@ -23,12 +24,32 @@ def running_engine(engine_id: str, **settings: Any) -> Iterator[VllmEngine]:
     """A started engine in float32: ties in bfloat16 flip with the shape of a batch."""
     defaults: dict[str, Any] = {"dtype": "float32", "max_model_len": 1024, "kv_cache_bytes": 64 * MiB}
     config = VllmEngineConfig(model=str(make_model("tiny")), engine_id=engine_id, **(defaults | settings))
+    _hide_llvmlite()
     engine = VllmEngine(config)
     engine.start()
     try:
         yield engine
     finally:
         engine.stop()
+
+
+def _hide_llvmlite() -> None:
+    """Let a second engine start in a process in which numba was loaded (n-gram drafts do).
+
+    vLLM 0.32 looks into every object of every module when it starts on a CPU; llvmlite's answers any name,
+    `__dict__` too, with something that is none.
+    """
+    ffi = sys.modules.get("llvmlite.binding.ffi")
+    if ffi is None:
+        return
+    answer = ffi._lib_wrapper.__getattr__
+
+    def without_dunders(self: Any, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return answer(self, name)
+
+    ffi._lib_wrapper.__getattr__ = without_dunders
 
 
 def greedy(max_tokens: int) -> bytes:

@@ -274,7 +274,8 @@ def test_logprobs_come_with_the_tokens(engine: Engine, expected: dict[str, list[
 
 
 def json_work(work_id: str, schema: dict[str, Any] | None = None) -> Work:
-    tools = {"type": "object", "properties": {"tool": {"enum": ["search", "open"]}}, "required": ["tool"]}
+    tools: dict[str, Any] = {"type": "object", "required": ["tool"]}
+    tools["properties"] = {"tool": {"enum": ["search", "open"]}}
     params = SamplingParams(temperature=0.0, max_tokens=60)
     params.structured_outputs = StructuredOutputsParams(
         json=schema or {**tools, "additionalProperties": False}
