@@ -50,7 +50,8 @@ class Peer:
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
         self._socket.connect(address)
         self._tasks = [
-            asyncio.create_task(task) for task in (self._receive(), self._keep_watching(), self._notice_closing())
+            asyncio.create_task(task)
+            for task in (self._receive(), self._keep_watching(), self._notice_closing())
         ]
 
     def send(self, message: Message) -> None:

@@ -34,7 +34,9 @@ class Candidate:
         return sum(len(node.placed) + len(node.report.works if node.report else ()) for node in nodes)
 
 
-def place(request: Place, nodes: Iterable[NodeMirror], links: dict[tuple[str, str], Link], now_s: float) -> Placed:
+def place(
+    request: Place, nodes: Iterable[NodeMirror], links: dict[tuple[str, str], Link], now_s: float
+) -> Placed:
     """Choose where `request` goes. The mirrors of the chosen nodes count it from now on."""
     usable = [node for node in nodes if node.serving and node.name not in request.avoid]
     candidates = [_judge(request, prefill, decode, links, now_s) for prefill, decode in _ways(request, usable)]

@@ -42,11 +42,7 @@ def say(event: str, **details: Any) -> None:
 
 def node_names(config: ClusterConfig) -> dict[str, RoleName]:
     """The nodes that a configuration asks for, by name, with the role that each starts in."""
-    return {
-        f"{role}-{index}": role
-        for role in RoleName
-        for index in range(getattr(config.pools, str(role)))
-    }
+    return {f"{role}-{index}": role for role in RoleName for index in range(getattr(config.pools, str(role)))}
 
 
 def node_spec(config: ClusterConfig, name: str, run_dir: Path) -> dict[str, Any]:
@@ -98,7 +94,7 @@ class Nodes:
         return self._refs[name].start(self._config.timeouts.node_start_s)
 
     def revive(self, name: str) -> str | None:
-        """The address of a node that had fallen silent: the same if it woke up, a new one if Ray restarted it."""
+        """The address of a node that was silent: the same if it woke up, a new one if Ray restarted it."""
         return str(self._refs[name].start(self._config.timeouts.node_start_s)["address"])
 
 

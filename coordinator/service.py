@@ -332,7 +332,7 @@ class Coordinator:
         self._router.send_multipart([peer, *encode(message)])
 
     async def _answer(self, peer: bytes, query: Query) -> None:
-        answers = {
+        answers: dict[str, Callable[..., Coroutine[Any, Any, dict[str, Any]]]] = {
             "cluster": self._cluster,
             "ready": self._ready,
             "idle_cost": self._idle,
@@ -427,7 +427,9 @@ class Coordinator:
     def _pool_sizes(self) -> dict[str, int]:
         return sizes(self._pool_nodes())
 
-    async def _set_pools(self, prefill: int, decode: int, mixed: int = 0, dry_run: bool = False) -> dict[str, Any]:
+    async def _set_pools(
+        self, prefill: int, decode: int, mixed: int = 0, dry_run: bool = False
+    ) -> dict[str, Any]:
         nodes = self._pool_nodes()
         want = {RoleName.PREFILL: prefill, RoleName.DECODE: decode, RoleName.MIXED: mixed}
         flips = plan_flips(nodes, want)

@@ -51,7 +51,7 @@ class NodeActor:
         threading.Thread(target=self._run, args=(ready,), name="node", daemon=True).start()
         try:
             ready.result()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, the caller is told
             # Ray pickles what an actor raises; a plain error of ours always survives that.
             raise EngineStartError(
                 f"{self._spec['name']} did not start: {error}\nThe last lines of its log ({self._log}):\n"

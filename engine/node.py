@@ -150,7 +150,7 @@ class Node:
         self._stopping.set()
 
     def run(self) -> None:
-        """Serve until `stop`. If the engine fails, its work is handed back to be placed again, and it raises."""
+        """Serve until `stop`. Raises what the engine raises, after handing its work back to be placed again."""
         self._publish_report()
         self._socket.start()
         try:
@@ -291,7 +291,9 @@ class Node:
             promise.pull = pull
         if pull.outcome not in ("pulled", "cached"):
             self._local_prefills += 1
-            logger.warning("%s: KV of %s not used (%s): %s", self.name, pull.request_id, pull.outcome, pull.detail)
+            logger.warning(
+                "%s: KV of %s not used (%s): %s", self.name, pull.request_id, pull.outcome, pull.detail
+            )
 
     def _delta(self, promise: Promise, output: Output) -> Delta:
         submit = promise.submit

@@ -60,7 +60,7 @@ class Journey:
         self.flights: list[Flight] = []
 
 
-class ClusterEngine(EngineClient):
+class ClusterEngine(EngineClient):  # type: ignore[misc]  # vLLM ships no types
     """vLLM's EngineClient over the cluster. Everything runs in the endpoint's event loop."""
 
     def __init__(self, config: ClusterConfig, vllm_config: VllmConfig, coordinator: CoordinatorLink) -> None:
@@ -89,7 +89,7 @@ class ClusterEngine(EngineClient):
 
     # ---- generate ----------------------------------------------------------------------------------------
 
-    def generate(  # type: ignore[override]  # a plain function: what it raises becomes a status
+    def generate(
         self,
         prompt: Any,
         sampling_params: SamplingParams,
@@ -432,7 +432,7 @@ class ClusterEngine(EngineClient):
             current().decide(error)
             raise _http_error(error) from error
 
-    async def encode(self, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:  # type: ignore[override]
+    async def encode(self, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
         """Pooling models are not served."""
         raise VLLMValidationError("this cluster generates text; pooling models are not served")
         yield
@@ -533,5 +533,3 @@ def _think_end_id(tokenizer: Any) -> int | None:
     vocabulary = tokenizer.get_vocab() if tokenizer is not None else {}
     value = vocabulary.get("</think>")
     return None if value is None else int(value)
-
-

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from engine.errors import NodeLost, NoCapacity, Refused, SlosserveError
+from engine.errors import NoCapacity, NodeLost, Refused, SlosserveError
 from engine.messages import Cancel, Declined, Delta, NodeAddress, Place, Placed, Release, Submit, Timing
 from engine.request import BEST_EFFORT, Pace, Slo, WorkKind
 
@@ -235,7 +235,9 @@ class Flight:
         if self.token_times_s:
             self._fail(self, NodeLost(f"{reason} after {len(self.token_times_s)} tokens", retry_after_s=1.0))
         elif self.attempt >= MAX_ATTEMPTS:
-            self._fail(self, NoCapacity(f"{self.attempt} attempts failed; the last: {reason}", retry_after_s=1.0))
+            self._fail(
+                self, NoCapacity(f"{self.attempt} attempts failed; the last: {reason}", retry_after_s=1.0)
+            )
         else:
             self.avoid.append(node)
             assert self.on_retry is not None

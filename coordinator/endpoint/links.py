@@ -52,7 +52,9 @@ class NodeEvents(Protocol):
 class NodeLinks:
     """Links to nodes, made when they are first used."""
 
-    def __init__(self, context: zmq.asyncio.Context, identity: str, events: NodeEvents, silent_s: float) -> None:
+    def __init__(
+        self, context: zmq.asyncio.Context, identity: str, events: NodeEvents, silent_s: float
+    ) -> None:
         self._context = context
         self._identity = identity
         self._events = events

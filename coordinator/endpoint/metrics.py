@@ -1,4 +1,4 @@
-"""What an endpoint counts beside vLLM's own metrics: promises made and kept, and KV moved. Labels are bounded."""
+"""What an endpoint counts beside vLLM's own metrics: promises kept, KV moved. Labels are bounded."""
 
 from __future__ import annotations
 

@@ -57,7 +57,12 @@ async def set_pools(request: Request, pools: Annotated[PoolSizes, Body()]) -> JS
     given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
     if admin_key and not hmac.compare_digest(given.encode(), admin_key.encode()):
         return JSONResponse(
-            {"error": {"message": "this call needs the admin key: Authorization: Bearer KEY", "code": "admin_key"}},
+            {
+                "error": {
+                    "message": "this call needs the admin key: Authorization: Bearer KEY",
+                    "code": "admin_key",
+                }
+            },
             status_code=401,
         )
     return await _answer(request, "set_pools", **pools.model_dump())
@@ -79,8 +84,6 @@ async def _answer(request: Request, what: str, **args: Any) -> JSONResponse:
     try:
         return JSONResponse(await coordinator.query(what, **args))
     except AnswerError as error:
-        return JSONResponse(
-            {"error": {"message": str(error), "code": "coordinator"}}, status_code=error.status
-        )
+        return JSONResponse({"error": {"message": str(error), "code": "coordinator"}}, status_code=error.status)
     except SlosserveError as error:
         return JSONResponse(error_body(error), status_code=error.http_status)

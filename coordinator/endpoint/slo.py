@@ -1,9 +1,9 @@
 """The SLO of a request: what its headers and body say, and what that means in seconds.
 
-A class by name (`chatbot`, `coder`, `summarizer`, `tool`, `reasoning`, or one of the configuration's), or numbers,
-or a class with a number of its own. Numbers in headers are integers, in ms, under llm-d's names; in a body they
-stand in an `slo` object or in `vllm_xargs`. What cannot be read is the lowest urgency (best effort), said in a
-response header, never an error.
+A class by name (`chatbot`, `coder`, `summarizer`, `tool`, `reasoning`, or another of the configuration), or
+numbers, or a class with a number of its own. Numbers are in ms: in headers under llm-d's names, in a body in an
+`slo` object or in `vllm_xargs`. What cannot be read is the lowest urgency (best effort), said in a response
+header, never an error.
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ def read_asked(fields: Mapping[str, Any], classes: Mapping[str, SloClass]) -> As
         return Asked(malformed=f"unknown field {unknown[0]!r}; there are {', '.join(sorted(BODY_FIELDS))}")
     class_name = fields.get("class")
     if class_name is not None and class_name not in list(classes):
-        return Asked(malformed=f"unknown class {str(class_name)[:40]!r}; there are {', '.join(sorted(classes))}")
+        return Asked(
+            malformed=f"unknown class {str(class_name)[:40]!r}; there are {', '.join(sorted(classes))}"
+        )
     on_miss = fields.get("on_miss", "defer")
     if on_miss not in ON_MISS:
         return Asked(malformed=f"on_miss is {str(on_miss)[:40]!r}; it may be {' or '.join(ON_MISS)}")
@@ -77,7 +79,13 @@ def read_asked(fields: Mapping[str, Any], classes: Mapping[str, SloClass]) -> As
         if isinstance(value, str):
             return Asked(malformed=f"{key} is {value}; it must be a number of milliseconds, more than 0")
         numbers[key] = value
-    return Asked(class_name=class_name, refuse=on_miss == "refuse", **numbers)
+    return Asked(
+        class_name=class_name,
+        ttft_ms=numbers["ttft_ms"],
+        tpot_ms=numbers["tpot_ms"],
+        thinking_tpot_ms=numbers["thinking_tpot_ms"],
+        refuse=on_miss == "refuse",
+    )
 
 
 def _positive_ms(value: Any) -> float | str | None:

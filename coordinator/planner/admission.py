@@ -59,7 +59,7 @@ def admit_prefill(replica: Replica, new: Prefill) -> Verdict:
 
 
 def admit_decode(replica: Replica, kv_tokens: int, tpot_s: float, sequences: int = 1) -> Verdict:
-    """May `sequences` more decodes at `tpot_s` be kept for ever beside those that run, and does their KV fit?"""
+    """May `sequences` more decodes at `tpot_s` be kept for ever beside those that run, and is there memory?"""
     if replica.free_seqs < sequences:
         return Verdict(False, -1.0, "no free sequence slot")
     if kv_tokens > replica.free_kv_tokens:

@@ -30,7 +30,11 @@ def test_a_busy_node_is_not_flipped_and_is_named() -> None:
 
 @pytest.mark.parametrize(
     ("want", "words"),
-    [({P: 2, D: 2}, "2 nodes, but 4"), ({P: 2, D: 0}, "at least one decode node"), ({P: -1, D: 3}, "fewer than 0")],
+    [
+        ({P: 2, D: 2}, "2 nodes, but 4"),
+        ({P: 2, D: 0}, "at least one decode node"),
+        ({P: -1, D: 3}, "fewer than 0"),
+    ],
 )
 def test_sizes_that_cannot_be_are_refused(want: dict[RoleName, int], words: str) -> None:
     with pytest.raises(RequestError, match=words):

@@ -11,7 +11,9 @@ from tests.e2e.test_ways_in import ADD, ASK
 
 
 def _chat(cluster: Client, **body: Any) -> Any:
-    return cluster.post("/v1/chat/completions", json={"model": "tiny", "messages": ASK, "max_tokens": 4, **body})
+    return cluster.post(
+        "/v1/chat/completions", json={"model": "tiny", "messages": ASK, "max_tokens": 4, **body}
+    )
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -23,7 +25,9 @@ def test_a_prompt_over_the_context_says_how_long_it_may_be(cluster: Client, stre
 
 def test_bad_json_is_a_400(cluster: Client) -> None:
     response = cluster.post(
-        "/v1/chat/completions", content=b'{"model": "tiny", "slo": ', headers={"content-type": "application/json"}
+        "/v1/chat/completions",
+        content=b'{"model": "tiny", "slo": ',
+        headers={"content-type": "application/json"},
     )
     assert response.status_code == 400
     assert "JSON" in response.json()["error"]["message"]

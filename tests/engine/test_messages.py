@@ -33,7 +33,9 @@ def _values(hint: Any) -> st.SearchStrategy[Any]:
     if hint is int:
         return st.integers(-(2**62), 2**62)
     if hint is Any:
-        return st.one_of(st.none(), st.booleans(), st.text(max_size=5), st.lists(st.integers(0, 99), max_size=3))
+        return st.one_of(
+            st.none(), st.booleans(), st.text(max_size=5), st.lists(st.integers(0, 99), max_size=3)
+        )
     arguments = get_args(hint)
     if arguments and getattr(hint, "__origin__", None) is list:
         return st.lists(_values(arguments[0]), max_size=3)
