@@ -97,5 +97,5 @@ def _decodes(work: WorkState) -> bool:
 
 
 def _prefill(work: WorkState, age_s: float) -> Prefill:
-    tpot_s = float("inf") if work.kind is WorkKind.PREFILL else work.tpot_s
+    tpot_s = None if work.kind is WorkKind.PREFILL else work.tpot_s
     return Prefill(work.prefill_left_tokens, work.first_token_left_s - age_s, tpot_s)

@@ -107,7 +107,7 @@ def _judge(
     kv_bytes = request.prompt_tokens * prefill.report.info.kv_bytes_per_token
     transfer_s = 0.0 if link is None else link.transfer_s(kv_bytes)
     decode_step_s = at_decode.cost.predict(len(at_decode.decode_tpots_s) + 1)
-    earlier = replace(new, left_s=new.left_s - transfer_s - decode_step_s, tpot_s=float("inf"))
+    earlier = replace(new, left_s=new.left_s - transfer_s - decode_step_s, tpot_s=None)
     return Candidate(prefill, decode, admit_prefill(at_prefill, earlier))
 
 

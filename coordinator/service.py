@@ -31,6 +31,7 @@ from engine.messages import (
     LinksProbed,
     Message,
     Place,
+    Placed,
     ProbeLinks,
     Query,
     Report,
@@ -315,8 +316,7 @@ class Coordinator:
     def _from_endpoint(self, peer: bytes, message: Message) -> None:
         match message:
             case Place():
-                placed = place(message, self._mirrors.values(), self._links, time.monotonic())
-                self._reply(peer, placed)
+                self._reply(peer, self._place(message))
             case Finished():
                 self._scorecard.count(message)
                 for mirror in self._mirrors.values():
@@ -327,6 +327,15 @@ class Coordinator:
                 self._spawn(self._answer(peer, message))
             case _:
                 logger.warning("a coordinator does not take %s from an endpoint", type(message).__name__)
+
+    def _place(self, message: Place) -> Placed:
+        try:
+            return place(message, self._mirrors.values(), self._links, time.monotonic())
+        except Exception:
+            # An endpoint waits for this answer: an error of ours must not look like a coordinator that is gone.
+            logger.exception("placing %s", message.request_id)
+            reason = "the coordinator failed to place this request; its log says why"
+            return Placed(message.request_id, message.attempt, "no_capacity", reason=reason, retry_after_s=1.0)
 
     def _reply(self, peer: bytes, message: Message) -> None:
         self._router.send_multipart([peer, *encode(message)])

@@ -15,11 +15,11 @@ from engine.cost import StepCost
 
 @dataclass(frozen=True, slots=True)
 class Prefill:
-    """Prompt tokens still to compute, due in `left_s` from now; then one decode at `tpot_s`."""
+    """Prompt tokens still to compute, due in `left_s`; then a decode at `tpot_s` (None: not on this node)."""
 
     tokens: int
     left_s: float
-    tpot_s: float
+    tpot_s: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,8 @@ def admit_prefill(replica: Replica, new: Prefill) -> Verdict:
     for prefill in queue:
         clock_s += prefill_time_s(replica, prefill.tokens, decodes)
         slack_s = min(slack_s, prefill.left_s - clock_s)
-        decodes.append(prefill.tpot_s)
+        if prefill.tpot_s is not None:
+            decodes.append(prefill.tpot_s)
     if slack_s < 0:
         return Verdict(False, slack_s, f"prefill would be late by {-slack_s:.2f} s")
     return Verdict(True, slack_s)

@@ -1,0 +1,170 @@
+"""Placement: pairs and single nodes compete, refusals say why, and nobody gets the last place twice."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coordinator.mirror import NodeMirror
+from coordinator.placement import place
+from engine.base import EngineInfo, Usage
+from engine.messages import Place, Report, WorkState
+from engine.request import RoleName, WorkKind
+from kv_transfer.base import Link, PeerAddress
+
+INFO = EngineInfo("vllm", "tiny", "e", 32, 1000, 4096, 4, 2048, 4096, "nixl")
+
+
+def _node(name: str, role: RoleName, works: list[WorkState] | None = None) -> NodeMirror:
+    report = Report(
+        node=name,
+        boot_id="b",
+        role=role,
+        info=INFO,
+        kv=PeerAddress(name, "127.0.0.1", 1),
+        usage=Usage(0, 1000, 0, 0),
+        works=works or [],
+        leases=[],
+        pulls=[],
+        cost_base_s=0.003,
+        cost_per_token_s=0.0001,
+        idle_base_s=0.003,
+        idle_per_token_s=0.0001,
+        steps=0,
+        step_s=0.0,
+        stuck_s=0.0,
+        local_prefills=0,
+        pid=1,
+    )
+    mirror = NodeMirror(name, f"tcp://{name}", role)
+    mirror.take_report(report, now_s=0.0)
+    return mirror
+
+
+def _pair() -> list[NodeMirror]:
+    return [_node("p", RoleName.PREFILL), _node("d", RoleName.DECODE)]
+
+
+ASK = Place(
+    request_id="r",
+    attempt=1,
+    prompt_tokens=500,
+    max_tokens=100,
+    class_name="chatbot",
+    first_token_left_s=0.5,
+    tpot_s=0.1,
+    one_node=False,
+    may_defer=True,
+)
+
+
+def test_a_request_goes_to_the_pair_when_it_can_be_promised_there() -> None:
+    placed = place(ASK, _pair(), {}, 0.0)
+    assert placed.verdict == "admitted"
+    assert placed.prefill is not None
+    assert placed.decode is not None
+    assert (placed.prefill.node, placed.decode.node) == ("p", "d")
+
+
+def test_what_must_stay_on_one_node_is_served_where_it_decodes() -> None:
+    placed = place(replace(ASK, one_node=True), _pair(), {}, 0.0)
+    assert placed.prefill is None
+    assert placed.decode is not None
+    assert placed.decode.node == "d"
+
+
+def test_decode_nodes_serve_everything_once_nobody_prefills() -> None:
+    nodes = [_node("a", RoleName.DECODE), _node("b", RoleName.DECODE)]
+    placed = place(ASK, nodes, {}, 0.0)
+    assert placed.prefill is None
+    assert placed.verdict == "admitted"
+
+
+def test_a_lost_prefill_node_leaves_its_work_to_the_decode_node() -> None:
+    placed = place(replace(ASK, avoid=["p"]), _pair(), {}, 0.0)
+    assert placed.prefill is None
+    assert placed.decode is not None
+    assert placed.decode.node == "d"
+
+
+def test_a_slow_link_takes_from_the_time_that_a_prefill_has() -> None:
+    slow = {("p", "d"): Link("p", "d", latency_s=0.0, bytes_per_s=500 * 4096 / 0.46)}
+    assert place(ASK, _pair(), {}, 0.0).verdict == "admitted"
+    assert place(ASK, _pair(), slow, 0.0).verdict == "best_effort"
+
+
+def test_nothing_ready_is_no_capacity_and_says_when_to_come_back() -> None:
+    lost = _node("d", RoleName.DECODE)
+    lost.state = "lost"
+    placed = place(ASK, [lost], {}, 0.0)
+    assert placed.verdict == "no_capacity"
+    assert placed.retry_after_s > 0
+
+
+def test_a_refusal_says_why_and_a_deferral_names_a_node() -> None:
+    hopeless = replace(ASK, first_token_left_s=0.001)
+    assert place(hopeless, _pair(), {}, 0.0).verdict == "best_effort"
+    refused = place(replace(hopeless, may_defer=False), _pair(), {}, 0.0)
+    assert refused.verdict == "refused"
+    assert "late by" in refused.reason
+
+
+def test_two_requests_placed_in_one_instant_do_not_both_get_the_last_slot() -> None:
+    nodes = _pair()
+    asks = [replace(ASK, request_id=f"r{index}", first_token_left_s=100.0) for index in range(6)]
+    verdicts = [place(ask, nodes, {}, 0.0).verdict for ask in asks]
+    assert verdicts == ["admitted"] * 4 + ["best_effort"] * 2
+
+
+def test_a_placement_that_never_reaches_a_node_is_forgotten() -> None:
+    nodes = _pair()
+    place(ASK, nodes, {}, now_s=0.0)
+    assert all(node.placed for node in nodes)
+    for node in nodes:
+        assert node.report is not None
+        node.take_report(node.report, now_s=1000.0)
+    assert not any(node.placed for node in nodes)
+
+
+def test_what_a_report_shows_is_not_counted_twice() -> None:
+    node = _node("m", RoleName.MIXED)
+    place(ASK, [node], {}, 0.0)
+    (placement,) = node.placed.values()
+    assert node.report is not None
+    node.take_report(replace(node.report, works=[placement.state]), 0.1)
+    assert not node.placed
+    assert node.replica(0.1).free_seqs == INFO.max_num_seqs - 1
+
+
+works = st.builds(
+    WorkState,
+    request_id=st.text(min_size=1, max_size=4),
+    attempt=st.integers(1, 3),
+    kind=st.sampled_from(WorkKind),
+    prompt_tokens=st.integers(1, 4000),
+    prefill_left_tokens=st.integers(0, 4000),
+    output_tokens=st.integers(0, 100),
+    max_tokens=st.integers(1, 4000),
+    first_token_left_s=st.floats(-100, 100),
+    tpot_s=st.floats(0.001, 10),
+    best_effort=st.booleans(),
+)
+
+
+@given(st.lists(st.tuples(st.sampled_from(RoleName), st.lists(works, max_size=6)), max_size=4), st.booleans())
+def test_every_question_has_an_answer_that_roles_allow(
+    cluster: list[tuple[RoleName, list[WorkState]]], one_node: bool
+) -> None:
+    nodes = [_node(f"n{index}", role, load) for index, (role, load) in enumerate(cluster)]
+    roles = {node.name: node.role for node in nodes}
+    placed = place(replace(ASK, one_node=one_node), nodes, {}, 0.0)
+    if placed.verdict == "no_capacity":
+        assert placed.decode is None
+        return
+    assert placed.decode is not None
+    assert roles[placed.decode.node] is not RoleName.PREFILL
+    if placed.prefill is not None:
+        assert not one_node
+        assert roles[placed.prefill.node] is RoleName.PREFILL
