@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -113,5 +114,6 @@ class Drive:
         for _ in range(max_steps):
             if not self.engine.has_work():
                 return self
-            self.step()
+            if self.step() is None:
+                time.sleep(0.01)  # a grammar is compiled, or a transfer goes on, beside the steps
         raise AssertionError(f"not done after {max_steps} steps: {self.engine.usage()}")
