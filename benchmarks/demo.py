@@ -35,9 +35,7 @@ def demo(
     trace: Annotated[
         Path | None, typer.Option(help="Azure CSV, Mooncake jsonl or t_s,in_tokens,out_tokens CSV (.gz too).")
     ] = None,
-    length_divisor: Annotated[
-        float, typer.Option(min=1, help="Lengths are divided by this.")
-    ] = LENGTH_DIVISOR,
+    length_divisor: Annotated[float, typer.Option(min=1, help="Lengths are divided by this.")] = LENGTH_DIVISOR,
     out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("out/demo/summary.json"),
     url: Annotated[str | None, typer.Option(help="Use this running endpoint, start nothing.")] = None,
     api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="Key of the endpoint.")] = None,

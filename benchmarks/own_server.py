@@ -69,9 +69,7 @@ def _wait_ready(process: ProcessId, base_url: str, timeout_s: float, log: Path) 
     deadline_s = time.monotonic() + timeout_s
     while time.monotonic() < deadline_s:
         if not is_alive(process):
-            raise EngineStartError(
-                f"vLLM's own server ended while starting. Its log ({log}):\n{tail(log, 20)}"
-            )
+            raise EngineStartError(f"vLLM's own server ended while starting. Its log ({log}):\n{tail(log, 20)}")
         try:
             if httpx.get(f"{base_url}/health", timeout=1.0).status_code == httpx.codes.OK:
                 return

@@ -161,7 +161,5 @@ def _timestamp(path: Path, line: int, value: str | None) -> float:
 def _value(path: Path, line: int, row: Mapping[str, Any], column: str) -> Any:
     value = row.get(column)
     if value is None:
-        raise ConfigError(
-            f"{path}: line {line}: expected a column {column}, found {', '.join(map(str, row))}"
-        )
+        raise ConfigError(f"{path}: line {line}: expected a column {column}, found {', '.join(map(str, row))}")
     return value

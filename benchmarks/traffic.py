@@ -78,9 +78,7 @@ def arrival_times(
     return times[times < duration_s]
 
 
-def draw_class(
-    slo_class: str, rate_per_s: float, duration_s: float, rng: np.random.Generator
-) -> list[Arrival]:
+def draw_class(slo_class: str, rate_per_s: float, duration_s: float, rng: np.random.Generator) -> list[Arrival]:
     """Requests of one class from its published statistics."""
     app = _application(slo_class)
     times = arrival_times(rate_per_s, duration_s, rng, app.interarrival_cv)

@@ -36,9 +36,7 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 class Section(BaseModel):
     """A part of the configuration: read-only, and closed to unknown keys."""
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, protected_namespaces=(), coerce_numbers_to_str=True
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), coerce_numbers_to_str=True)
 
 
 class PoolsConfig(Section):
@@ -97,9 +95,7 @@ class EndpointConfig(Section):
     @model_validator(mode="after")
     def _ports_exist(self) -> EndpointConfig:
         if self.port + self.count - 1 > 65535:
-            raise ValueError(
-                f"{self.count} endpoints from port {self.port} on pass 65535: lower port or count"
-            )
+            raise ValueError(f"{self.count} endpoints from port {self.port} on pass 65535: lower port or count")
         return self
 
 

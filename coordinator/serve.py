@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 import signal
@@ -121,6 +122,8 @@ async def serve(run_dir: Path) -> None:
     say("links", state="measuring")
     while not coordinator.ready:
         await asyncio.sleep(0.05)
+    gc.collect()
+    gc.freeze()  # a look through all of Ray would hold up a placement for tens of milliseconds
     say("ready", address=coordinator.address)
     await serving
 

@@ -5,6 +5,7 @@ What the engine prints goes to a log of the node's own, whose last lines are par
 
 from __future__ import annotations
 
+import gc
 import importlib
 import logging
 import os
@@ -26,6 +27,8 @@ from engine.role import Role
 from engine.socket import NodeSocket
 
 LOG_TAIL_LINES = 20
+# Python's own 5 ms would let a step's bookkeeping keep finished tokens from the thread that sends them.
+SWITCH_INTERVAL_S = 0.0005
 
 
 class NodeActor:
@@ -88,6 +91,9 @@ class NodeActor:
             logging.exception("start-up failed")
             ready.set_exception(error)
             return
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
+        gc.collect()
+        gc.freeze()  # what start-up left is never garbage: looking through it again stalls a step
         ready.set_result(None)
         try:
             node.run()

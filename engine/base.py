@@ -13,6 +13,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+
 from kv_transfer.base import Handoff, KvPort
 
 
@@ -35,8 +37,7 @@ class Work:
     pull_deadline_s: float = 10.0
 
 
-@dataclass(frozen=True, slots=True)
-class Seq:
+class Seq(msgspec.Struct, frozen=True, gc=False):
     """A sequence as it stands when a batch is composed. Counts are tokens.
 
     `blocked`: the last batch had room for it, but there was no slot or no KV memory, and there may be none
@@ -84,8 +85,7 @@ class BatchPlan:
 Composer = Callable[[Sequence[Seq]], BatchPlan]
 
 
-@dataclass(frozen=True, slots=True)
-class Output:
+class Output(msgspec.Struct, frozen=True):
     """What one step gave for one work. `finish_reason` is stop, length, abort or error when it is over.
 
     `payload` carries what only the client's side of the real engine reads (logprobs); `handoff` is there when

@@ -29,9 +29,7 @@ class StepCost:
 
     def __post_init__(self) -> None:
         if self.base_s < 0 or self.per_token_s <= 0 or self.drift <= 0:
-            raise ValueError(
-                f"a step cannot cost {self.base_s} s + {self.per_token_s} s/token x {self.drift}"
-            )
+            raise ValueError(f"a step cannot cost {self.base_s} s + {self.per_token_s} s/token x {self.drift}")
 
     def predict(self, tokens: int) -> float:
         """Seconds of a batch of `tokens`; an empty batch takes none."""

@@ -116,9 +116,11 @@ class Timing:
     pulled_bytes: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """What one step gave one attempt. `index`: how many tokens of this attempt went before."""
+class Delta(msgspec.Struct, frozen=True):
+    """What one step gave one attempt. `index`: how many tokens of this attempt went before.
+
+    A Struct, as one is made per token: eight times quicker to make than a dataclass.
+    """
 
     request_id: str
     attempt: int

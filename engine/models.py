@@ -229,9 +229,7 @@ def _train_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
     tokenizer.chat_template = CHAT_TEMPLATE
     # An id that the model can sample but the tokenizer does not know would break detokenisation.
     if len(tokenizer) != recipe.vocab_size:
-        raise ConfigError(
-            f"the corpus gives {len(tokenizer)} tokens, the recipe asks for {recipe.vocab_size}"
-        )
+        raise ConfigError(f"the corpus gives {len(tokenizer)} tokens, the recipe asks for {recipe.vocab_size}")
     return tokenizer
 
 
@@ -241,9 +239,7 @@ def _save_weights(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, folder: Pa
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    shape = {
-        key: value for key, value in asdict(recipe).items() if key not in ("description", "seed", "dtype")
-    }
+    shape = {key: value for key, value in asdict(recipe).items() if key not in ("description", "seed", "dtype")}
     config = LlamaConfig(
         **shape,
         bos_token_id=tokenizer.convert_tokens_to_ids(END_OF_TEXT),

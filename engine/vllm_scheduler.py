@@ -167,9 +167,7 @@ class PlannedScheduler(Scheduler):  # type: ignore[misc]
         if self.num_spec_tokens > 0 and self.dynamic_sd_lookup is None:
             # vLLM 0.32 pads a waiting request with one token left (every pulled one) to 1 + num_spec_tokens,
             # whatever the plan says, and asserts on it when clipped. With a table by batch size it does not.
-            self.dynamic_sd_lookup: list[int] | None = [self.num_spec_tokens] * (
-                self.max_num_running_reqs + 1
-            )
+            self.dynamic_sd_lookup: list[int] | None = [self.num_spec_tokens] * (self.max_num_running_reqs + 1)
 
     def schedule(self, throttle_prefills: bool = False) -> Any:
         """Compose a plan, carry it out, and leave the queues in the order in which they were."""

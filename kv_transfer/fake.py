@@ -209,9 +209,7 @@ class FakePort(KvPort):
 
     # Pulls.
 
-    def start_pull(
-        self, request_id: str, handoff: Handoff, deadline_s: float, cached_blocks: int = 0
-    ) -> bool:
+    def start_pull(self, request_id: str, handoff: Handoff, deadline_s: float, cached_blocks: int = 0) -> bool:
         """Begin to pull what lies behind `cached_blocks`. False if the pull is over already, and failed."""
         now_s = self._fabric.clock()
         self._pulls.begin(OpenPull(request_id, handoff.source, now_s, now_s + deadline_s))

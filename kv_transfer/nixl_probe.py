@@ -24,9 +24,7 @@ def probe_link(worker: Any, local: PeerMemory, peer: PeerAddress, timeout_s: flo
     samples: list[Sample] = []
     for size in _SIZES:
         if size > min(remote.probe_bytes, local.probe_bytes):
-            raise TransferError(
-                f"engine {peer.engine_id} has a probe area of {remote.probe_bytes} bytes only"
-            )
+            raise TransferError(f"engine {peer.engine_id} has a probe area of {remote.probe_bytes} bytes only")
         for repeat in range(_READS_PER_SIZE):
             seconds = _timed_read(worker.nixl_wrapper, agent_name, local, remote, size, give_up_s)
             if repeat:

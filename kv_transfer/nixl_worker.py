@@ -171,9 +171,7 @@ class SlosPullWorker(NixlPullConnectorWorker):  # type: ignore[misc]
             handles = transfers.pop(key, None)
             if handles:
                 self._exchange.held[key] = HeldPull(handles)
-            what = (
-                "bytes were" if handles else "the check was" if key in self._checks else "the handshake was"
-            )
+            what = "bytes were" if handles else "the check was" if key in self._checks else "the handshake was"
             self._checks.abandon(key)
             # What failed before, and could not let go of its blocks, keeps its own reason.
             self._why.setdefault(key, (PullOutcome.LATE, f"the deadline passed while {what} under way"))
@@ -241,7 +239,5 @@ class SlosPullWorker(NixlPullConnectorWorker):  # type: ignore[misc]
 
     def _engines_with_inflight_transfers(self) -> set[str]:
         busy: set[str] = super()._engines_with_inflight_transfers()
-        checked = (
-            self._recving_metadata[key].remote for key in self._recving_metadata if key in self._checks
-        )
+        checked = (self._recving_metadata[key].remote for key in self._recving_metadata if key in self._checks)
         return busy | {remote.engine_id for remote in checked if remote is not None}

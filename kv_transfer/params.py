@@ -78,9 +78,7 @@ def handoff_from_params(
     some of it has passed since the output was made. Raises TransferError when nothing was offered.
     """
     if not params:
-        raise TransferError(
-            f"prefill {request_id} ended without an offer: no lease was free, or it has no KV"
-        )
+        raise TransferError(f"prefill {request_id} ended without an offer: no lease was free, or it has no KV")
     missing = [key for key in _NEEDED if params.get(key) is None]
     if missing:
         raise TransferError(

@@ -43,9 +43,7 @@ MAY_IMPORT = {
 @pytest.mark.parametrize("module", LIGHT_MODULES)
 def test_core_imports_without_heavy_libraries(module: str) -> None:
     script = f"import sys, {module}; print(*[name for name in {HEAVY} if name in sys.modules])"
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=ROOT
-    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == []
 

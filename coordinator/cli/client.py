@@ -76,7 +76,5 @@ def _object_of(answer: httpx.Response) -> dict[str, Any]:
     except ValueError:
         value = None
     if not isinstance(value, dict):
-        raise SlosserveError(
-            f"{answer.url} answered, but not with a JSON object: is it a slosserve endpoint?"
-        )
+        raise SlosserveError(f"{answer.url} answered, but not with a JSON object: is it a slosserve endpoint?")
     return value

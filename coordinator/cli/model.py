@@ -49,6 +49,4 @@ def _report(name: str, path: Path, seconds: float, as_json: bool) -> None:
         return
     console = Console(soft_wrap=True, highlight=False)
     console.print(f"[bold]{name}[/bold]  {path}")
-    console.print(
-        f"  {made['parameters'] / 1e6:.1f} M parameters, {made['recipe']['dtype']}, {seconds:.1f} s"
-    )
+    console.print(f"  {made['parameters'] / 1e6:.1f} M parameters, {made['recipe']['dtype']}, {seconds:.1f} s")

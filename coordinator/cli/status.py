@@ -18,9 +18,7 @@ WATCH_S = 1.0
 
 def status(
     watch: Annotated[bool, typer.Option("--watch", help="Again every second, until ctrl-C.")] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print what the cluster answers, as it is.")
-    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what the cluster answers, as it is.")] = False,
     url: Annotated[str | None, typer.Option(help="Of an endpoint, if it was not started here.")] = None,
     name: Annotated[str | None, typer.Option(help="Which cluster of this machine.")] = None,
 ) -> None:

@@ -27,9 +27,7 @@ def status_view(url: str, state: Mapping[str, Any]) -> Group:
 
 
 def _nodes(nodes: Sequence[Mapping[str, Any]]) -> Table:
-    table = _table(
-        "node", "role", "state", "KV blocks", "running", "waiting", "step ms", "heard s ago", "pid"
-    )
+    table = _table("node", "role", "state", "KV blocks", "running", "waiting", "step ms", "heard s ago", "pid")
     for node in nodes:
         used = f"{node['used_blocks']} / {node['num_blocks']}" if node["num_blocks"] else "-"
         table.add_row(

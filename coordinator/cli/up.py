@@ -31,9 +31,7 @@ def up(
     prefill: Annotated[int | None, typer.Option(min=0, help="Nodes that prefill.")] = None,
     decode: Annotated[int | None, typer.Option(min=0, help="Nodes that decode.")] = None,
     mixed: Annotated[int | None, typer.Option(min=0, help="Nodes that do both.")] = None,
-    port: Annotated[
-        int | None, typer.Option(min=0, max=65535, help="Of the endpoint; 0: a free one.")
-    ] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="Of the endpoint; 0: a free one.")] = None,
     address: Annotated[str | None, typer.Option(help="Join this running Ray (HOST:PORT or auto).")] = None,
     assignments: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key of the configuration.")
@@ -70,9 +68,7 @@ def _start(settings: Any, detach: bool) -> ClusterProcess:
     console = Console(stderr=True)
     view = StartupView(settings.name)
     if not console.is_terminal:
-        return ClusterProcess.start(
-            settings, progress=lambda event: _print_line(console, event), detach=detach
-        )
+        return ClusterProcess.start(settings, progress=lambda event: _print_line(console, event), detach=detach)
     with Live(view, console=console, refresh_per_second=4):
         return ClusterProcess.start(settings, progress=view.take, detach=detach)
 

@@ -504,6 +504,8 @@ class ClusterEngine(EngineClient):  # type: ignore[misc]  # vLLM ships no types
 
 
 def _core_output(delta: Delta, flight: Flight, now_s: float) -> EngineCoreOutput:
+    if delta.finish_reason is None and delta.payload is None and delta.timing is None:
+        return EngineCoreOutput(delta.request_id, delta.token_ids)  # one per token: the hot path
     output = decode_output(
         Output(
             work_id=delta.request_id,

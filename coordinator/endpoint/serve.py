@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -128,6 +129,8 @@ async def _listen(app: Any, config: ClusterConfig, index: int) -> None:
     while not server.started and not serving.done():
         await asyncio.sleep(0.01)
     if server.started:
+        gc.collect()
+        gc.freeze()
         bound = server.servers[0].sockets[0].getsockname()[1]
         say("ready", index=index, url=f"http://{host}:{bound}")
     await serving

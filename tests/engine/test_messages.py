@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, get_args, get_type_hints
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,12 +22,16 @@ def _message_types() -> list[type[Any]]:
 def _strategy(kind: type[Any]) -> st.SearchStrategy[Any]:
     """Any value of a message, by its annotations; floats finite, as JSON-like maps travel in `params`."""
     hints = get_type_hints(kind)
-    return st.builds(kind, **{field.name: _values(hints[field.name]) for field in dataclasses.fields(kind)})
+    names = (
+        kind.__struct_fields__
+        if issubclass(kind, msgspec.Struct)
+        else [f.name for f in dataclasses.fields(kind)]
+    )
+    return st.builds(kind, **{name: _values(hints[name]) for name in names})
 
 
 def _values(hint: Any) -> st.SearchStrategy[Any]:
-    if dataclasses.is_dataclass(hint):
-        assert isinstance(hint, type)
+    if isinstance(hint, type) and (dataclasses.is_dataclass(hint) or issubclass(hint, msgspec.Struct)):
         return _strategy(hint)
     if hint is float:
         return st.floats(allow_nan=False, allow_infinity=False, width=64)

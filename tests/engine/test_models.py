@@ -63,9 +63,7 @@ def test_made_once_and_again_only_when_asked_or_changed(tiny: Path, home: Path) 
     assert models.make_model("tiny", home) == tiny
     assert (tiny / "model.safetensors").stat().st_mtime_ns == before.st_mtime_ns
     recipe_file = tiny / "recipe.json"
-    recipe_file.write_text(
-        recipe_file.read_text().replace('"num_hidden_layers": 4', '"num_hidden_layers": 3')
-    )
+    recipe_file.write_text(recipe_file.read_text().replace('"num_hidden_layers": 4', '"num_hidden_layers": 3'))
     models.make_model("tiny", home)
     assert (tiny / "model.safetensors").stat().st_mtime_ns > before.st_mtime_ns
     assert sorted(path.name for path in home.iterdir()) == [".tiny.lock", "tiny"]

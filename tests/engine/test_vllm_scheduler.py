@@ -179,9 +179,7 @@ def test_queues_keep_their_order_when_a_plan_is_over(engine: Engine) -> None:
     drive.run()
 
 
-def test_a_plan_about_nothing_that_exists_does_no_harm(
-    engine: Engine, expected: dict[str, list[int]]
-) -> None:
+def test_a_plan_about_nothing_that_exists_does_no_harm(engine: Engine, expected: dict[str, list[int]]) -> None:
     nonsense = BatchPlan(
         order=["gone", "w0", "w0", "gone"],
         chunk_tokens={"gone": 3, "w1": -4},
@@ -262,9 +260,7 @@ def test_a_grammar_that_does_not_compile_ends_its_work_alone(
 def test_logprobs_come_with_the_tokens(engine: Engine, expected: dict[str, list[int]]) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True, logprobs=2, prompt_logprobs=1)
     engine.submit(replace(works()[0], sampling=encode_sampling(params)))
-    outputs = [
-        decode_output(output, "request") for _ in range(5) for output in engine.step(vllms_own).outputs
-    ]
+    outputs = [decode_output(output, "request") for _ in range(5) for output in engine.step(vllms_own).outputs]
     assert [output.new_token_ids for output in outputs] == [[token] for token in expected["w0"][:3]]
     for output in outputs:
         assert output.new_logprobs is not None
@@ -277,9 +273,7 @@ def json_work(work_id: str, schema: dict[str, Any] | None = None) -> Work:
     tools: dict[str, Any] = {"type": "object", "required": ["tool"]}
     tools["properties"] = {"tool": {"enum": ["search", "open"]}}
     params = SamplingParams(temperature=0.0, max_tokens=60)
-    params.structured_outputs = StructuredOutputsParams(
-        json=schema or {**tools, "additionalProperties": False}
-    )
+    params.structured_outputs = StructuredOutputsParams(json=schema or {**tools, "additionalProperties": False})
     params.structured_outputs._backend = "xgrammar"  # as vLLM's input processor leaves it
     params.update_from_generation_config({}, tokenizer().eos_token_id)
     return Work(work_id, prompt(20, seed=8), encode_sampling(params), max_tokens=60)

@@ -142,9 +142,7 @@ class Ends(RuleBasedStateMachine):
             self.open.discard(pull.request_id)
             if pull.outcome is PullOutcome.PULLED:
                 content = self.target.kv(pull.request_id)
-                assert content == [
-                    f"{self.pulled[pull.request_id]}:{i}".encode() for i in range(len(content))
-                ]
+                assert content == [f"{self.pulled[pull.request_id]}:{i}".encode() for i in range(len(content))]
 
     @invariant()
     def no_block_is_free_twice(self) -> None:
