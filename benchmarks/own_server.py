@@ -1,7 +1,11 @@
-"""vLLM's own OpenAI server as a child process: the same engine, asked without a cluster in between."""
+"""vLLM's own OpenAI server as a child process: the same engine, asked without a cluster in between.
+
+The engine has the arguments of a node and its KV connector, so that what differs is who asks and who schedules.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -19,6 +23,7 @@ from coordinator.process_events import tail
 from coordinator.process_tree import ProcessId, end, is_alive, spawn
 from engine.errors import EngineStartError
 from engine.models import resolve_model
+from kv_transfer.params import kv_transfer_config
 
 # The vllm console script of the CPU build looks for a distribution named vllm and fails.
 MODULE = "vllm.entrypoints.launchers.api_server.entry"
@@ -54,6 +59,9 @@ def _arguments(config: ClusterConfig, port: int) -> list[str]:
         "--no-async-scheduling",
         "--enable-prefix-caching" if engine.enable_prefix_caching else "--no-enable-prefix-caching",
     ]
+    transfer = config.transfer
+    connector = kv_transfer_config(transfer.lease_s, transfer.pull_deadline_s, "own-server")
+    arguments.append(f"--kv-transfer-config={json.dumps(connector)}")
     if engine.kv_cache_gib is not None:
         arguments.append(f"--kv-cache-memory-bytes={int(engine.kv_cache_gib * 2**30)}")
     return arguments
@@ -61,7 +69,13 @@ def _arguments(config: ClusterConfig, port: int) -> list[str]:
 
 def _environment(config: ClusterConfig) -> dict[str, str]:
     # Without the last one the CPU platform gives the one worker a process of its own.
-    fixed = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    side_channel = {"VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_ports(1))}
+    fixed = {
+        **side_channel,
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    }
     return {**os.environ, **config.engine.env, **fixed}
 
 

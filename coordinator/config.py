@@ -139,6 +139,7 @@ class TimeoutsConfig(Section):
     place_s: Seconds = 5.0
     node_silent_s: Seconds = 1.0
     endpoint_silent_s: Seconds = 3.0
+    stuck_step_s: Seconds = 30.0
 
 
 # SLOs-Serve, table 1: loose 5x and 100 ms, tight 3x and 50 ms.

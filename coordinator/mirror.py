@@ -58,8 +58,15 @@ class NodeMirror:
         self.placed[work_id(state.request_id, state.attempt)] = Placement(state, now_s + grace_s)
 
     def forget(self, request_id: str, attempt: int) -> None:
-        """A placed request is over."""
-        self.placed.pop(work_id(request_id, attempt), None)
+        """This attempt at a request is over, and so is every one before it."""
+        if self.placed:
+            for earlier in range(1, attempt + 1):
+                self.placed.pop(work_id(request_id, earlier), None)
+
+    @property
+    def requests(self) -> int:
+        """Requests here, and on their way here."""
+        return len(self.placed) + (0 if self.report is None else len(self.report.works))
 
     @property
     def serving(self) -> bool:
@@ -77,7 +84,7 @@ class NodeMirror:
             cost=StepCost(report.cost_base_s, report.cost_per_token_s),
             max_batch_tokens=report.info.max_batch_tokens,
             free_kv_tokens=self._free_kv_tokens(report, works),
-            free_seqs=report.info.max_num_seqs - len(works),
+            free_seqs=report.info.max_num_seqs - len(promised),
             prefills=[_prefill(work, age_s) for work in promised if work.prefill_left_tokens > 0],
             decode_tpots_s=[work.tpot_s for work in promised if _decodes(work)],
         )

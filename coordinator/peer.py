@@ -47,7 +47,7 @@ class Peer:
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.SNDHWM, 0)
         self._socket.setsockopt(zmq.RCVHWM, 0)
-        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._socket.connect(address)
         self._tasks = [
             asyncio.create_task(task)
@@ -93,4 +93,6 @@ class Peer:
     async def _notice_closing(self) -> None:
         while True:
             event = parse_monitor_message(await self._monitor.recv_multipart())
-            self._disconnected = event["event"] == zmq.EVENT_DISCONNECTED
+            if event["event"] == zmq.EVENT_DISCONNECTED:
+                # For good: what was on its way is lost, so whoever wants to go on links anew and asks again.
+                self._disconnected = True

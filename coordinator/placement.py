@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from coordinator.mirror import NodeMirror
 from coordinator.planner.admission import Prefill, Verdict, admit_decode, admit_prefill
-from engine.messages import NodeAddress, Place, Placed, WorkState
+from engine.messages import NodeAddress, NodeLoad, Place, Placed, WorkState
 from engine.request import RoleName, WorkKind
 from kv_transfer.base import Link
 
@@ -31,15 +31,24 @@ class Candidate:
     def load(self) -> int:
         """Requests on its nodes, for ties."""
         nodes = [self.decode] if self.prefill is None else [self.prefill, self.decode]
-        return sum(len(node.placed) + len(node.report.works if node.report else ()) for node in nodes)
+        return sum(node.requests for node in nodes)
 
 
 def place(
-    request: Place, nodes: Iterable[NodeMirror], links: dict[tuple[str, str], Link], now_s: float
+    request: Place,
+    nodes: Iterable[NodeMirror],
+    links: dict[tuple[str, str], Link],
+    now_s: float,
 ) -> Placed:
-    """Choose where `request` goes. The mirrors of the chosen nodes count it from now on."""
-    usable = [node for node in nodes if node.serving and node.name not in request.avoid]
-    candidates = [_judge(request, prefill, decode, links, now_s) for prefill, decode in _ways(request, usable)]
+    """Choose where `request` goes. The mirrors of the chosen nodes count it from now on.
+
+    Nodes to be avoided are asked again only when there is nobody else.
+    """
+    serving = [node for node in nodes if node.serving]
+    ways = _ways(request, [node for node in serving if node.name not in request.avoid])
+    candidates = [
+        _judge(request, prefill, decode, links, now_s) for prefill, decode in ways or _ways(request, serving)
+    ]
     if not candidates:
         return Placed(
             request.request_id,
@@ -105,10 +114,28 @@ def _judge(
     assert prefill.report is not None
     link = links.get((prefill.name, decode.name))
     kv_bytes = request.prompt_tokens * prefill.report.info.kv_bytes_per_token
-    transfer_s = 0.0 if link is None else link.transfer_s(kv_bytes)
+    if link is None:
+        return Candidate(prefill, decode, Verdict(False, -1.0, "the link between them is not measured"))
+    transfer_s = link.transfer_s(kv_bytes)
     decode_step_s = at_decode.cost.predict(len(at_decode.decode_tpots_s) + 1)
     earlier = replace(new, left_s=new.left_s - transfer_s - decode_step_s, tpot_s=None)
     return Candidate(prefill, decode, admit_prefill(at_prefill, earlier))
+
+
+def place_best_effort(nodes: Sequence[NodeLoad], *, one_node: bool) -> tuple[NodeLoad | None, NodeLoad] | None:
+    """Where a request without a promise goes: the least loaded pair, or node. None if nobody can serve it."""
+    by_role = {
+        role: min((node for node in nodes if node.role is role), key=lambda node: node.requests, default=None)
+        for role in RoleName
+    }
+    mixed, prefill, decode = by_role[RoleName.MIXED], by_role[RoleName.PREFILL], by_role[RoleName.DECODE]
+    if decode is None:
+        return None if mixed is None else (None, mixed)
+    paired = prefill if not one_node else None
+    busiest = max(decode.requests, 0 if paired is None else paired.requests)
+    if mixed is not None and mixed.requests <= busiest:
+        return None, mixed
+    return paired, decode
 
 
 def _accept(request: Place, chosen: Candidate, verdict: str, judged: dict[str, str], now_s: float) -> Placed:

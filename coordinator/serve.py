@@ -81,11 +81,13 @@ class Nodes:
         self._config = config
         self._run_dir = run_dir
         self._refs: dict[str, NodeRef] = {}
+        self.found_running = False
 
     def connect(self) -> None:
         """Join Ray and find the nodes that an earlier coordinator started."""
         connect(self._config)
         self._refs = {node.name: node for node in list_nodes(self._config)}
+        self.found_running = bool(self._refs)
 
     def start(self, name: str, role: RoleName) -> dict[str, Any]:
         """A node that is up: name, address, role, pid. Raises EngineStartError or NodeLost."""
@@ -111,6 +113,8 @@ async def serve(run_dir: Path) -> None:
         config.served_model_name or config.model,
         f"tcp://{config.endpoint.host}",
         node_silent_s=config.timeouts.node_silent_s,
+        stuck_step_s=config.timeouts.stuck_step_s,
+        place_s=config.timeouts.place_s,
         revive=revive,
     )
     _write_address(run_dir, coordinator.address)
@@ -134,7 +138,11 @@ async def _start(nodes: Nodes, coordinator: Coordinator, name: str, role: RoleNa
         node = await asyncio.to_thread(nodes.start, name, role)
     except SlosserveError as error:
         say("node", name=name, state="failed", detail=str(error))
-        raise
+        if not nodes.found_running:
+            raise
+        # A coordinator that takes over serves with the nodes that are left.
+        coordinator.fail_node(name, str(error))
+        return
     coordinator.add_node(name, node["address"])
     say("node", name=name, state="ready", detail=f"pid {node['pid']}", role=node["role"])
 

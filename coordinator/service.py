@@ -21,7 +21,7 @@ import zmq.asyncio
 
 from coordinator.mirror import NodeMirror
 from coordinator.peer import Peer
-from coordinator.placement import place
+from coordinator.placement import place, place_best_effort
 from coordinator.pools import PoolNode, plan_flips, sizes
 from engine.errors import ProtocolError, SlosserveError
 from engine.messages import (
@@ -30,6 +30,7 @@ from engine.messages import (
     Finished,
     LinksProbed,
     Message,
+    NodeLoad,
     Place,
     Placed,
     ProbeLinks,
@@ -37,6 +38,7 @@ from engine.messages import (
     Report,
     RoleSet,
     SetRole,
+    View,
     Watch,
     decode,
     encode,
@@ -48,6 +50,8 @@ logger = logging.getLogger(__name__)
 
 TURN_S = 0.1
 CALL_TIMEOUT_S = 10.0
+RETRY_LINKS_EVERY_S = 30.0
+ENDPOINT_FORGOTTEN_S = 5.0
 RECENT_HANDOFFS = 4096
 
 
@@ -57,6 +61,8 @@ class Scorecard:
 
     requests: Counter[str] = field(default_factory=Counter)
     met: Counter[str] = field(default_factory=Counter)
+    strict: Counter[str] = field(default_factory=Counter)
+    goodput: Counter[str] = field(default_factory=Counter)
     stages: dict[str, dict[str, Counter[str]]] = field(default_factory=dict)
     placements: Counter[str] = field(default_factory=Counter)
     outcomes: Counter[str] = field(default_factory=Counter)
@@ -67,9 +73,9 @@ class Scorecard:
     def count(self, finished: Finished) -> None:
         """Count one request that is over."""
         self.outcomes[finished.outcome] += 1
-        self.placements[finished.placement] += 1
-        if finished.class_name is not None and not finished.admitted:
-            self.placements["best_effort"] += 1
+        if finished.placement != "none":
+            self.placements[finished.placement] += 1
+            self.placements["best_effort"] += finished.verdict == "best_effort"
         if finished.handoff_s is not None:
             self.handoffs += 1
             self.kv_bytes += finished.kv_bytes
@@ -79,18 +85,22 @@ class Scorecard:
         name = finished.class_name or "none"
         self.requests[name] += 1
         self.met[name] += finished.met
+        self.strict[name] += finished.strict
+        self.goodput[name] += finished.goodput
         for stage, met in finished.stages.items():
             counts = self.stages.setdefault(name, {}).setdefault(stage, Counter())
             counts["total"] += 1
             counts["met"] += met
 
     def attainment(self) -> dict[str, Any]:
-        """By class: requests, how many met every stage, and each stage."""
+        """By class: requests, how many met every stage, each stage; and the share by two stricter measures."""
         return {
             name: {
                 "requests": total,
                 "met": self.met[name],
                 "attainment": self.met[name] / total,
+                "strict": self.strict[name] / total,
+                "goodput": self.goodput[name] / total,
                 "stages": {stage: dict(counts) for stage, counts in self.stages.get(name, {}).items()},
             }
             for name, total in self.requests.items()
@@ -119,10 +129,14 @@ class Coordinator:
         bind: str,
         *,
         node_silent_s: float,
+        stuck_step_s: float,
+        place_s: float,
         revive: Callable[[str], Coroutine[Any, Any, str | None]],
     ) -> None:
         self._model = model
         self._node_silent_s = node_silent_s
+        self._stuck_step_s = stuck_step_s
+        self._place_s = place_s
         self._revive = revive
         self._context = zmq.asyncio.Context()
         self._router = self._context.socket(zmq.ROUTER)
@@ -142,6 +156,10 @@ class Coordinator:
         self._answers: dict[int, asyncio.Future[Any]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._reviving: set[str] = set()
+        self._wanted_roles: dict[str, RoleName] = {}
+        self._endpoints: dict[bytes, float] = {}
+        self._probing: asyncio.Task[None] | None = None
+        self._retry_links_s = 0.0
         self._expected = 0
 
     # ---- nodes -------------------------------------------------------------------------------------------
@@ -150,6 +168,7 @@ class Coordinator:
         """Nodes that are being started, so that `/cluster` shows them from the beginning."""
         for name, role in names.items():
             self._mirrors.setdefault(name, NodeMirror(name, "", role))
+            self._wanted_roles[name] = role
         self._expected = len(self._mirrors)
 
     def add_node(self, name: str, address: str) -> None:
@@ -178,9 +197,9 @@ class Coordinator:
 
     @property
     def ready(self) -> bool:
-        """Every expected node serves, and every link between them is measured."""
-        serving = [mirror for mirror in self._mirrors.values() if mirror.serving]
-        return len(serving) == self._expected and not self._unprobed()
+        """Every node that could be started serves, and every link between them is measured."""
+        starting = [mirror for mirror in self._mirrors.values() if mirror.state == "starting"]
+        return not starting and bool(self._view().nodes) and not self._unprobed()
 
     def _from_node(self, name: str, message: Message) -> None:
         match message:
@@ -201,6 +220,9 @@ class Coordinator:
         if not self._idle_cost:
             self._idle_cost = {"base_s": report.idle_base_s, "per_token_s": report.idle_per_token_s}
         if self._boot_ids.get(name) != report.boot_id:
+            if name in self._boot_ids and report.role is not self._wanted_roles[name]:
+                # Ray starts a node again in its first role: what a rebalance made of it since still holds.
+                self._spawn(self._flip(name, self._wanted_roles[name]))
             self._boot_ids[name] = report.boot_id
             self._links = {pair: link for pair, link in self._links.items() if name not in pair}
             self._link_errors = {pair: text for pair, text in self._link_errors.items() if name not in pair}
@@ -231,7 +253,11 @@ class Coordinator:
         ]
 
     async def _probe_links(self) -> None:
-        """Measure what is not measured yet, one target at a time."""
+        """Measure what is not measured yet, one target at a time; what failed is tried again now and then."""
+        now_s = time.monotonic()
+        if self._link_errors and now_s > self._retry_links_s:
+            self._retry_links_s = now_s + RETRY_LINKS_EVERY_S
+            self._link_errors.clear()
         pairs = self._unprobed()
         if not pairs:
             return
@@ -285,17 +311,21 @@ class Coordinator:
             await asyncio.sleep(TURN_S)
             try:
                 self._notice_losses()
-                await self._probe_links()
+                self._tell_endpoints()
+                if self._probing is None or self._probing.done():
+                    self._probing = asyncio.create_task(self._probe_links())
             except Exception:
                 logger.exception("upkeep")
 
     def _notice_losses(self) -> None:
         for name, peer in list(self._peers.items()):
             mirror = self._mirrors[name]
-            if mirror.state == "ready" and peer.lost:
-                logger.warning("%s fell silent", name)
+            stuck = mirror.report is not None and mirror.report.stuck_s > self._stuck_step_s
+            if mirror.state == "ready" and (peer.lost or stuck):
+                logger.warning("%s %s", name, "is stuck in a step" if stuck else "fell silent")
                 mirror.state = "lost"
                 mirror.placed.clear()
+                self._tell_endpoints()
             if mirror.state == "lost" and name not in self._reviving:
                 self._reviving.add(name)
                 self._spawn(self._bring_back(name))
@@ -303,8 +333,9 @@ class Coordinator:
     async def _bring_back(self, name: str) -> None:
         try:
             address = await self._revive(name)
-            if address is not None and address != self._mirrors[name].address:
-                self.add_node(name, address)
+            if address is not None and self._mirrors[name].state == "lost":
+                self.add_node(name, address)  # a link that was cut is made anew, also to the same address
+                await asyncio.sleep(1.0)
         except Exception:
             logger.exception("bringing %s back", name)
             await asyncio.sleep(1.0)
@@ -316,17 +347,47 @@ class Coordinator:
     def _from_endpoint(self, peer: bytes, message: Message) -> None:
         match message:
             case Place():
-                self._reply(peer, self._place(message))
+                if self._view().nodes:
+                    self._reply(peer, self._place(message))
+                else:
+                    self._spawn(self._place_later(peer, message))
             case Finished():
                 self._scorecard.count(message)
                 for mirror in self._mirrors.values():
                     mirror.forget(message.request_id, message.attempt)
             case Watch():
-                self._reply(peer, Alive("coordinator", 0.0))
+                self._endpoints[peer] = time.monotonic()
+                self._reply(peer, self._view())
             case Query():
                 self._spawn(self._answer(peer, message))
             case _:
                 logger.warning("a coordinator does not take %s from an endpoint", type(message).__name__)
+
+    def _view(self) -> View:
+        return View(
+            [
+                NodeLoad(mirror.name, mirror.address, mirror.role, mirror.requests)
+                for mirror in self._mirrors.values()
+                if mirror.serving
+            ]
+        )
+
+    def _tell_endpoints(self) -> None:
+        """Nodes and roles as they are now, to every endpoint that has asked lately."""
+        now_s = time.monotonic()
+        view = self._view()
+        for peer, asked_s in list(self._endpoints.items()):
+            if now_s - asked_s > ENDPOINT_FORGOTTEN_S:
+                del self._endpoints[peer]
+            else:
+                self._reply(peer, view)
+
+    async def _place_later(self, peer: bytes, message: Place) -> None:
+        """No node is known yet, as in a coordinator that has just begun: wait for one, up to a bound."""
+        deadline_s = time.monotonic() + 0.8 * self._place_s
+        while not self._view().nodes and time.monotonic() < deadline_s:
+            await asyncio.sleep(TURN_S / 2)
+        self._reply(peer, self._place(message))
 
     def _place(self, message: Place) -> Placed:
         try:
@@ -347,23 +408,26 @@ class Coordinator:
             "idle_cost": self._idle,
             "set_pools": self._set_pools,
         }
-        try:
-            body = await answers[query.what](**query.args)
-            self._reply(peer, Answer(query.call_id, body))
-        except KeyError:
+        if query.what not in answers:
             self._reply(peer, Answer(query.call_id, {}, f"no such question: {query.what}", 404))
+            return
+        try:
+            self._reply(peer, Answer(query.call_id, await answers[query.what](**query.args)))
         except SlosserveError as error:
             self._reply(peer, Answer(query.call_id, {}, str(error), error.http_status))
+        except Exception:
+            logger.exception("answering %s", query.what)
+            self._reply(peer, Answer(query.call_id, {}, "the coordinator failed; its log says why", 500))
 
     async def _idle(self) -> dict[str, Any]:
         return dict(self._idle_cost) if self.ready else {}
 
     async def _ready(self) -> dict[str, Any]:
         missing = {name: mirror.state for name, mirror in self._mirrors.items() if not mirror.serving}
-        if missing or not self.ready:
+        if place_best_effort(self._view().nodes, one_node=False) is None or not self.ready:
             waiting = ", ".join(f"{name} is {state}" for name, state in missing.items()) or "links are measured"
             raise NotReadyError(f"not ready: {waiting}", retry_after_s=1.0)
-        return {"ready": True}
+        return {"ready": True} | ({"missing": missing} if missing else {})
 
     async def _cluster(self) -> dict[str, Any]:
         now_s = time.monotonic()
@@ -427,7 +491,7 @@ class Coordinator:
             PoolNode(
                 mirror.name,
                 mirror.role,
-                len(mirror.placed) + (len(mirror.report.works) if mirror.report is not None else 0),
+                mirror.requests,
             )
             for mirror in self._mirrors.values()
             if mirror.serving
@@ -461,6 +525,8 @@ class Coordinator:
         """Change a node's role and believe only what the node says it is."""
         done: RoleSet = await self._call(name, lambda call_id: SetRole(call_id, role))
         self._mirrors[name].role = done.role
+        self._wanted_roles[name] = role
+        self._tell_endpoints()
         if done.role is not role:
             raise SlosserveError(f"{name} was asked to be a {role} node and says that it is a {done.role} node")
 

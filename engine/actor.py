@@ -42,16 +42,16 @@ class NodeActor:
         self._log = Path(spec["log"])
         self._node: Node | None = None
         self._socket: NodeSocket | None = None
-        self._engine: Engine | None = None
-        self._info: EngineInfo | None = None
+        self._lock = threading.Lock()
+        self._ready: Future[None] | None = None
         _redirect_output(self._log)
 
     def start(self) -> dict[str, Any]:
-        """Start the engine and serve, once. Blocks until ready; raises EngineStartError with the log's tail."""
-        if self._node is not None:
-            return self.describe()
-        ready: Future[None] = Future()
-        threading.Thread(target=self._run, args=(ready,), name="node", daemon=True).start()
+        """Start the engine and serve, once: every call waits for the same start, or for a new one if it failed.
+
+        Raises EngineStartError with the log's tail.
+        """
+        ready = self._begin()
         try:
             ready.result()
         except Exception as error:  # noqa: BLE001 - whatever it is, the caller is told
@@ -61,6 +61,14 @@ class NodeActor:
                 f"{self.log_tail(LOG_TAIL_LINES)}"
             ) from None
         return self.describe()
+
+    def _begin(self) -> Future[None]:
+        """The start that is going on or has succeeded; a new one if there is none."""
+        with self._lock:
+            if self._ready is None or (self._ready.done() and self._ready.exception() is not None):
+                self._ready = Future()
+                threading.Thread(target=self._run, args=(self._ready,), name="node", daemon=True).start()
+            return self._ready
 
     def describe(self) -> dict[str, Any]:
         """Name, address of the socket, role now and process id."""
@@ -105,11 +113,6 @@ class NodeActor:
 
     def _build(self) -> Node:
         spec = self._spec
-        skew_s = float(spec.get("clock_skew_s", 0.0))
-
-        def clock() -> float:
-            return time.monotonic() + skew_s
-
         host = spec["host"] or _host_in_ray()
         settings = {
             **spec["engine"],
@@ -117,15 +120,31 @@ class NodeActor:
             "side_channel_host": host,
             "side_channel_port": _free_port(host),
         }
-        self._engine = build_engine(settings)
-        self._info = self._engine.start()
-        cost = StepCost.fit(self._engine.profile_step_times())
-        self._socket = NodeSocket(host, spec["name"], clock)
+        engine = build_engine(settings)
+        try:
+            self._node = self._node_around(engine, engine.start(), host)
+        except BaseException:
+            try:
+                engine.stop()
+            except Exception:
+                logging.exception("freeing an engine that did not start")
+            raise
+        return self._node
+
+    def _node_around(self, engine: Engine, info: EngineInfo, host: str) -> Node:
+        spec = self._spec
+        skew_s = float(spec.get("clock_skew_s", 0.0))
+
+        def clock() -> float:
+            return time.monotonic() + skew_s
+
+        cost = StepCost.fit(engine.profile_step_times())
         roles: dict[RoleName, Role] = {RoleName(name): load(path)() for name, path in spec["roles"].items()}
-        self._node = Node(
+        self._socket = NodeSocket(host, spec["name"], clock)
+        return Node(
             spec["name"],
-            self._engine,
-            self._info,
+            engine,
+            info,
             roles,
             RoleName(spec["role"]),
             cost,
@@ -134,7 +153,6 @@ class NodeActor:
             max_waiting=int(spec["max_waiting"]),
             peer_silent_s=float(spec["peer_silent_s"]),
         )
-        return self._node
 
 
 def build_engine(settings: dict[str, Any]) -> Engine:

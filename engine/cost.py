@@ -18,6 +18,8 @@ MIN_PER_TOKEN_S = 1e-9  # so that a step always holds a finite number of tokens
 DRIFT_WEIGHT = 0.05  # of one step in the average: about the last 20 steps count
 DRIFT_BOUNDS = (0.2, 5.0)  # one step's measured/predicted ratio is cut to this: a pause is no drift
 
+REST_TIME_S = 10.0  # without a step, until 1/e of the drift is left
+
 
 @dataclass(frozen=True, slots=True)
 class StepCost:
@@ -53,6 +55,11 @@ class StepCost:
         predicted_s = self.predict(report.tokens)
         ratio = min(max(report.seconds / predicted_s, low), high) if predicted_s > 0 else 1.0
         return replace(self, drift=self.drift * (1 + DRIFT_WEIGHT * (ratio - 1)))
+
+    def rested(self, seconds: float) -> StepCost:
+        """The cost after `seconds` without a step: what drift there was says less and less of the next one."""
+        kept = math.exp(-seconds / REST_TIME_S)
+        return replace(self, drift=1 + (self.drift - 1) * kept)
 
     @classmethod
     def fit(cls, reports: Sequence[StepReport]) -> StepCost:

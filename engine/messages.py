@@ -132,6 +132,7 @@ class Delta(msgspec.Struct, frozen=True):
     cached_tokens: int | None = None
     handoff: Handoff | None = None
     error: str | None = None
+    error_status: int = 500  # 400: the request itself cannot be served anywhere; else try elsewhere
     timing: Timing | None = None
 
 
@@ -244,18 +245,41 @@ class Placed:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A request is over: what the coordinator counts and frees. `stages`: kind -> met."""
+    """A request is over: what the coordinator counts and frees. `stages`: kind -> met, by the scoring rule.
+
+    `strict`: every token in time, without tolerance; `goodput`: TTFT and mean TPOT in time, as vLLM counts it.
+    `placement`: pair, one_node, or none when it was never placed.
+    """
 
     request_id: str
     attempt: int
     class_name: str | None
     outcome: str
-    admitted: bool
+    verdict: str
     met: bool
+    strict: bool
+    goodput: bool
     stages: dict[str, bool]
     placement: str
     handoff_s: float | None = None
     kv_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class NodeLoad:
+    """A node that takes work, as an endpoint needs to know it: where, in which role, how busy."""
+
+    node: str
+    address: str
+    role: RoleName
+    requests: int
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """The nodes that take work now. What carries no promise is placed by it, without asking."""
+
+    nodes: list[NodeLoad]
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,7 +304,7 @@ class Answer:
 Message = (
     Watch | Submit | Cancel | Release | Credit | SetRole | ProbeLinks
     | Alive | Declined | Deltas | Report | RoleSet | LinksProbed
-    | Place | Placed | Finished | Query | Answer
+    | Place | Placed | Finished | View | Query | Answer
 )  # fmt: skip
 
 _DECODERS = {

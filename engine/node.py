@@ -40,14 +40,17 @@ from engine.messages import (
 from engine.request import RoleName, WorkKind, work_id
 from engine.role import Role
 from engine.socket import NodeSocket
-from kv_transfer.base import Link, Pull, TransferError
+from kv_transfer.base import Link, Pull, PullOutcome, TransferError
 
 logger = logging.getLogger(__name__)
 
 IDLE_WAIT_S = 0.05
-TRANSFER_WAIT_S = 0.001
+PULL_WAIT_S = 0.001  # something waits for what the next step may find
+LEASE_WAIT_S = 0.005  # nobody waits: only leases, and bytes of pulls that were given up
 REPORT_EVERY_S = 0.1
+FORGET_PEER_S = 60.0  # after its work was dropped
 RECENT_PULLS = 64
+NO_CREDIT = "no credit granted: reconnect"  # an endpoint knows this reason, and does
 
 
 @dataclass(slots=True)
@@ -58,10 +61,11 @@ class Promise:
     peer: bytes
     received_s: float
     duty: Duty
+    prefill_left: int
     batched_s: float | None = None
+    running: bool = False
     first_token_s: float | None = None
     tokens: int = 0
-    prefill_left: int = 0
     offered: bool = False
     pull: Pull | None = None
 
@@ -77,16 +81,25 @@ class Outbox:
         """Queue a delta; tokens of one request that wait for credit become one delta."""
         if self.credit <= 0:
             for position in range(len(self.deltas) - 1, -1, -1):
-                merged = _merge(self.deltas[position], delta)
-                if merged is not None:
+                if _key(self.deltas[position]) == _key(delta):
+                    merged = _merge(self.deltas[position], delta)
+                    if merged is None:
+                        break  # an older one must not get tokens that come after this one's
                     self.deltas[position] = merged
                     return
         self.deltas.append(delta)
 
+    def forget(self, key: str) -> None:
+        """Say nothing more about an attempt."""
+        self.deltas = [delta for delta in self.deltas if _key(delta) != key]
+
+
+def _key(message: Submit | Cancel | Release | Delta) -> str:
+    return work_id(message.request_id, message.attempt)
+
 
 def _merge(old: Delta, new: Delta) -> Delta | None:
-    same = old.request_id == new.request_id and old.attempt == new.attempt
-    if not same or old.payload is not None or new.payload is not None:
+    if old.payload is not None or new.payload is not None:
         return None
     return Delta(
         request_id=old.request_id,
@@ -95,9 +108,10 @@ def _merge(old: Delta, new: Delta) -> Delta | None:
         token_ids=[*old.token_ids, *new.token_ids],
         finish_reason=new.finish_reason,
         stop_reason=new.stop_reason,
-        cached_tokens=old.cached_tokens,
+        cached_tokens=old.cached_tokens if old.cached_tokens is not None else new.cached_tokens,
         handoff=new.handoff,
         error=new.error,
+        error_status=new.error_status,
         timing=old.timing or new.timing,
     )
 
@@ -135,8 +149,9 @@ class Node:
         self._outboxes: dict[bytes, Outbox] = {}
         self._recent_pulls: deque[Pull] = deque(maxlen=RECENT_PULLS)
         self._steps = 0
-        self._step_s = 0.0
+        self._step_s: float | None = None
         self._local_prefills = 0
+        self._rested_s = clock()
         self._next_upkeep_s = 0.0
         self._stopping = threading.Event()
 
@@ -166,7 +181,8 @@ class Node:
         wait_s = 0.0
         if self._engine.has_work():
             if not self._step():
-                wait_s = TRANSFER_WAIT_S
+                usage = self._engine.usage()
+                wait_s = PULL_WAIT_S if usage.running or usage.waiting else LEASE_WAIT_S
         else:
             wait_s = IDLE_WAIT_S
         for peer, message in self._socket.drain(wait_s):
@@ -176,16 +192,27 @@ class Node:
             self._next_upkeep_s = now_s + REPORT_EVERY_S
             self._drop_silent_peers(now_s)
             self._drop_ended_offers()
+            self._rest(now_s)
             self._publish_report()
 
     # ---- what peers ask ----------------------------------------------------------------------------------
 
     def _handle(self, peer: bytes, message: Message) -> None:
+        """Do what a message asks. One that cannot be done costs its sender an answer, and others nothing."""
+        try:
+            self._do(peer, message)
+        except Exception as error:
+            logger.exception("%s: handling %s of %r", self.name, type(message).__name__, peer)
+            self._answer_failed(peer, message, f"{self.name} failed to take it: {error}")
+
+    def _do(self, peer: bytes, message: Message) -> None:
         match message:
             case Submit():
                 self._submit(peer, message)
-            case Cancel(request_id, attempt) | Release(request_id, attempt):
-                self._drop([work_id(request_id, attempt)])
+            case Cancel() | Release():
+                if peer in self._outboxes:
+                    self._outboxes[peer].forget(_key(message))
+                self._drop([_key(message)])
             case Credit(messages):
                 outbox = self._outboxes.setdefault(peer, Outbox())
                 outbox.credit += messages
@@ -199,36 +226,55 @@ class Node:
             case _:
                 logger.warning("%s: a node does not take %s", self.name, type(message).__name__)
 
+    def _answer_failed(self, peer: bytes, message: Message, reason: str) -> None:
+        match message:
+            case Submit():
+                promise = self._promises.get(_key(message))
+                if promise is not None and promise.submit is message:
+                    self._drop([_key(message)])
+                self._socket.send(peer, Declined(message.request_id, message.attempt, reason))
+            case ProbeLinks():
+                errors = {address.engine_id: reason for address in message.peers}
+                self._socket.send(peer, LinksProbed(message.call_id, [], errors))
+            case _:
+                pass
+
     def _submit(self, peer: bytes, submit: Submit) -> None:
         now_s = self._clock()
-        reason = self._role.declines(submit.kind)
-        if reason is None and self._engine.usage().waiting >= self._max_waiting:
-            reason = f"{self._max_waiting} requests wait here already"
-        key = work_id(submit.request_id, submit.attempt)
-        if reason is None and key in self._promises:
-            reason = "this attempt is here already"
+        reason = self._declines(peer, submit)
         if reason is not None:
             self._socket.send(peer, Declined(submit.request_id, submit.attempt, reason))
             return
-        work = Work(
-            work_id=key,
-            prompt_token_ids=submit.prompt_token_ids,
-            sampling=submit.sampling,
-            max_tokens=submit.max_tokens,
-            cache_salt=submit.cache_salt,
-            offer_kv=submit.kind is WorkKind.PREFILL,
-            handoff=submit.handoff,
-            pull_deadline_s=submit.pull_deadline_s,
-        )
+        work = _work(submit)
         due_s = now_s + submit.pace.first_token_left_s
-        duty = Duty(key, due_s, submit.pace.tpot_s, None, submit.pace.best_effort)
-        self._promises[key] = Promise(submit, peer, now_s, duty, prefill_left=len(submit.prompt_token_ids))
+        duty = Duty(work.work_id, due_s, submit.pace.tpot_s, None, submit.pace.best_effort)
+        prefill_left = 0 if submit.handoff is not None else len(submit.prompt_token_ids) - 1  # as Seq counts
+        self._promises[work.work_id] = Promise(submit, peer, now_s, duty, prefill_left)
         try:
             self._engine.submit(work)
         except RequestError as error:
-            del self._promises[key]
-            failed = Delta(submit.request_id, submit.attempt, 0, [], finish_reason="error", error=str(error))
+            del self._promises[work.work_id]
+            failed = Delta(
+                submit.request_id,
+                submit.attempt,
+                index=0,
+                token_ids=[],
+                finish_reason="error",
+                error=str(error),
+                error_status=error.http_status,
+            )
             self._queue(peer, [failed])
+
+    def _declines(self, peer: bytes, submit: Submit) -> str | None:
+        """Why this work is not taken; None if it is."""
+        if peer not in self._outboxes:
+            return NO_CREDIT  # it was forgotten while it slept: what it grants comes with a new link
+        reason = self._role.declines(submit.kind)
+        if reason is not None:
+            return reason
+        if self._engine.usage().waiting >= self._max_waiting:
+            return f"{self._max_waiting} requests wait here already"
+        return "this attempt is here already" if _key(submit) in self._promises else None
 
     def _drop(self, keys: Sequence[str]) -> None:
         known = [key for key in keys if key in self._promises]
@@ -267,29 +313,30 @@ class Node:
         if result.report is None:
             return False
         self._steps += 1
-        self._step_s += 0.1 * (result.report.seconds - self._step_s)
+        before_s = result.report.seconds if self._step_s is None else self._step_s
+        self._step_s = before_s + 0.1 * (result.report.seconds - before_s)
         self._cost = self._cost.updated(result.report)
+        self._rested_s = self._clock()
         return True
 
     def _compose(self, seqs: Sequence[Seq]) -> BatchPlan:
         now_s = self._clock()
-        duties = {}
-        for seq in seqs:
-            promise = self._promises.get(seq.work_id)
-            if promise is None:
-                continue
-            promise.prefill_left = seq.prefill_left
-            if promise.batched_s is None and seq.running:
-                promise.batched_s = now_s
-            duties[seq.work_id] = promise.duty
-        return self._role.compose(seqs, duties, now_s, self._cost, self._info.max_batch_tokens)
+        here = [(seq, self._promises[seq.work_id]) for seq in seqs if seq.work_id in self._promises]
+        for seq, promise in here:
+            if promise.submit.handoff is None or promise.pull is not None:
+                promise.prefill_left = seq.prefill_left
+        duties = {seq.work_id: promise.duty for seq, promise in here}
+        plan = self._role.compose(seqs, duties, now_s, self._cost, self._info.max_batch_tokens)
+        _note_batched(plan, here, now_s)
+        return plan
 
     def _note_pull(self, pull: Pull) -> None:
         self._recent_pulls.append(pull)
         promise = self._promises.get(pull.request_id)
-        if promise is not None:
-            promise.pull = pull
-        if pull.outcome not in ("pulled", "cached"):
+        if promise is None:
+            return  # cancelled, and its pull with it
+        promise.pull = pull
+        if pull.outcome not in (PullOutcome.PULLED, PullOutcome.CACHED):
             self._local_prefills += 1
             logger.warning(
                 "%s: KV of %s not used (%s): %s", self.name, pull.request_id, pull.outcome, pull.detail
@@ -343,7 +390,7 @@ class Node:
         )
 
     def _queue(self, peer: bytes, deltas: Sequence[Delta]) -> None:
-        outbox = self._outboxes.setdefault(peer, Outbox())
+        outbox = self._outboxes[peer]
         for delta in deltas:
             outbox.add(delta)
         self._flush(peer, outbox)
@@ -357,18 +404,32 @@ class Node:
     # ---- upkeep ------------------------------------------------------------------------------------------
 
     def _drop_silent_peers(self, now_s: float) -> None:
-        silent = {
-            peer
-            for peer, heard_s in list(self._socket.heard_s.items())
-            if now_s - heard_s > self._peer_silent_s
+        for peer, heard_s in self._socket.heard():
+            silent_s = now_s - heard_s
+            if silent_s > self._peer_silent_s:
+                self._drop_work_of(peer)
+            if silent_s > self._peer_silent_s + FORGET_PEER_S:
+                self._outboxes.pop(peer, None)
+                self._socket.forget(peer, heard_s)
+
+    def _drop_work_of(self, peer: bytes) -> None:
+        """Drop the work of a peer that sleeps. Its credit stays, and it is told: it goes on if it wakes."""
+        mine = {key: promise for key, promise in self._promises.items() if promise.peer == peer}
+        outbox = self._outboxes.get(peer, Outbox())
+        unsent = {_key(delta): (delta.request_id, delta.attempt) for delta in outbox.deltas}
+        if not mine and not unsent:
+            return
+        logger.warning("%s: %r fell silent, dropping its %d requests", self.name, peer, len(mine))
+        self._drop(list(mine))
+        outbox.deltas = []
+        untold = unsent | {
+            key: (promise.submit.request_id, promise.submit.attempt)
+            for key, promise in mine.items()
+            if not promise.offered  # it has been told of these: the stream is elsewhere
         }
-        for peer in silent:
-            keys = [key for key, promise in self._promises.items() if promise.peer == peer]
-            if keys:
-                logger.warning("%s: %r fell silent, dropping its %d requests", self.name, peer, len(keys))
-            self._drop(keys)
-            self._outboxes.pop(peer, None)
-            self._socket.heard_s.pop(peer, None)
+        for request_id, attempt in untold.values():
+            declined = Declined(request_id, attempt, f"{self.name} dropped it: the endpoint had been silent")
+            self._socket.send(peer, declined)
 
     def _drop_ended_offers(self) -> None:
         """Forget offers whose lease is over: pulled, or run out."""
@@ -381,8 +442,16 @@ class Node:
 
     def _hand_back(self, reason: str) -> None:
         for promise in self._promises.values():
+            if promise.offered:
+                continue  # the stream is elsewhere, and goes on without this KV
             declined = Declined(promise.submit.request_id, promise.submit.attempt, f"{self.name}: {reason}")
             self._socket.send(promise.peer, declined)
+
+    def _rest(self, now_s: float) -> None:
+        """Let go of what steps taught of the machine's speed when none has run for a while."""
+        if not self._engine.has_work():
+            self._cost = self._cost.rested(now_s - self._rested_s)
+            self._rested_s = now_s
 
     def _publish_report(self) -> None:
         now_s = self._clock()
@@ -401,7 +470,7 @@ class Node:
             idle_base_s=self._idle_cost.base_s,
             idle_per_token_s=self._idle_cost.per_token_s,
             steps=self._steps,
-            step_s=self._step_s,
+            step_s=self._step_s or 0.0,
             stuck_s=0.0,
             local_prefills=self._local_prefills,
             pid=os.getpid(),
@@ -421,3 +490,28 @@ class Node:
             tpot_s=promise.duty.tpot_s,
             best_effort=promise.duty.best_effort,
         )
+
+
+def _work(submit: Submit) -> Work:
+    return Work(
+        work_id=_key(submit),
+        prompt_token_ids=submit.prompt_token_ids,
+        sampling=submit.sampling,
+        max_tokens=submit.max_tokens,
+        cache_salt=submit.cache_salt,
+        offer_kv=submit.kind is WorkKind.PREFILL,
+        handoff=submit.handoff,
+        pull_deadline_s=submit.pull_deadline_s,
+    )
+
+
+def _note_batched(plan: BatchPlan, here: Sequence[tuple[Seq, Promise]], now_s: float) -> None:
+    """Note who enters a first batch. One that was planned and is still waiting next time did not get in."""
+    new = [(seq, promise) for seq, promise in here if not promise.running]
+    if not new:
+        return
+    planned = {*(plan.order or (seq.work_id for seq, _ in new))} - plan.skip
+    for seq, promise in new:
+        promise.running = seq.running
+        if seq.work_id in planned and (promise.batched_s is None or not seq.running):
+            promise.batched_s = now_s

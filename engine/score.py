@@ -8,7 +8,7 @@ checks every token without tolerance).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from engine.request import Slo, StageKind
@@ -19,10 +19,14 @@ CHECK_EVERY = 10
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Which stages were met. `met` is all of them; `strict` checks every token, without tolerance."""
+    """Which stages were met. `met` is all of them; `strict` checks every token, without tolerance.
+
+    `goodput` is vLLM's own definition: TTFT in time, and the mean time per output token.
+    """
 
     stages: dict[StageKind, bool]
     strict: bool
+    goodput: bool
 
     @property
     def met(self) -> bool:
@@ -42,7 +46,7 @@ def score(
     if slo.thinking_tpot_s is not None:
         kinds.insert(1, StageKind.THINKING)
     if not completed or not token_times_s:
-        return Score(dict.fromkeys(kinds, False), strict=False)
+        return missed(kinds)
     thinking = 0 if slo.thinking_tpot_s is None else (thinking_tokens or 0)
     dues_s = _due_times(slo, token_times_s[0], len(token_times_s), thinking)
     stages = {StageKind.PREFILL: token_times_s[0] <= slo.ttft_s * (1 + TOLERANCE)}
@@ -55,7 +59,14 @@ def score(
     strict = token_times_s[0] <= slo.ttft_s and all(
         time_s <= due_s for time_s, due_s in zip(token_times_s[1:], dues_s[1:], strict=True)
     )
-    return Score(stages, strict)
+    first_s, last_s = token_times_s[0], token_times_s[-1]
+    mean_tpot_s = (last_s - first_s) / max(len(token_times_s) - 1, 1)
+    return Score(stages, strict, goodput=first_s <= slo.ttft_s and mean_tpot_s <= slo.tpot_s)
+
+
+def missed(kinds: Iterable[StageKind]) -> Score:
+    """Nothing was met: refused, deferred, failed, or given up by a client whose deadline had passed."""
+    return Score(dict.fromkeys(kinds, False), strict=False, goodput=False)
 
 
 def _due_times(slo: Slo, first_token_s: float, tokens: int, thinking: int) -> list[float]:

@@ -41,7 +41,7 @@ class NodeSocket:
         self._stopping = False
         self.report: Report | None = None
         self.step_began_s: float | None = None
-        self.heard_s: dict[bytes, float] = {}
+        self._heard_s: dict[bytes, float] = {}
         self.rejected_messages = 0
         self._thread = threading.Thread(target=self._serve, name=f"{name}-socket", daemon=True)
 
@@ -64,11 +64,26 @@ class NodeSocket:
             taken.append(self._inbox.popleft())
         return taken
 
+    def heard(self) -> list[tuple[bytes, float]]:
+        """Every peer that has said anything, and when it last did, on the node's clock."""
+        return list(self._heard_s.items())
+
+    def forget(self, peer: bytes, heard_s: float) -> None:
+        """Forget a peer that was last heard at `heard_s`, unless it has spoken since."""
+        if self._heard_s.get(peer) == heard_s:
+            del self._heard_s[peer]
+
     def stop(self) -> None:
-        """Send what is queued, then close."""
-        self._stopping = True
-        os.write(self._wake_write, b"x")
-        self._thread.join(timeout=2)
+        """Send what is queued, then close. Nothing may be sent afterwards."""
+        if self._thread.ident is None:
+            self._close()  # it was never started
+        else:
+            self._stopping = True
+            os.write(self._wake_write, b"x")
+            self._thread.join(timeout=2)
+        if not self._thread.is_alive():
+            os.close(self._wake_read)
+            os.close(self._wake_write)
 
     def _stuck_s(self) -> float:
         began_s = self.step_began_s
@@ -84,9 +99,11 @@ class NodeSocket:
             if self._stopping:
                 break
             self._receive()
+        self._close()
+
+    def _close(self) -> None:
         self._router.close()
         self._context.term()
-        os.close(self._wake_read)
 
     def _send_queued(self) -> None:
         try:
@@ -110,7 +127,7 @@ class NodeSocket:
             except ProtocolError:
                 self.rejected_messages += 1
                 continue
-            self.heard_s[peer] = self._clock()
+            self._heard_s[peer] = self._clock()
             if isinstance(message, Watch):
                 self._answer_watch(peer, message)
             else:

@@ -21,7 +21,13 @@ from coordinator.config import SloClass
 from coordinator.endpoint.slo import HEADER_FIELDS, Asked, read_asked
 from engine.errors import SlosserveError
 
-GENERATE_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
+GENERATE_PATHS = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/responses",
+    "/v1/messages",
+    "/invocations",
+)
 SESSION_HEADERS = (b"x-session-id", b"session-id", b"x-session-affinity", b"x-claude-code-session-id")
 MAX_PEEK_BYTES = 64 * 1024 * 1024
 
@@ -41,8 +47,8 @@ class RequestContext:
     on_end: list[Callable[[], None]] = field(default_factory=list)
 
     def decide(self, error: SlosserveError | None = None) -> None:
-        """The request was placed, or refused with `error`: the response may start."""
-        self.error = error
+        """The request was placed, or refused with `error`: the response may start. The first error stands."""
+        self.error = self.error or error
         self.decided.set()
 
     def end(self) -> None:
@@ -99,7 +105,7 @@ class RequestContextMiddleware:
 def _slo_of(body: bytes) -> Any:
     try:
         return json.loads(body).get("slo", {})
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return {}  # not JSON, or no object: the front answers that with its own 400
 
 

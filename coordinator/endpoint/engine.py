@@ -37,17 +37,20 @@ from coordinator.endpoint.flight import Flight, Passenger
 from coordinator.endpoint.links import CoordinatorLink, NodeLinks
 from coordinator.endpoint.metrics import EndpointMetrics
 from coordinator.endpoint.slo import XARGS_FIELDS, read_asked, to_slo
+from coordinator.placement import place_best_effort
 from engine.base import Output
 from engine.cost import StepCost
 from engine.errors import NoCapacity, RequestError, SlosserveError
-from engine.messages import Declined, Delta, Finished
-from engine.score import Score, score
+from engine.messages import Declined, Delta, Finished, NodeAddress, Place, Placed
+from engine.request import StageKind
+from engine.score import Score, missed, score
 from engine.vllm import decode_output, encode_sampling
 from kv_transfer.base import PullOutcome
 
 logger = logging.getLogger(__name__)
 
 REMEMBERED_REQUESTS = 2048
+RETRY_PAUSE_S = 0.05
 USED = (PullOutcome.PULLED, PullOutcome.CACHED)
 
 
@@ -119,6 +122,7 @@ class ClusterEngine(EngineClient):  # type: ignore[misc]  # vLLM ships no types
             raise VLLMValidationError(str(error)) from error
         except SlosserveError as error:
             context.decide(error)
+            self._count_turned_away(context)
             raise _http_error(error) from error
         request = self.input_processor.process_inputs(
             request_id,
@@ -177,7 +181,7 @@ class ClusterEngine(EngineClient):  # type: ignore[misc]  # vLLM ships no types
                 part = copy(request)
                 part.request_id, part.sampling_params = parent.get_child_info(index)
                 self._add_flight(journey, part, prompt_text, parent, index, way)
-        self._spawn(self._take_off(journey))
+        self._take_off(journey)
         return journey
 
     def _add_flight(
@@ -229,35 +233,64 @@ class ClusterEngine(EngineClient):  # type: ignore[misc]  # vLLM ships no types
 
     # ---- placing -----------------------------------------------------------------------------------------
 
-    async def _take_off(self, journey: Journey) -> None:
-        """Place all sequences of a request together, then let the response start."""
+    def _take_off(self, journey: Journey) -> None:
+        """Place all sequences of a request together.
+
+        A promise is the coordinator's to make. What carries none is placed from its last view of the nodes: a
+        node declines what it cannot take, and then the coordinator is asked.
+        """
         flights = journey.flights
         questions = [flight.question() for flight in flights]
+        question = replace(questions[0], sequences=len(flights))
+        view = self._coordinator.fresh_view() if question.class_name is None else None
+        way = None if view is None else place_best_effort(view.nodes, one_node=question.one_node)
+        if way is None:
+            self._spawn(self._ask_and_depart(journey, question))
+            return
+        prefill, decode = way
+        placed = Placed(
+            question.request_id,
+            question.attempt,
+            "best_effort",
+            prefill=None if prefill is None else NodeAddress(prefill.node, prefill.address),
+            decode=NodeAddress(decode.node, decode.address),
+            reason="it carries no SLO",
+        )
+        self._depart(journey, placed)
+
+    async def _ask_and_depart(self, journey: Journey, question: Place) -> None:
         try:
-            placed = await self._coordinator.place(replace(questions[0], sequences=len(flights)))
-            for flight in flights:
-                if not flight.over:
-                    flight.depart(placed)
-            names = [node.node for node in (placed.prefill, placed.decode) if node is not None]
-            journey.context.headers["x-slosserve-placement"] = ">".join(names)
-            journey.context.headers["x-slosserve-verdict"] = placed.verdict
-            journey.context.decide()
+            self._depart(journey, await self._coordinator.place(question))
         except SlosserveError as error:
             journey.context.decide(error)
-            for flight in flights:
+            for flight in journey.flights:
                 self._fail(flight, error)
         finally:
-            journey.context.decide(journey.context.error)
+            journey.context.decide()
+
+    def _depart(self, journey: Journey, placed: Placed) -> None:
+        for flight in journey.flights:
+            if not flight.over:
+                flight.depart(placed)
+        self._tell_placement(journey, placed)
+        journey.context.decide()
+
+    def _tell_placement(self, journey: Journey, placed: Placed) -> None:
+        names = [node.node for node in (placed.prefill, placed.decode) if node is not None]
+        journey.context.headers["x-slosserve-placement"] = ">".join(names)
+        journey.context.headers["x-slosserve-verdict"] = placed.verdict
 
     def _retry(self, flight: Flight) -> None:
         self.metrics.retries.inc()
         self._spawn(self._place_again(flight))
 
     async def _place_again(self, flight: Flight) -> None:
+        await asyncio.sleep(RETRY_PAUSE_S * flight.attempt)
         try:
             placed = await self._coordinator.place(flight.question())
             if not flight.over:
                 flight.depart(placed)
+                self._tell_placement(self._journeys[flight.passenger.request_id], placed)
         except SlosserveError as error:
             self._fail(flight, error)
 
@@ -275,7 +308,7 @@ class ClusterEngine(EngineClient):  # type: ignore[misc]  # vLLM ships no types
         landed: list[Flight] = []
         for delta in items:
             flight = self._flights.get(delta.request_id)
-            if flight is None or not flight.take(delta):
+            if flight is None or not self._take(flight, delta):
                 continue
             outputs.append(_core_output(delta, flight, now_s))
             if delta.finish_reason is not None:
@@ -292,6 +325,14 @@ class ClusterEngine(EngineClient):  # type: ignore[misc]  # vLLM ships no types
                 landed.append(stopped)
         for flight in landed:
             self._land(flight, "completed")
+
+    def _take(self, flight: Flight, delta: Delta) -> bool:
+        try:
+            return flight.take(delta)
+        except Exception as error:
+            logger.exception("a delta of %s", delta.request_id)
+            self._fail(flight, SlosserveError(f"the endpoint failed on an output: {error}"))
+            return False
 
     def on_declined(self, node: str, declined: Declined) -> None:
         """A node will not do it."""
@@ -327,6 +368,7 @@ class ClusterEngine(EngineClient):  # type: ignore[misc]  # vLLM ships no types
                 flight.abort()
                 self._land(flight, "cancelled")
                 self._processor.abort_requests([flight.passenger.request_id], internal=True)
+        self._processor.abort_requests([journey.collector.request_id], internal=True)  # the parent of several
 
     def _land(self, flight: Flight, outcome: str) -> None:
         """A flight is over, for whatever reason: score it, count it, tell the coordinator. Once per flight."""
@@ -343,10 +385,12 @@ class ClusterEngine(EngineClient):  # type: ignore[misc]  # vLLM ships no types
             attempt=flight.attempt,
             class_name=None if passenger.slo is None else passenger.slo.class_name,
             outcome=outcome,
-            admitted=verdict == "admitted",
+            verdict=verdict,
             met=result is not None and result.met,
+            strict=result is not None and result.strict,
+            goodput=result is not None and result.goodput,
             stages={} if result is None else {str(kind): met for kind, met in result.stages.items()},
-            placement="pair" if timeline.prefill_node else "one_node",
+            placement=timeline.placement,
             handoff_s=pull.pull_s if pull is not None and pull.pull_outcome in USED else None,
             kv_bytes=0 if pull is None else pull.pulled_bytes,
         )
@@ -354,19 +398,38 @@ class ClusterEngine(EngineClient):  # type: ignore[misc]  # vLLM ships no types
         self.metrics.count(finished, verdict)
         self._remember(journey, flight, finished)
 
-    def _score(self, flight: Flight, outcome: str) -> Score | None:
-        """None where there is nothing to score: no SLO, or the client went away by itself."""
-        slo = flight.passenger.slo
-        if slo is None or outcome == "cancelled":
-            return None
-        admitted = flight.timeline.verdict == "admitted"
-        result = score(
-            slo,
-            flight.token_times_s,
-            completed=outcome == "completed",
-            thinking_tokens=flight.thinking_tokens,
+    def _count_turned_away(self, context: RequestContext) -> None:
+        """Refused at the door: a miss like any other, if it carried an SLO."""
+        asked = context.asked
+        stages = () if asked.empty or asked.malformed else (StageKind.PREFILL, StageKind.ANSWER)
+        finished = Finished(
+            request_id=f"turned-away-{time.monotonic_ns()}",
+            attempt=0,
+            class_name=(asked.class_name or "custom") if stages else None,
+            outcome="refused",
+            verdict="no_capacity",
+            met=False,
+            strict=False,
+            goodput=False,
+            stages={str(kind): False for kind in stages},
+            placement="none",
         )
-        return result if admitted else Score(dict.fromkeys(result.stages, False), strict=False)
+        self._coordinator.send(finished)
+        self.metrics.count(finished, finished.verdict)
+
+    def _score(self, flight: Flight, outcome: str) -> Score | None:
+        """None where there is nothing to score: no SLO, or a client that left before anything was late."""
+        slo = flight.passenger.slo
+        if slo is None:
+            return None
+        times_s = flight.token_times_s
+        if outcome == "cancelled":
+            seen_s = times_s or [flight.since_arrival_s()]
+            in_time = score(slo, seen_s, completed=True, thinking_tokens=flight.thinking_tokens)
+            return None if in_time.met else missed(in_time.stages)
+        completed = outcome == "completed"
+        result = score(slo, times_s, completed=completed, thinking_tokens=flight.thinking_tokens)
+        return result if flight.timeline.verdict == "admitted" else missed(result.stages)
 
     def _remember(self, journey: Journey, flight: Flight, finished: Finished) -> None:
         passenger = flight.passenger
@@ -430,6 +493,7 @@ class ClusterEngine(EngineClient):  # type: ignore[misc]  # vLLM ships no types
             self._check_room(n)
         except SlosserveError as error:
             current().decide(error)
+            self._count_turned_away(current())
             raise _http_error(error) from error
 
     async def encode(self, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-from engine.errors import NoCapacity, NodeLost, Refused, SlosserveError
+from engine.errors import EngineError, NoCapacity, NodeLost, Refused, RequestError, SlosserveError
 from engine.messages import Cancel, Declined, Delta, NodeAddress, Place, Placed, Release, Submit, Timing
 from engine.request import BEST_EFFORT, Pace, Slo, WorkKind
 
@@ -32,7 +32,6 @@ class Passenger:
     one_node: bool
     cache_salt: str | None
     arrived_s: float
-    malformed: bool = False
 
 
 @dataclass(slots=True)
@@ -50,6 +49,13 @@ class Timeline:
     first_token_s: float | None = None
     ended_s: float | None = None
     events: list[str] = field(default_factory=list)
+
+    @property
+    def placement(self) -> str:
+        """pair, one_node, or none while it has not been placed."""
+        if self.decode_node is None:
+            return "none"
+        return "one_node" if self.prefill_node is None else "pair"
 
 
 class Flight:
@@ -127,13 +133,16 @@ class Flight:
         if self.over or delta.attempt != self.attempt or self.placed is None:
             return False
         if delta.error is not None:
-            self._fail(self, SlosserveError(delta.error, reason="engine"))
+            self._take_error(delta.error, delta.error_status)
             return False
         if self._prefilling:
             self._take_prefilled(delta)
             return False
-        if delta.index != len(self.token_times_s):
+        if delta.index < len(self.token_times_s):
             return False  # said before: an attempt never repeats a token
+        if delta.index > len(self.token_times_s):
+            self._retry(self._decode_node, "tokens were lost on the way")
+            return False
         now_s = self.since_arrival_s()
         if not self.token_times_s and delta.token_ids:
             self.timeline.first_token_s = now_s
@@ -149,7 +158,8 @@ class Flight:
 
     def declined(self, node: str, declined: Declined) -> None:
         """A node will not do it: try elsewhere."""
-        if not self.over and declined.attempt == self.attempt:
+        current = declined.attempt == self.attempt and node in self._awaited_nodes()
+        if not self.over and current:
             self._retry(node, declined.reason)
 
     def lost(self, node: str) -> None:
@@ -211,6 +221,19 @@ class Flight:
         self.timeline.handed_off_s = self.since_arrival_s()
         self._submit(self.placed.decode, WorkKind.DECODE, delta)
 
+    def _take_error(self, error: str, status: int) -> None:
+        if status == RequestError.http_status:
+            self._fail(self, RequestError(error))
+        elif self.token_times_s:
+            self._fail(self, EngineError(error))
+        else:
+            node = self.timeline.prefill_node if self._prefilling else self._decode_node
+            self._retry(node or "", error)
+
+    @property
+    def _decode_node(self) -> str:
+        return self.timeline.decode_node or ""
+
     def _note_pull(self, timing: Timing) -> None:
         self.timeline.decode = timing
         if self.pair and timing.pull_outcome not in ("pulled", "cached", None):
@@ -224,7 +247,7 @@ class Flight:
         if self.placed is None or self.placed.decode is None:
             return []
         if self._prefilling and self.placed.prefill is not None:
-            return [self.placed.prefill.node, self.placed.decode.node]
+            return [self.placed.prefill.node]  # the decode node has been asked for nothing yet
         return [self.placed.decode.node]
 
     def _retry(self, node: str, reason: str) -> None:
@@ -249,8 +272,3 @@ class Flight:
         for node in (self.placed.prefill, self.placed.decode):
             if node is not None:
                 self._send(node, Cancel(self.passenger.request_id, self.attempt))
-
-
-def child(passenger: Passenger, request_id: str, sampling: bytes) -> Passenger:
-    """One of the n sequences of a request."""
-    return replace(passenger, request_id=request_id, sampling=sampling)

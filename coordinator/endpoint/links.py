@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Callable
+import time
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,13 +26,15 @@ from engine.messages import (
     Place,
     Placed,
     Query,
-    Report,
+    View,
 )
 
 logger = logging.getLogger(__name__)
 
 CREDIT = 512
 LOST_CHECK_S = 0.1
+NO_CREDIT = "no credit"
+VIEW_FRESH_S = 1.0
 ADDRESS_FILE = "coordinator.json"
 
 
@@ -53,12 +55,19 @@ class NodeLinks:
     """Links to nodes, made when they are first used."""
 
     def __init__(
-        self, context: zmq.asyncio.Context, identity: str, events: NodeEvents, silent_s: float
+        self,
+        context: zmq.asyncio.Context,
+        identity: str,
+        events: NodeEvents,
+        silent_s: float,
+        stuck_limit_s: float,
     ) -> None:
         self._context = context
         self._identity = identity
         self._events = events
         self._silent_s = silent_s
+        self._stuck_limit_s = stuck_limit_s
+        self._stuck_s: dict[str, float] = {}
         self._peers: dict[str, Peer] = {}
         self._credit_used: dict[str, int] = {}
         self._watching: asyncio.Task[None] | None = None
@@ -96,17 +105,22 @@ class NodeLinks:
         return peer
 
     def _close(self, node: str) -> None:
-        self._peers.pop(node).close()
+        self._stuck_s.pop(node, None)
+        peer = self._peers.pop(node, None)
+        if peer is not None:
+            peer.close()
 
     def _take(self, node: str, message: Message) -> None:
         match message:
             case Deltas(_, items):
-                self._events.on_deltas(node, items)
                 self._return_credit(node)
+                self._events.on_deltas(node, items)
             case Declined():
                 self._events.on_declined(node, message)
+                if message.reason.startswith(NO_CREDIT):
+                    self._close(node)  # the node has forgotten us: link anew, with new credit
             case Alive():
-                pass
+                self._stuck_s[node] = message.stuck_s
             case _:
                 logger.warning("an endpoint does not take %s", type(message).__name__)
 
@@ -119,9 +133,16 @@ class NodeLinks:
     async def _watch_for_loss(self) -> None:
         while True:
             await asyncio.sleep(LOST_CHECK_S)
-            for node in [name for name, peer in self._peers.items() if peer.lost]:
+            for node in [name for name, peer in self._peers.items() if self._is_lost(name, peer)]:
                 self._close(node)
-                self._events.on_lost(node)
+                try:
+                    self._events.on_lost(node)
+                except Exception:
+                    logger.exception("the loss of %s", node)
+
+    def _is_lost(self, node: str, peer: Peer) -> bool:
+        """Gone or silent; or it answers, but one step has been running for longer than any step may."""
+        return peer.lost or self._stuck_s.get(node, 0.0) > self._stuck_limit_s
 
 
 class CoordinatorLink:
@@ -136,6 +157,9 @@ class CoordinatorLink:
         self._waiting: dict[object, asyncio.Future[Any]] = {}
         self._peer: Peer | None = None
         self._address = ""
+        self._questions: dict[object, Message] = {}
+        self._view: View | None = None
+        self._viewed_s = 0.0
 
     async def connect(self) -> None:
         """Wait for the coordinator's address and link to it."""
@@ -148,6 +172,10 @@ class CoordinatorLink:
         """Tell the coordinator something that needs no answer."""
         if self._peer is not None:
             self._peer.send(message)
+
+    def fresh_view(self) -> View | None:
+        """The nodes that take work, if the coordinator has said so within the last second."""
+        return self._view if time.monotonic() - self._viewed_s < VIEW_FRESH_S else None
 
     async def place(self, place: Place) -> Placed:
         """Ask where a request goes. Raises NoCapacity if the coordinator does not answer in time."""
@@ -171,6 +199,7 @@ class CoordinatorLink:
     async def _ask(self, key: object, message: Message) -> Any:
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._waiting[key] = future
+        self._questions[key] = message
         try:
             self.send(message)
             return await asyncio.wait_for(future, self._wait_s)
@@ -182,6 +211,7 @@ class CoordinatorLink:
             ) from None
         finally:
             self._waiting.pop(key, None)
+            self._questions.pop(key, None)
 
     def _link(self) -> None:
         address = str(msgspec.json.decode(self._file.read_bytes())["address"])
@@ -191,6 +221,8 @@ class CoordinatorLink:
             self._peer.close()
         self._address = address
         self._peer = Peer(self._context, address, self._identity, self._take, reports=False)
+        for question in self._questions.values():
+            self.send(question)  # the coordinator that was asked is gone
 
     async def _follow(self) -> None:
         """Link anew when another coordinator has taken over."""
@@ -207,7 +239,9 @@ class CoordinatorLink:
                 self._resolve((message.request_id, message.attempt), message)
             case Answer():
                 self._resolve(message.call_id, message)
-            case Report() | Alive():
+            case View():
+                self._view, self._viewed_s = message, time.monotonic()
+            case Alive():
                 pass
             case _:
                 logger.warning("an endpoint does not take %s", type(message).__name__)
@@ -224,6 +258,3 @@ class AnswerError(SlosserveError):
     def __init__(self, message: str, http_status: int) -> None:
         super().__init__(message)
         self.status = http_status
-
-
-Handler = Callable[[Message], None]

@@ -83,7 +83,13 @@ async def serve(run_dir: Path, index: int) -> None:
     add_routes(app, engine, coordinator, config.endpoint.admin_key)
     say("endpoint", index=index, state="waiting for nodes")
     await coordinator.connect()
-    links = NodeLinks(context, identity, engine, silent_s=config.timeouts.node_silent_s)
+    links = NodeLinks(
+        context,
+        identity,
+        engine,
+        silent_s=config.timeouts.node_silent_s,
+        stuck_limit_s=config.timeouts.stuck_step_s,
+    )
     cost = await _idle_cost(coordinator)
     engine.connect(links, StepCost(cost["base_s"], cost["per_token_s"]))
     await _listen(RequestContextMiddleware(app, config.slo_classes), config, index)

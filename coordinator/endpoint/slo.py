@@ -64,7 +64,7 @@ def read_asked(fields: Mapping[str, Any], classes: Mapping[str, SloClass]) -> As
     """Check the fields that headers and body gave. Never raises: what is wrong is in `malformed`."""
     unknown = sorted(set(fields) - BODY_FIELDS)
     if unknown:
-        return Asked(malformed=f"unknown field {unknown[0]!r}; there are {', '.join(sorted(BODY_FIELDS))}")
+        return Asked(malformed=f"unknown field {unknown[0][:40]!r}; there are {', '.join(sorted(BODY_FIELDS))}")
     class_name = fields.get("class")
     if class_name is not None and class_name not in list(classes):
         return Asked(

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coordinator.mirror import NodeMirror
-from coordinator.placement import place
+from coordinator.placement import place, place_best_effort
 from engine.base import EngineInfo, Usage
-from engine.messages import Place, Report, WorkState
+from engine.messages import NodeLoad, Place, Report, WorkState
 from engine.request import RoleName, WorkKind
 from kv_transfer.base import Link, PeerAddress
 
@@ -60,8 +60,11 @@ ASK = Place(
 )
 
 
+FAST = {("p", "d"): Link("p", "d", latency_s=0.0, bytes_per_s=1e9)}
+
+
 def test_a_request_goes_to_the_pair_when_it_can_be_promised_there() -> None:
-    placed = place(ASK, _pair(), {}, 0.0)
+    placed = place(ASK, _pair(), FAST, 0.0)
     assert placed.verdict == "admitted"
     assert placed.prefill is not None
     assert placed.decode is not None
@@ -91,8 +94,14 @@ def test_a_lost_prefill_node_leaves_its_work_to_the_decode_node() -> None:
 
 def test_a_slow_link_takes_from_the_time_that_a_prefill_has() -> None:
     slow = {("p", "d"): Link("p", "d", latency_s=0.0, bytes_per_s=500 * 4096 / 0.46)}
-    assert place(ASK, _pair(), {}, 0.0).verdict == "admitted"
+    assert place(ASK, _pair(), FAST, 0.0).verdict == "admitted"
     assert place(ASK, _pair(), slow, 0.0).verdict == "best_effort"
+
+
+def test_a_pair_whose_link_could_not_be_measured_is_promised_nothing() -> None:
+    placed = place(ASK, _pair(), {}, 0.0)
+    assert placed.verdict == "best_effort"
+    assert "not measured" in placed.reason
 
 
 def test_nothing_ready_is_no_capacity_and_says_when_to_come_back() -> None:
@@ -105,8 +114,8 @@ def test_nothing_ready_is_no_capacity_and_says_when_to_come_back() -> None:
 
 def test_a_refusal_says_why_and_a_deferral_names_a_node() -> None:
     hopeless = replace(ASK, first_token_left_s=0.001)
-    assert place(hopeless, _pair(), {}, 0.0).verdict == "best_effort"
-    refused = place(replace(hopeless, may_defer=False), _pair(), {}, 0.0)
+    assert place(hopeless, _pair(), FAST, 0.0).verdict == "best_effort"
+    refused = place(replace(hopeless, may_defer=False), _pair(), FAST, 0.0)
     assert refused.verdict == "refused"
     assert "late by" in refused.reason
 
@@ -114,7 +123,7 @@ def test_a_refusal_says_why_and_a_deferral_names_a_node() -> None:
 def test_two_requests_placed_in_one_instant_do_not_both_get_the_last_slot() -> None:
     nodes = _pair()
     asks = [replace(ASK, request_id=f"r{index}", first_token_left_s=100.0) for index in range(6)]
-    verdicts = [place(ask, nodes, {}, 0.0).verdict for ask in asks]
+    verdicts = [place(ask, nodes, FAST, 0.0).verdict for ask in asks]
     assert verdicts == ["admitted"] * 4 + ["best_effort"] * 2
 
 
@@ -136,6 +145,48 @@ def test_what_a_report_shows_is_not_counted_twice() -> None:
     node.take_report(replace(node.report, works=[placement.state]), 0.1)
     assert not node.placed
     assert node.replica(0.1).free_seqs == INFO.max_num_seqs - 1
+
+
+def test_retries_leave_nothing_behind_when_a_request_is_over() -> None:
+    nodes = _pair()
+    for attempt in (1, 2, 3):
+        place(replace(ASK, attempt=attempt, first_token_left_s=100.0), nodes, FAST, 0.0)
+    for node in nodes:
+        node.forget(ASK.request_id, 3)
+    assert not any(node.placed for node in nodes)
+
+
+def test_best_effort_takes_no_slot_from_a_promise() -> None:
+    nodes = _pair()
+    for index in range(8):
+        place(replace(ASK, request_id=f"b{index}", class_name=None), nodes, FAST, 0.0)
+    assert place(replace(ASK, first_token_left_s=100.0), nodes, FAST, 0.0).verdict == "admitted"
+
+
+def test_a_node_to_be_avoided_serves_when_there_is_nobody_else() -> None:
+    placed = place(replace(ASK, avoid=["d"]), _pair(), FAST, 0.0)
+    assert placed.decode is not None
+    assert placed.decode.node == "d"
+
+
+loads = st.lists(
+    st.builds(NodeLoad, st.text(max_size=3), st.just("tcp://x"), st.sampled_from(RoleName), st.integers(0, 99)),
+    max_size=6,
+)
+
+
+@given(loads, st.booleans())
+def test_best_effort_goes_where_roles_allow_or_nowhere(nodes: list[NodeLoad], one_node: bool) -> None:
+    way = place_best_effort(nodes, one_node=one_node)
+    if way is None:
+        assert all(node.role is RoleName.PREFILL for node in nodes)
+        return
+    prefill, decode = way
+    assert decode.role is not RoleName.PREFILL
+    if prefill is not None:
+        assert not one_node
+        assert prefill.role is RoleName.PREFILL
+        assert decode.role is RoleName.DECODE
 
 
 works = st.builds(

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.base import StepReport
-from engine.cost import StepCost
+from engine.cost import REST_TIME_S, StepCost
 
 OPT_7B_A100 = StepCost(base_s=24.8e-3, per_token_s=6.9e-5)
 
@@ -94,6 +94,24 @@ def test_one_pause_is_no_drift() -> None:
     cost = OPT_7B_A100.updated(report(200, 60.0))
     assert cost.predict(200) < 1.25 * OPT_7B_A100.predict(200)
     assert OPT_7B_A100.updated(report(0, 1.0)) == OPT_7B_A100
+
+
+def test_a_machine_that_has_rested_is_as_quick_as_it_was_measured() -> None:
+    slow = StepCost(OPT_7B_A100.base_s, OPT_7B_A100.per_token_s, drift=3.0)
+    assert slow.rested(0.0) == slow
+    assert slow.rested(REST_TIME_S).drift == pytest.approx(1 + 2 / math.e)
+    assert slow.rested(20 * REST_TIME_S).predict(200) == pytest.approx(OPT_7B_A100.predict(200))
+
+
+@given(cost=costs, parts=st.lists(st.floats(0.0, 30.0), min_size=1, max_size=5))
+def test_rest_counts_the_same_in_one_go_or_in_parts(cost: StepCost, parts: list[float]) -> None:
+    rested = cost
+    for seconds in parts:
+        rested = rested.rested(seconds)
+        assert min(1.0, cost.drift) <= rested.drift + 1e-9
+        assert rested.drift <= max(1.0, cost.drift) + 1e-9
+    assert rested.drift == pytest.approx(cost.rested(sum(parts)).drift)
+    assert (rested.base_s, rested.per_token_s) == (cost.base_s, cost.per_token_s)
 
 
 @pytest.mark.parametrize("wrong", [(-1e-3, 1e-5, 1.0), (1e-3, 0.0, 1.0), (1e-3, 1e-5, 0.0)])

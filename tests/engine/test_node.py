@@ -1,0 +1,449 @@
+"""What a node promises to those who ask it for work: real nodes, real sockets, a scripted engine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+
+from engine.errors import RequestError
+from engine.messages import (
+    Alive,
+    Cancel,
+    Credit,
+    Declined,
+    Deltas,
+    LinksProbed,
+    ProbeLinks,
+    Release,
+    Report,
+    RoleSet,
+    SetRole,
+    Submit,
+)
+from engine.node import NO_CREDIT
+from engine.request import Pace, RoleName, WorkKind
+from kv_transfer.base import PeerAddress, TransferError
+from kv_transfer.fake import Faults
+from tests.engine.scripted_engine import BLOCK_TOKENS, COST, STEP_S
+from tests.engine.served_node import Client, Serve, Served, expected, is_idle, serving, submit, the_work
+
+LONG = 100_000  # tokens, of a stream that does not end by itself
+
+
+@pytest.fixture
+def serve() -> Iterator[Serve]:
+    with serving() as start:
+        yield start
+
+
+# ---- answers ---------------------------------------------------------------------------------------------
+
+
+def test_a_submit_is_answered_token_by_token(serve: Serve) -> None:
+    client = serve().client("endpoint")
+    ask = submit("r", max_tokens=5, attempt=3)
+    client.send(ask)
+    assert client.stream("r") == expected(ask)
+    deltas = client.deltas("r")
+    assert [delta.index for delta in deltas] == [0, 1, 2, 3, 4]
+    assert {delta.attempt for delta in deltas} == {3}
+    assert [delta.finish_reason for delta in deltas] == [None] * 4 + ["length"]
+    assert [delta.timing is not None for delta in deltas] == [True] + [False] * 4
+
+
+def test_a_prefill_is_answered_with_a_handoff_under_a_lease(serve: Serve) -> None:
+    served = serve(RoleName.PREFILL)
+    client = served.client("endpoint")
+    client.send(submit("r", 40, kind=WorkKind.PREFILL))
+    assert client.stream("r") == []
+    handoff = client.deltas("r")[-1].handoff
+    assert handoff is not None
+    assert handoff.num_tokens == 3 * BLOCK_TOKENS
+    (lease,) = served.coordinator().report().leases
+    assert (lease.request_id, lease.num_blocks) == (handoff.request_id, 3)
+    client.send(Release("r", 1))
+    served.coordinator("later").report(is_idle)
+
+
+def test_a_decode_pulls_its_prompt_and_says_how(serve: Serve) -> None:
+    served = serve(RoleName.DECODE)
+    client, coordinator = served.client("endpoint"), served.coordinator()
+    ask = pulling(served, Faults(delay_s=0.2))
+    client.send(ask)
+    assert the_work(coordinator.report(lambda report: bool(report.works))).prefill_left_tokens == 0
+    assert client.stream("r") == expected(ask)
+    timing = client.deltas("r")[0].timing
+    assert timing is not None
+    assert (timing.pull_outcome, timing.pulled_bytes) == ("pulled", 2 * BLOCK_TOKENS * 4096)
+    assert timing.pull_s is not None
+    assert timing.first_token_s > timing.pull_s > 0.2
+    assert timing.queued_s >= timing.pull_s
+    assert coordinator.report(is_idle).local_prefills == 0
+
+
+def test_a_prompt_whose_pull_failed_is_computed_and_counted(serve: Serve) -> None:
+    served = serve(RoleName.DECODE)
+    served.engine.step_s = 0.3
+    client, coordinator = served.client("endpoint"), served.coordinator()
+    ask = replace(pulling(served, Faults(source_dead=True)), prompt_token_ids=list(range(150)))
+    client.send(ask)
+    report = coordinator.report(lambda report: report.local_prefills == 1)
+    assert report.pulls[-1].outcome == "failed"
+    left = coordinator.report(lambda report: the_work(report).prefill_left_tokens > 0)
+    assert the_work(left).prefill_left_tokens < 150
+    served.engine.step_s = STEP_S
+    assert client.stream("r") == expected(ask)
+    assert coordinator.report(is_idle).local_prefills == 1
+
+
+@pytest.mark.parametrize(
+    ("role", "kind"),
+    [
+        (RoleName.PREFILL, WorkKind.DECODE),
+        (RoleName.PREFILL, WorkKind.WHOLE),
+        (RoleName.DECODE, WorkKind.PREFILL),
+    ],
+)
+def test_work_of_another_role_is_declined_by_name(serve: Serve, role: RoleName, kind: WorkKind) -> None:
+    client = serve(role).client("endpoint")
+    client.send(submit("r", kind=kind, attempt=2))
+    declined = client.until(Declined)
+    assert (declined.request_id, declined.attempt) == ("r", 2)
+    assert declined.reason == f"a {role} node takes no {kind} work"
+
+
+def test_what_is_too_much_to_wait_is_declined(serve: Serve) -> None:
+    served = serve(max_waiting=2)
+    served.engine.slots = 1
+    client = served.client("endpoint")
+    client.send(submit("first", max_tokens=LONG))
+    client.until(Deltas)
+    client.send(*(submit(name) for name in ("second", "third", "fourth")))
+    declined = client.until(Declined)
+    assert (declined.request_id, declined.reason) == ("fourth", "2 requests wait here already")
+    client.send(Cancel("first", 1))
+    assert client.stream("second") == client.stream("third") == expected(submit("second"))
+
+
+def test_what_the_engine_can_never_run_is_the_clients_error(serve: Serve) -> None:
+    served = serve()
+    served.engine.refuses = RequestError("the prompt is too long")
+    client = served.client("endpoint")
+    client.send(submit("r"))
+    client.stream("r")
+    (delta,) = client.deltas("r")
+    assert (delta.error, delta.error_status) == ("the prompt is too long", 400)
+    assert served.coordinator().report().works == []
+
+
+def test_the_time_in_the_queue_ends_before_the_batch(serve: Serve) -> None:
+    served = serve()
+    served.engine.slots = 1
+    client = served.client("endpoint")
+    client.send(submit("first", max_tokens=30))
+    client.send(submit("second", max_tokens=2))
+    client.stream("second")
+    first, second = (client.deltas(name)[0].timing for name in ("first", "second"))
+    assert first is not None
+    assert second is not None
+    assert first.first_token_s - first.queued_s >= STEP_S  # the prompt fits one batch: no later step sees it
+    assert second.first_token_s - second.queued_s >= STEP_S
+    assert second.queued_s >= 20 * STEP_S  # planned and not admitted is not batched
+
+
+# ---- cancel ----------------------------------------------------------------------------------------------
+
+
+def _queued(served: Served, client: Client) -> None:
+    served.engine.slots = 0
+    client.send(submit("r"))
+    served.coordinator("watcher").report(lambda report: report.usage.waiting == 1)
+
+
+def _prefilling(served: Served, client: Client) -> None:
+    client.send(submit("r", length=64 * 15))
+    served.coordinator("watcher").report(
+        lambda report: any(0 < work.prefill_left_tokens < 64 * 14 for work in report.works)
+    )
+
+
+def _pulling(served: Served, client: Client) -> None:
+    client.send(pulling(served, Faults(delay_s=0.3)))
+    served.coordinator("watcher").report(lambda report: report.usage.used_blocks == 2)
+
+
+def _decoding(served: Served, client: Client) -> None:
+    client.send(submit("r", max_tokens=LONG))
+    client.until(Deltas)
+
+
+def _offered(served: Served, client: Client) -> None:
+    client.send(submit("r", kind=WorkKind.PREFILL))
+    client.stream("r")
+    assert served.coordinator("watcher").report().leases
+
+
+def pulling(served: Served, faults: Faults) -> Submit:
+    """Work that pulls from a source with faults."""
+    source = served.source()
+    source.faults = faults
+    source.compute("elsewhere#1", [b"a", b"b"])
+    return submit("r", 2 * BLOCK_TOKENS, kind=WorkKind.DECODE, handoff=source.offer("elsewhere#1"))
+
+
+@pytest.mark.parametrize("reach", [_queued, _prefilling, _pulling, _decoding, _offered])
+def test_cancel_in_each_phase_frees_everything(serve: Serve, reach: Callable[[Served, Client], None]) -> None:
+    served = serve()
+    served.engine.step_s = 0.02 if reach is _prefilling else STEP_S
+    client = served.client("endpoint")
+    reach(served, client)
+    client.send(Cancel("r", 1))
+    report = served.coordinator().report(is_idle)
+    assert (report.usage.running, report.usage.waiting) == (0, 0)
+    assert report.local_prefills == 0  # a pull that nobody wants any more is recomputed by nobody
+
+
+def test_output_of_a_cancelled_attempt_is_not_sent(serve: Serve) -> None:
+    served = serve()
+    client = served.client("endpoint", credit=1)
+    client.send(submit("r", max_tokens=LONG), submit("other", max_tokens=10))
+    coordinator = served.coordinator()
+    coordinator.report(lambda report: len(report.works) == 1 and report.works[0].output_tokens > 20)
+    client.send(Cancel("r", 1))
+    coordinator.report(is_idle)
+    client.send(Credit(512))
+    assert client.stream("other") == expected(submit("other", max_tokens=10))
+    client.listen(0.1)
+    assert len(client.tokens("r")) <= 1  # what the one credit had let out before
+
+
+# ---- credit ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("payload_every", [None, 3])
+def test_credit_bounds_messages_and_late_credit_loses_nothing(serve: Serve, payload_every: int | None) -> None:
+    served = serve()
+    served.engine.payload_every = payload_every
+    client = served.client("endpoint", credit=2)
+    asks = [submit("a", 20, 30), submit("b", 25, 17)]
+    client.send(*asks)
+    served.coordinator().report(lambda report: report.steps >= 30 and is_idle(report))
+    client.listen(0.05)
+    assert sum(isinstance(message, Deltas) for message in client.heard) == 2
+    client.send(Credit(1))
+    for ask in asks:
+        assert client.stream(ask.request_id) == expected(ask)
+    assert sum(isinstance(message, Deltas) for message in client.heard) == 3
+    held = [delta for delta in client.deltas("a") if len(delta.token_ids) > 1]
+    assert held  # tokens that waited came together
+    payloads = sum(delta.payload is not None for delta in client.deltas("a"))
+    assert payloads == (0 if payload_every is None else 10)
+
+
+# ---- silence ---------------------------------------------------------------------------------------------
+
+
+def test_a_silent_endpoint_loses_its_work_and_can_go_on_when_it_wakes(serve: Serve) -> None:
+    served = serve()
+    client, coordinator = served.client("endpoint", credit=512), served.coordinator()
+    client.send(submit("stream", max_tokens=LONG), submit("offer", kind=WorkKind.PREFILL))
+    client.stream("offer")
+    served.put_clock_forward(4.0)
+    coordinator.report(is_idle)
+    declined = client.until(Declined)
+    assert (declined.request_id, declined.attempt) == ("stream", 1)
+    assert "had been silent" in declined.reason
+    again = submit("again")
+    client.send(again)
+    assert client.stream("again") == expected(again)
+    assert [m.request_id for m in client.heard if isinstance(m, Declined)] == ["stream"]
+
+
+def test_a_silent_endpoint_is_told_of_what_it_was_never_sent(serve: Serve) -> None:
+    served = serve()
+    client, coordinator = served.client("endpoint", credit=0), served.coordinator()
+    client.send(submit("over"), submit("offer", kind=WorkKind.PREFILL))
+    coordinator.report(lambda report: len(report.works) == 1 and bool(report.leases))
+    served.put_clock_forward(4.0)
+    coordinator.report(is_idle)
+    client.until(Declined)
+    client.listen(0.05)
+    assert sorted(m.request_id for m in client.heard if isinstance(m, Declined)) == ["offer", "over"]
+    client.send(Credit(8), submit("again"))
+    assert client.stream("again") == expected(submit("again"))
+    assert client.deltas("over") == []
+
+
+def test_silence_of_one_endpoint_costs_another_nothing(serve: Serve) -> None:
+    served = serve(peer_silent_s=0.4)
+    sleeper, client = served.client("sleeper"), served.client("endpoint")
+    sleeper.send(submit("lost", max_tokens=LONG))
+    sleeper.until(Deltas)
+    client.send(submit("kept", max_tokens=LONG))
+    client.until(Deltas)
+    client.report(lambda report: [work.request_id for work in report.works] == ["kept"])
+    before = len(client.tokens("kept"))
+    client.until(Deltas)
+    assert len(client.tokens("kept")) > before
+    assert sleeper.until(Declined).request_id == "lost"
+
+
+def test_a_forgotten_endpoint_is_told_to_reconnect(serve: Serve) -> None:
+    served = serve()
+    client, coordinator = served.client("endpoint"), served.coordinator()
+    client.send(submit("first"))
+    client.stream("first")
+    served.put_clock_forward(70.0)
+    coordinator.report()
+    coordinator.listen(0.25)  # until its next upkeep
+    client.send(submit("second", attempt=2))
+    assert client.until(Declined) == Declined("second", 2, NO_CREDIT)
+    client.send(Credit(8), submit("second", attempt=3))
+    assert client.stream("second") == expected(submit("second"))
+
+
+# ---- what it reports -------------------------------------------------------------------------------------
+
+
+def test_a_change_of_role_is_read_back_and_keeps_the_streams(serve: Serve) -> None:
+    served = serve(RoleName.DECODE)
+    client, coordinator = served.client("endpoint"), served.coordinator()
+    client.send(submit("r", max_tokens=100))
+    client.until(Deltas)
+    coordinator.send(SetRole(7, RoleName.PREFILL))
+    assert coordinator.until(RoleSet) == RoleSet(7, RoleName.PREFILL)
+    assert coordinator.report().role is RoleName.PREFILL
+    client.send(submit("next"))
+    assert client.until(Declined).reason == "a prefill node takes no whole work"
+    assert client.stream("r") == expected(submit("r", max_tokens=100))
+
+
+@pytest.mark.parametrize("skew_s", [0.0, 5.0, -5.0])
+def test_a_new_coordinator_learns_every_promise_with_its_time_left(serve: Serve, skew_s: float) -> None:
+    served = serve(skew_s=skew_s)
+    served.engine.slots = 0
+    client = served.client("endpoint")
+    sent_s = time.monotonic()
+    pace = Pace(first_token_left_s=7.0, tpot_s=0.05)
+    client.send(submit("r", 33, 12, attempt=4, pace=pace), submit("o", kind=WorkKind.PREFILL))
+    report = served.coordinator("new").report(lambda report: len(report.works) == 2)
+    work = next(work for work in report.works if work.request_id == "r")
+    passed_s = time.monotonic() - sent_s
+    assert 7.0 - passed_s <= work.first_token_left_s <= 7.0
+    assert (work.attempt, work.kind, work.tpot_s) == (4, WorkKind.WHOLE, 0.05)
+    assert (work.prompt_tokens, work.prefill_left_tokens) == (33, 32)
+    assert (work.output_tokens, work.max_tokens, work.best_effort) == (0, 12, False)
+
+
+def test_a_report_shows_leases_with_their_time_left(serve: Serve) -> None:
+    served = serve(skew_s=5.0)
+    client = served.client("endpoint")
+    client.send(submit("r", 40, kind=WorkKind.PREFILL))
+    client.stream("r")
+    report = served.coordinator().report()
+    (lease,) = report.leases
+    assert 25.0 < lease.left_s <= 30.0
+    assert the_work(report).prefill_left_tokens == 0
+
+
+def test_a_step_that_hangs_is_told_while_it_hangs(serve: Serve) -> None:
+    served = serve()
+    client, coordinator = served.client("endpoint"), served.coordinator()
+    client.send(submit("r", max_tokens=LONG))
+    client.until(Deltas)
+    served.engine.gate.clear()
+    coordinator.until(Report, lambda report: report.stuck_s > 0.3)
+    client.until(Alive, lambda alive: alive.stuck_s > 0.3)
+    served.engine.gate.set()
+    coordinator.report(lambda report: report.stuck_s < 0.1)
+
+
+def test_the_first_step_is_the_first_average_of_steps(serve: Serve) -> None:
+    served = serve()
+    served.engine.reported_s = 0.5
+    client, coordinator = served.client("endpoint"), served.coordinator()
+    assert coordinator.report().step_s == 0.0
+    client.send(submit("r", max_tokens=1))
+    client.stream("r")
+    assert coordinator.report(lambda report: report.steps == 1).step_s == 0.5
+
+
+def test_an_idle_node_forgets_that_it_was_slow(serve: Serve) -> None:
+    served = serve()
+    served.engine.reported_s = 10 * COST.predict(1)
+    client, coordinator = served.client("endpoint"), served.coordinator()
+    client.send(submit("r", max_tokens=60))
+    client.stream("r")
+    slow = coordinator.report(is_idle)
+    assert slow.cost_base_s > 3 * slow.idle_base_s
+    served.put_clock_forward(60.0)
+    rested = coordinator.report(lambda report: report.cost_base_s < 1.1 * report.idle_base_s)
+    assert rested.cost_per_token_s == pytest.approx(rested.idle_per_token_s, rel=0.1)
+
+
+# ---- what fails ------------------------------------------------------------------------------------------
+
+
+def test_an_engine_that_fails_hands_its_work_back_but_for_offers(serve: Serve) -> None:
+    served = serve()
+    client = served.client("endpoint")
+    client.send(submit("offer", kind=WorkKind.PREFILL))
+    client.stream("offer")
+    client.send(submit("r", max_tokens=LONG, attempt=2))
+    client.until(Deltas)
+    served.engine.fails = RuntimeError("the device is gone")
+    assert client.until(Declined) == Declined("r", 2, "node: the engine failed")
+    client.listen(0.1)
+    assert sum(isinstance(message, Declined) for message in client.heard) == 1
+    assert [str(error) for error in served.raised] == ["the device is gone"]
+
+
+def test_a_submit_that_breaks_the_engines_intake_is_declined_and_undone(serve: Serve) -> None:
+    served = serve()
+    served.engine.refuses = MemoryError("no room for its prompt")
+    client = served.client("endpoint")
+    client.send(submit("r", attempt=2))
+    declined = client.until(Declined)
+    assert (declined.request_id, declined.attempt) == ("r", 2)
+    assert "no room for its prompt" in declined.reason
+    served.coordinator().report(is_idle)
+    client.send(submit("r2"))
+    assert client.stream("r2") == expected(submit("r2"))
+
+
+def test_a_second_copy_of_a_submit_does_not_end_the_first(serve: Serve) -> None:
+    client = serve().client("endpoint")
+    client.send(submit("r", max_tokens=50), submit("r", max_tokens=50))
+    assert client.until(Declined).reason == "this attempt is here already"
+    assert client.stream("r") == expected(submit("r", max_tokens=50))
+
+
+def test_bad_messages_are_survived(serve: Serve) -> None:
+    served = serve()
+    client = served.client("endpoint")
+    client.send(submit("r", max_tokens=100))
+    client.until(Deltas)
+    client.send_raw(b"garbage")
+    client.send_raw(b"Submit/1", b"\x81\xa1x\x01")
+    client.send_raw(b"Submit/999", b"")
+    client.send(Alive("not for a node", 0.0), Cancel("unknown", 1), Cancel("r", 2))
+    assert client.stream("r") == expected(submit("r", max_tokens=100))
+
+
+@pytest.mark.parametrize("error", [TransferError("another layout"), OSError("no such host")])
+def test_a_probe_that_fails_is_answered_for_every_peer(serve: Serve, error: Exception) -> None:
+    served = serve()
+    served.engine.port.probe_fails = error
+    coordinator = served.coordinator()
+    coordinator.send(ProbeLinks(3, [PeerAddress("a", "host", 1), PeerAddress("b", "host", 2)]))
+    probed = coordinator.until(LinksProbed)
+    assert (probed.call_id, probed.links, set(probed.errors)) == (3, [], {"a", "b"})
+    assert all(str(error) in text for text in probed.errors.values())
+    served.engine.port.probe_fails = None
+    served.source()
+    coordinator.send(ProbeLinks(4, [PeerAddress("source", "host", 1)]))
+    (link,) = coordinator.until(LinksProbed).links
+    assert (link.source, link.target) == ("source", "engine")
