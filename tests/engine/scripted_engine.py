@@ -97,6 +97,7 @@ class ScriptedEngine(Engine):
         self.fails: Exception | None = None
         self.refuses: Exception | None = None
         self.payload_every: int | None = None
+        self.steps = 0
         self.stopped = False
         self._works: dict[str, Going] = {}
 
@@ -131,6 +132,7 @@ class ScriptedEngine(Engine):
                 self.port.free(work_id)
 
     def step(self, compose: Composer) -> StepResult:
+        self.steps += 1
         self.gate.wait(PATIENCE_S)
         if self.fails is not None:
             raise self.fails

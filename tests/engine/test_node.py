@@ -23,7 +23,7 @@ from engine.messages import (
     SetRole,
     Submit,
 )
-from engine.node import NO_CREDIT
+from engine.node import LEASE_WAIT_S, NO_CREDIT
 from engine.request import Pace, RoleName, WorkKind
 from kv_transfer.base import PeerAddress, TransferError
 from kv_transfer.fake import Faults
@@ -66,6 +66,16 @@ def test_a_prefill_is_answered_with_a_handoff_under_a_lease(serve: Serve) -> Non
     assert (lease.request_id, lease.num_blocks) == (handoff.request_id, 3)
     client.send(Release("r", 1))
     served.coordinator("later").report(is_idle)
+
+
+def test_a_lease_that_nobody_pulls_costs_few_steps(serve: Serve) -> None:
+    served = serve()
+    client = served.client("endpoint")
+    client.send(submit("r", kind=WorkKind.PREFILL))
+    client.stream("r")
+    before, began_s = served.engine.steps, time.monotonic()
+    client.listen(0.3)
+    assert 0 < served.engine.steps - before <= 1 + (time.monotonic() - began_s) / LEASE_WAIT_S
 
 
 def test_a_decode_pulls_its_prompt_and_says_how(serve: Serve) -> None:
@@ -405,7 +415,7 @@ def test_a_submit_that_breaks_the_engines_intake_is_declined_and_undone(serve: S
     served = serve()
     served.engine.refuses = MemoryError("no room for its prompt")
     client = served.client("endpoint")
-    client.send(submit("r", attempt=2))
+    client.send(submit("r", max_tokens=LONG, attempt=2))
     declined = client.until(Declined)
     assert (declined.request_id, declined.attempt) == ("r", 2)
     assert "no room for its prompt" in declined.reason

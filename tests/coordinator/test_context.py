@@ -1,0 +1,142 @@
+"""The middleware: a refusal keeps its status though the client asked for a stream, and no order of events
+makes a response wait for ever."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from coordinator.config import SloClass
+from coordinator.endpoint.context import RequestContext, RequestContextMiddleware, current
+from engine.errors import Refused
+
+CLASSES = {"chatbot": SloClass()}
+START = {
+    "type": "http.response.start",
+    "status": 200,
+    "headers": [(b"content-type", b"text/event-stream; charset=utf-8")],
+}
+
+
+def _body(text: bytes, *, more: bool) -> dict[str, Any]:
+    return {"type": "http.response.body", "body": text, "more_body": more}
+
+
+async def _serve(app: Any, body: bytes = b"{}", headers: list[tuple[bytes, bytes]] | None = None) -> list[Any]:
+    sent: list[Any] = []
+    asked = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive() -> Any:
+        return asked.pop(0) if asked else {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "path": "/v1/completions", "headers": headers or []}
+    await RequestContextMiddleware(app, CLASSES)(scope, receive, send)
+    return sent
+
+
+async def test_a_stream_gets_the_headers_of_its_placement() -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send(START | {"headers": list(START["headers"])})
+        current().headers["x-slosserve-placement"] = "p>d"
+        current().decide()
+        await send(_body(b"data: 1\n\n", more=True))
+        await send(_body(b"", more=False))
+
+    start, first, last = await _serve(app)
+    assert (b"x-slosserve-placement", b"p>d") in start["headers"]
+    assert first["body"] == b"data: 1\n\n"
+    assert not last["more_body"]
+
+
+async def test_a_refused_stream_becomes_a_429_with_retry_after() -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send(START | {"headers": list(START["headers"])})
+        current().decide(Refused("late by 1 s", retry_after_s=3.4))
+        await send(_body(b'data: {"error": 1}\n\n', more=True))
+        await send(_body(b"", more=False))
+
+    start, body = await _serve(app)
+    assert start["status"] == 429
+    assert (b"retry-after", b"3") in start["headers"]
+    assert json.loads(body["body"])["error"]["code"] == "slo_unattainable"
+
+
+async def test_a_route_that_speaks_before_it_asks_is_not_waited_for() -> None:
+    """vLLM's /v1/responses sends its first event before it calls generate()."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send(START | {"headers": list(START["headers"])})
+        await send(_body(b"event: created\n\n", more=True))
+        current().decide()
+        await send(_body(b"event: delta\n\n", more=True))
+        await send(_body(b"", more=False))
+
+    sent = await _serve(app)
+    assert [message["body"] for message in sent[1:]] == [b"event: created\n\n", b"event: delta\n\n", b""]
+
+
+async def test_a_plain_error_of_the_front_passes_as_it_is() -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 400, "headers": []})
+        await send(_body(b"no", more=False))
+
+    start, body = await _serve(app)
+    assert start["status"] == 400
+    assert body["body"] == b"no"
+
+
+async def test_what_runs_for_a_client_that_is_gone_is_dropped() -> None:
+    dropped: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        current().on_end.append(lambda: dropped.append("yes"))
+        raise ConnectionResetError
+
+    with pytest.raises(ConnectionResetError):
+        await _serve(app)
+    assert dropped == ["yes"]
+
+
+async def test_the_first_error_stands() -> None:
+    context = RequestContext(0.0, current().asked)
+    context.decide(Refused("first"))
+    context.decide()
+    assert str(context.error) == "first"
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "class_name", "malformed"),
+    [
+        (b'{"slo": {"class": "chatbot"}}', [], "chatbot", None),
+        (b'{"slo": {"class": "chatbot"}}', [(b"x-llm-d-slo-ttft-ms", b"50")], "chatbot", None),
+        (b'{"slo": 5}', [], None, "slo must be an object"),
+        (b'{"slo": ' + b"[" * 100_000, [], None, None),
+        (b'not json "slo"', [], None, None),
+        (b'{"slo": {"%s": 1}}' % (b"x" * 9000), [], None, "unknown field"),
+    ],
+)
+async def test_slos_are_read_from_body_and_headers_and_nothing_breaks(
+    body: bytes, headers: list[tuple[bytes, bytes]], class_name: str | None, malformed: str | None
+) -> None:
+    seen: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(current().asked)
+        assert (await receive())["body"] == body
+        current().decide()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send(_body(b"", more=False))
+
+    start, _ = await _serve(app, body, headers)
+    assert seen[0].class_name == class_name
+    if malformed is None:
+        assert seen[0].malformed is None
+    else:
+        assert malformed in seen[0].malformed
+        told = dict(start["headers"])[b"x-slosserve-slo"]
+        assert len(told) < 300

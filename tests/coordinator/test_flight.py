@@ -1,0 +1,241 @@
+"""A flight keeps one sequence on its way: attempts, handoffs, declines, losses, and nothing said twice."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coordinator.endpoint.flight import MAX_ATTEMPTS, Flight, Passenger
+from engine.errors import EngineError, NoCapacity, NodeLost, Refused, RequestError, SlosserveError
+from engine.messages import Cancel, Declined, Delta, NodeAddress, Placed, Release, Submit, Timing
+from engine.request import Slo, WorkKind
+from kv_transfer.base import Handoff
+
+P, D = NodeAddress("p", "tcp://p"), NodeAddress("d", "tcp://d")
+HANDOFF = Handoff("r#1", "p-engine", 3, 4096, 30.0)
+
+
+@dataclass
+class Trip:
+    """A flight, what it sent, how it failed and how often it asked to be placed again."""
+
+    slo: Slo | None = None
+    sent: list[tuple[str, Any]] = field(default_factory=list)
+    failures: list[SlosserveError] = field(default_factory=list)
+    retries: int = 0
+
+    def __post_init__(self) -> None:
+        passenger = Passenger("r", [1, 2, 3], b"", 10, self.slo, False, None, time.monotonic())
+        self.flight = Flight(
+            passenger,
+            lambda node, message: self.sent.append((node.node, message)),
+            10.0,
+            lambda flight, error: self.failures.append(error),
+        )
+        self.flight.on_retry = self._again
+
+    def _again(self, flight: Flight) -> None:
+        self.retries += 1
+
+    def place(self, *, pair: bool = True, verdict: str = "admitted") -> Trip:
+        question = self.flight.question()
+        self.flight.depart(Placed("r", question.attempt, verdict, prefill=P if pair else None, decode=D))
+        return self
+
+    def delta(self, index: int, tokens: list[int], **kwargs: Any) -> bool:
+        return self.flight.take(Delta("r", kwargs.pop("attempt", self.flight.attempt), index, tokens, **kwargs))
+
+    def sent_to(self, node: str, kind: type[Any]) -> list[Any]:
+        return [message for name, message in self.sent if name == node and isinstance(message, kind)]
+
+
+def test_a_pair_prefills_then_hands_over_then_streams() -> None:
+    trip = Trip().place()
+    assert [submit.kind for submit in trip.sent_to("p", Submit)] == [WorkKind.PREFILL]
+    assert not trip.sent_to("d", Submit)
+    assert not trip.delta(0, [], handoff=HANDOFF, finish_reason="length")
+    (decode,) = trip.sent_to("d", Submit)
+    assert (decode.kind, decode.handoff) == (WorkKind.DECODE, HANDOFF)
+    assert trip.delta(0, [7])
+    assert trip.delta(1, [8, 9], finish_reason="stop")
+    assert trip.flight.over
+    assert len(trip.flight.token_times_s) == 3
+
+
+def test_output_of_an_older_attempt_is_discarded() -> None:
+    trip = Trip().place(pair=False)
+    trip.flight.declined("d", Declined("r", 1, "busy"))
+    trip.place(pair=False)
+    assert not trip.delta(0, [7], attempt=1)
+    assert trip.delta(0, [8], attempt=2)
+    assert len(trip.flight.token_times_s) == 1
+
+
+def test_a_token_said_twice_is_taken_once() -> None:
+    trip = Trip().place(pair=False)
+    assert trip.delta(0, [7, 8])
+    assert not trip.delta(0, [7, 8])
+    assert not trip.delta(1, [8])
+    assert trip.delta(2, [9])
+
+
+def test_tokens_lost_on_the_way_end_the_attempt_instead_of_hanging_it() -> None:
+    trip = Trip().place(pair=False)
+    assert not trip.delta(3, [7])
+    assert trip.retries == 1
+    assert trip.sent_to("d", Cancel) == [Cancel("r", 1)]
+
+
+def test_a_decline_is_placed_again_elsewhere_and_cancelled_here() -> None:
+    trip = Trip().place()
+    trip.flight.declined("p", Declined("r", 1, "256 requests wait here already"))
+    assert trip.retries == 1
+    assert trip.flight.question().avoid == ["p"]
+    assert trip.sent_to("p", Cancel) == [Cancel("r", 1)]
+
+
+def test_a_late_decline_of_an_older_attempt_or_another_node_changes_nothing() -> None:
+    trip = Trip().place()
+    trip.delta(0, [], handoff=HANDOFF)
+    trip.flight.declined("p", Declined("r", 1, "the engine failed"))  # its part is over
+    trip.flight.declined("d", Declined("r", 0, "old"))
+    assert trip.retries == 0
+    assert trip.delta(0, [7])
+
+
+def test_a_node_lost_before_the_first_token_means_another_attempt() -> None:
+    trip = Trip().place()
+    trip.flight.lost("d")  # it has been asked for nothing yet
+    assert trip.retries == 0
+    trip.flight.lost("p")
+    assert trip.retries == 1
+
+
+def test_a_prefill_node_lost_after_the_handoff_is_the_pulls_business() -> None:
+    trip = Trip().place()
+    trip.delta(0, [], handoff=HANDOFF)
+    trip.flight.lost("p")
+    assert trip.retries == 0
+    assert trip.delta(0, [7])
+
+
+def test_a_node_lost_in_the_middle_of_a_stream_is_an_error_that_says_so() -> None:
+    trip = Trip().place(pair=False)
+    trip.delta(0, [7])
+    trip.flight.lost("d")
+    assert isinstance(trip.failures[0], NodeLost)
+    assert "after 1 tokens" in str(trip.failures[0])
+
+
+def test_attempts_are_bounded() -> None:
+    trip = Trip()
+    for _ in range(MAX_ATTEMPTS):
+        trip.place(pair=False)
+        trip.flight.declined("d", Declined("r", trip.flight.attempt, "no"))
+    assert trip.retries == MAX_ATTEMPTS - 1
+    assert isinstance(trip.failures[0], NoCapacity)
+
+
+def test_a_failed_pull_gives_the_lease_back() -> None:
+    trip = Trip().place()
+    trip.delta(0, [], handoff=HANDOFF)
+    trip.delta(0, [7], timing=Timing(0.0, 0.1, 0.05, "lease_lost"))
+    assert trip.sent_to("p", Release) == [Release("r", 1)]
+    assert "recomputed" in trip.flight.timeline.events[0]
+
+
+def test_what_no_node_could_serve_is_a_400_and_what_an_engine_broke_is_tried_again() -> None:
+    bad = Trip().place(pair=False)
+    bad.delta(0, [], error="a token id is outside the vocabulary", error_status=400)
+    assert isinstance(bad.failures[0], RequestError)
+    broken = Trip().place(pair=False)
+    broken.delta(0, [], error="vLLM gave up on it")
+    assert broken.retries == 1
+    streaming = Trip().place(pair=False)
+    streaming.delta(0, [7])
+    streaming.delta(1, [], error="vLLM gave up on it")
+    assert isinstance(streaming.failures[0], EngineError)
+
+
+def test_an_abort_reaches_both_nodes_and_silences_what_is_on_its_way() -> None:
+    trip = Trip().place()
+    trip.flight.abort()
+    assert trip.sent_to("p", Cancel)
+    assert trip.sent_to("d", Cancel)
+    assert not trip.delta(0, [], handoff=HANDOFF)
+    assert not trip.sent_to("d", Submit)
+    trip.flight.abort()
+    assert len(trip.sent_to("p", Cancel)) == 1
+
+
+def test_a_refusal_and_no_capacity_are_raised_with_when_to_come_back() -> None:
+    trip = Trip()
+    trip.flight.question()
+    with pytest.raises(Refused) as refused:
+        trip.flight.depart(Placed("r", 1, "refused", reason="late by 1 s", retry_after_s=2.0))
+    assert refused.value.retry_after_s == 2.0
+    with pytest.raises(NoCapacity):
+        trip.flight.depart(Placed("r", 1, "no_capacity", reason="no node"))
+
+
+def test_the_time_left_shrinks_and_the_end_of_thinking_is_found() -> None:
+    trip = Trip(slo=Slo("reasoning", ttft_s=5.0, tpot_s=0.1, thinking_tpot_s=0.05))
+    question = trip.flight.question()
+    assert 4.5 < question.first_token_left_s <= 5.0
+    assert question.tpot_s == 0.05
+    trip.flight.think_end_id = 99
+    trip.flight.attempt = 0
+    trip.place(pair=False)
+    trip.delta(0, [1, 2])
+    assert trip.flight.thinking_tokens == 2
+    trip.delta(2, [3, 99, 4])
+    trip.delta(5, [99])
+    assert trip.flight.thinking_tokens == 4
+
+
+moves = st.lists(
+    st.one_of(
+        st.tuples(
+            st.just("delta"), st.integers(0, 3), st.integers(0, 8), st.lists(st.integers(0, 9), max_size=3)
+        ),
+        st.tuples(st.just("decline"), st.sampled_from("pdx"), st.integers(0, 3), st.none()),
+        st.tuples(st.just("lost"), st.sampled_from("pdx"), st.none(), st.none()),
+        st.tuples(st.just("handoff"), st.integers(0, 3), st.none(), st.none()),
+        st.tuples(st.just("abort"), st.none(), st.none(), st.none()),
+    ),
+    max_size=25,
+)
+
+
+@given(moves, st.booleans())
+def test_whatever_nodes_say_tokens_come_once_in_order_and_nothing_follows_the_end(
+    events: list[Any], pair: bool
+) -> None:
+    trip = Trip().place(pair=pair)
+    taken: list[int] = []
+    for kind, first, second, tokens in events:
+        if trip.flight.placed is None and not trip.flight.over and not trip.failures:
+            trip.place(pair=pair)
+        before = len(trip.flight.token_times_s)
+        if kind == "delta":
+            delta = Delta("r", first, second, tokens)
+            if trip.flight.take(delta):
+                assert not trip.flight.over or delta.finish_reason
+                assert (first, second) == (trip.flight.attempt, before)
+                taken += tokens
+        elif kind == "decline":
+            trip.flight.declined(first, Declined("r", second, "no"))
+        elif kind == "lost":
+            trip.flight.lost(first)
+        elif kind == "handoff":
+            trip.flight.take(Delta("r", first, 0, [], handoff=HANDOFF))
+        else:
+            trip.flight.abort()
+        if trip.failures:
+            trip.flight.abort()
+        assert len(trip.flight.token_times_s) == len(taken)
