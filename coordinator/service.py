@@ -10,19 +10,19 @@ import asyncio
 import itertools
 import logging
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
 import zmq
 import zmq.asyncio
 
+from coordinator.links import MeasuredLinks
 from coordinator.mirror import NodeMirror
 from coordinator.peer import Peer
 from coordinator.placement import place, place_best_effort
 from coordinator.pools import PoolNode, plan_flips, sizes
+from coordinator.scorecard import Scorecard
 from engine.errors import ProtocolError, SlosserveError
 from engine.messages import (
     Alive,
@@ -44,7 +44,6 @@ from engine.messages import (
     encode,
 )
 from engine.request import RoleName, WorkKind
-from kv_transfer.base import Link
 
 logger = logging.getLogger(__name__)
 
@@ -52,72 +51,6 @@ TURN_S = 0.1
 CALL_TIMEOUT_S = 10.0
 RETRY_LINKS_EVERY_S = 30.0
 ENDPOINT_FORGOTTEN_S = 5.0
-RECENT_HANDOFFS = 4096
-
-
-@dataclass(slots=True)
-class Scorecard:
-    """What was promised and kept, by class and stage; and where requests went."""
-
-    requests: Counter[str] = field(default_factory=Counter)
-    met: Counter[str] = field(default_factory=Counter)
-    strict: Counter[str] = field(default_factory=Counter)
-    goodput: Counter[str] = field(default_factory=Counter)
-    stages: dict[str, dict[str, Counter[str]]] = field(default_factory=dict)
-    placements: Counter[str] = field(default_factory=Counter)
-    outcomes: Counter[str] = field(default_factory=Counter)
-    handoffs: int = 0
-    kv_bytes: int = 0
-    recent: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=RECENT_HANDOFFS))
-
-    def count(self, finished: Finished) -> None:
-        """Count one request that is over."""
-        self.outcomes[finished.outcome] += 1
-        if finished.placement != "none":
-            self.placements[finished.placement] += 1
-            self.placements["best_effort"] += finished.verdict == "best_effort"
-        if finished.handoff_s is not None:
-            self.handoffs += 1
-            self.kv_bytes += finished.kv_bytes
-            self.recent.append((finished.handoff_s, finished.kv_bytes))
-        if not finished.stages:
-            return
-        name = finished.class_name or "none"
-        self.requests[name] += 1
-        self.met[name] += finished.met
-        self.strict[name] += finished.strict
-        self.goodput[name] += finished.goodput
-        for stage, met in finished.stages.items():
-            counts = self.stages.setdefault(name, {}).setdefault(stage, Counter())
-            counts["total"] += 1
-            counts["met"] += met
-
-    def attainment(self) -> dict[str, Any]:
-        """By class: requests, how many met every stage, each stage; and the share by two stricter measures."""
-        return {
-            name: {
-                "requests": total,
-                "met": self.met[name],
-                "attainment": self.met[name] / total,
-                "strict": self.strict[name] / total,
-                "goodput": self.goodput[name] / total,
-                "stages": {stage: dict(counts) for stage, counts in self.stages.get(name, {}).items()},
-            }
-            for name, total in self.requests.items()
-        }
-
-    def handoff_summary(self) -> dict[str, Any]:
-        """Count, bytes, time percentiles and bandwidth of KV transfers."""
-        seconds = np.array([seconds for seconds, _ in self.recent])
-        moved = sum(kv_bytes for _, kv_bytes in self.recent)
-        total_s = float(seconds.sum())
-        return {
-            "count": self.handoffs,
-            "kv_bytes": self.kv_bytes,
-            "p50_s": float(np.percentile(seconds, 50)) if len(seconds) else None,
-            "p99_s": float(np.percentile(seconds, 99)) if len(seconds) else None,
-            "bytes_per_s": moved / total_s if total_s > 0 else None,
-        }
 
 
 class Coordinator:
@@ -148,8 +81,7 @@ class Coordinator:
         self._mirrors: dict[str, NodeMirror] = {}
         self._peers: dict[str, Peer] = {}
         self._boot_ids: dict[str, str] = {}
-        self._links: dict[tuple[str, str], Link] = {}
-        self._link_errors: dict[tuple[str, str], str] = {}
+        self._links = MeasuredLinks()
         self._scorecard = Scorecard()
         self._idle_cost: dict[str, float] = {}
         self._calls = itertools.count()
@@ -159,7 +91,7 @@ class Coordinator:
         self._wanted_roles: dict[str, RoleName] = {}
         self._endpoints: dict[bytes, float] = {}
         self._probing: asyncio.Task[None] | None = None
-        self._retry_links_s = 0.0
+        self._retry_links_s = time.monotonic() + RETRY_LINKS_EVERY_S
         self._expected = 0
 
     # ---- nodes -------------------------------------------------------------------------------------------
@@ -224,8 +156,8 @@ class Coordinator:
                 # Ray starts a node again in its first role: what a rebalance made of it since still holds.
                 self._spawn(self._flip(name, self._wanted_roles[name]))
             self._boot_ids[name] = report.boot_id
-            self._links = {pair: link for pair, link in self._links.items() if name not in pair}
-            self._link_errors = {pair: text for pair, text in self._link_errors.items() if name not in pair}
+        self._links.node_is(name, report.kv.engine_id)
+        self._links.observe(name, report.pulls)
 
     async def _call(self, name: str, make: Callable[[int], Message]) -> Any:
         call_id = next(self._calls)
@@ -242,41 +174,31 @@ class Coordinator:
     # ---- links -------------------------------------------------------------------------------------------
 
     def _unprobed(self) -> list[tuple[str, str]]:
-        names = [name for name, mirror in self._mirrors.items() if mirror.serving]
-        return [
-            (source, target)
-            for target in names
-            for source in names
-            if source != target
-            and (source, target) not in self._links
-            and (source, target) not in self._link_errors
-        ]
+        return self._links.unmeasured(name for name, mirror in self._mirrors.items() if mirror.serving)
 
     async def _probe_links(self) -> None:
         """Measure what is not measured yet, one target at a time; what failed is tried again now and then."""
         now_s = time.monotonic()
-        if self._link_errors and now_s > self._retry_links_s:
+        if now_s > self._retry_links_s:
             self._retry_links_s = now_s + RETRY_LINKS_EVERY_S
-            self._link_errors.clear()
+            self._links.try_failed_again()
         pairs = self._unprobed()
         if not pairs:
             return
         target = pairs[0][1]
-        sources = [source for source, to in pairs if to == target]
-        reports = {source: self._mirrors[source].report for source in sources}
-        by_engine = {report.kv.engine_id: source for source, report in reports.items() if report is not None}
+        reports = {source: self._mirrors[source].report for source, to in pairs if to == target}
+        source_of = {report.kv.engine_id: source for source, report in reports.items() if report is not None}
         peers = [report.kv for report in reports.values() if report is not None]
         try:
             probed: LinksProbed = await self._call(target, lambda call_id: ProbeLinks(call_id, peers))
         except SlosserveError as error:
-            self._link_errors.update({(source, target): str(error) for source in sources})
+            self._links.failed(target, dict.fromkeys(source_of.values(), str(error)))
             return
-        for link in probed.links:
-            source = by_engine[link.source]
-            self._links[source, target] = Link(source, target, link.latency_s, link.bytes_per_s)
-        for engine_id, error_text in probed.errors.items():
-            logger.warning("link %s > %s: %s", by_engine[engine_id], target, error_text)
-            self._link_errors[by_engine[engine_id], target] = error_text
+        self._links.measured(probed.links)
+        errors = {source_of[engine_id]: text for engine_id, text in probed.errors.items()}
+        self._links.failed(target, errors)
+        for source, text in errors.items():
+            logger.warning("link %s > %s: %s", source, target, text)
 
     # ---- the loop ----------------------------------------------------------------------------------------
 
@@ -391,7 +313,7 @@ class Coordinator:
 
     def _place(self, message: Place) -> Placed:
         try:
-            return place(message, self._mirrors.values(), self._links, time.monotonic())
+            return place(message, self._mirrors.values(), self._links.by_name(), time.monotonic())
         except Exception:
             # An endpoint waits for this answer: an error of ours must not look like a coordinator that is gone.
             logger.exception("placing %s", message.request_id)
@@ -441,11 +363,7 @@ class Coordinator:
             "mode": _mode(pools),
             "pools": pools,
             "nodes": [self._node(mirror, now_s) for mirror in self._mirrors.values()],
-            "links": [asdict(link) for link in self._links.values()]
-            + [
-                {"source": source, "target": target, "error": text}
-                for (source, target), text in self._link_errors.items()
-            ],
+            "links": self._links.rows(),
             "handoffs": self._scorecard.handoff_summary(),
             "attainment": self._scorecard.attainment(),
             "placements": {

@@ -14,7 +14,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from engine.base import BatchPlan, Engine, EngineInfo, Output, Seq, Work
 from engine.batch import Duty
@@ -37,7 +37,8 @@ from engine.messages import (
     Timing,
     WorkState,
 )
-from engine.request import RoleName, WorkKind, work_id
+from engine.outbox import Outbox, attempt_key
+from engine.request import RoleName, WorkKind
 from engine.role import Role
 from engine.socket import NodeSocket
 from kv_transfer.base import Link, Pull, PullOutcome, TransferError
@@ -68,52 +69,6 @@ class Promise:
     tokens: int = 0
     offered: bool = False
     pull: Pull | None = None
-
-
-@dataclass(slots=True)
-class Outbox:
-    """What a peer is still to be sent, bounded by the credit that it granted."""
-
-    credit: int = 0
-    deltas: list[Delta] = field(default_factory=list)
-
-    def add(self, delta: Delta) -> None:
-        """Queue a delta; tokens of one request that wait for credit become one delta."""
-        if self.credit <= 0:
-            for position in range(len(self.deltas) - 1, -1, -1):
-                if _key(self.deltas[position]) == _key(delta):
-                    merged = _merge(self.deltas[position], delta)
-                    if merged is None:
-                        break  # an older one must not get tokens that come after this one's
-                    self.deltas[position] = merged
-                    return
-        self.deltas.append(delta)
-
-    def forget(self, key: str) -> None:
-        """Say nothing more about an attempt."""
-        self.deltas = [delta for delta in self.deltas if _key(delta) != key]
-
-
-def _key(message: Submit | Cancel | Release | Delta) -> str:
-    return work_id(message.request_id, message.attempt)
-
-
-def _merge(old: Delta, new: Delta) -> Delta | None:
-    if old.payload is not None or new.payload is not None:
-        return None
-    return Delta(
-        request_id=old.request_id,
-        attempt=old.attempt,
-        index=old.index,
-        token_ids=[*old.token_ids, *new.token_ids],
-        finish_reason=new.finish_reason,
-        stop_reason=new.stop_reason,
-        cached_tokens=old.cached_tokens if old.cached_tokens is not None else new.cached_tokens,
-        handoff=new.handoff,
-        error=new.error,
-        error_status=new.error_status,
-        timing=old.timing or new.timing,
-    )
 
 
 class Node:
@@ -211,8 +166,8 @@ class Node:
                 self._submit(peer, message)
             case Cancel() | Release():
                 if peer in self._outboxes:
-                    self._outboxes[peer].forget(_key(message))
-                self._drop([_key(message)])
+                    self._outboxes[peer].forget(attempt_key(message))
+                self._drop([attempt_key(message)])
             case Credit(messages):
                 outbox = self._outboxes.setdefault(peer, Outbox())
                 outbox.credit += messages
@@ -229,9 +184,9 @@ class Node:
     def _answer_failed(self, peer: bytes, message: Message, reason: str) -> None:
         match message:
             case Submit():
-                promise = self._promises.get(_key(message))
+                promise = self._promises.get(attempt_key(message))
                 if promise is not None and promise.submit is message:
-                    self._drop([_key(message)])
+                    self._drop([attempt_key(message)])
                 self._socket.send(peer, Declined(message.request_id, message.attempt, reason))
             case ProbeLinks():
                 errors = {address.engine_id: reason for address in message.peers}
@@ -274,7 +229,7 @@ class Node:
             return reason
         if self._engine.usage().waiting >= self._max_waiting:
             return f"{self._max_waiting} requests wait here already"
-        return "this attempt is here already" if _key(submit) in self._promises else None
+        return "this attempt is here already" if attempt_key(submit) in self._promises else None
 
     def _drop(self, keys: Sequence[str]) -> None:
         known = [key for key in keys if key in self._promises]
@@ -416,7 +371,7 @@ class Node:
         """Drop the work of a peer that sleeps. Its credit stays, and it is told: it goes on if it wakes."""
         mine = {key: promise for key, promise in self._promises.items() if promise.peer == peer}
         outbox = self._outboxes.get(peer, Outbox())
-        unsent = {_key(delta): (delta.request_id, delta.attempt) for delta in outbox.deltas}
+        unsent = {attempt_key(delta): (delta.request_id, delta.attempt) for delta in outbox.deltas}
         if not mine and not unsent:
             return
         logger.warning("%s: %r fell silent, dropping its %d requests", self.name, peer, len(mine))
@@ -494,7 +449,7 @@ class Node:
 
 def _work(submit: Submit) -> Work:
     return Work(
-        work_id=_key(submit),
+        work_id=attempt_key(submit),
         prompt_token_ids=submit.prompt_token_ids,
         sampling=submit.sampling,
         max_tokens=submit.max_tokens,

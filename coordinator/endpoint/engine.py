@@ -19,7 +19,6 @@ from typing import Any
 
 from vllm import SamplingParams
 from vllm.config import VllmConfig
-from vllm.engine.protocol import EngineClient
 from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.outputs import RequestOutput
 from vllm.renderers import renderer_from_config
@@ -37,6 +36,7 @@ from coordinator.endpoint.flight import Flight, Passenger
 from coordinator.endpoint.links import CoordinatorLink, NodeLinks
 from coordinator.endpoint.metrics import EndpointMetrics
 from coordinator.endpoint.slo import XARGS_FIELDS, read_asked, to_slo
+from coordinator.endpoint.text_client import TextEngineClient
 from coordinator.placement import place_best_effort
 from engine.base import Output
 from engine.cost import StepCost
@@ -63,7 +63,7 @@ class Journey:
         self.flights: list[Flight] = []
 
 
-class ClusterEngine(EngineClient):  # type: ignore[misc]  # vLLM ships no types
+class ClusterEngine(TextEngineClient):
     """vLLM's EngineClient over the cluster. Everything runs in the endpoint's event loop."""
 
     def __init__(self, config: ClusterConfig, vllm_config: VllmConfig, coordinator: CoordinatorLink) -> None:
@@ -451,41 +451,12 @@ class ClusterEngine(EngineClient):  # type: ignore[misc]  # vLLM ships no types
 
     # ---- the rest of vLLM's contract ---------------------------------------------------------------------
 
-    @property
-    def is_running(self) -> bool:
-        """Always: an endpoint without nodes says so request by request."""
-        return True
-
-    @property
-    def is_stopped(self) -> bool:
-        """Never while the process lives."""
-        return False
-
-    @property
-    def errored(self) -> bool:
-        """Never: engines fail on nodes."""
-        return False
-
-    @property
-    def dead_error(self) -> BaseException:
-        """What a dead engine would raise."""
-        return NoCapacity("the cluster is gone")
-
-    async def get_supported_tasks(self) -> tuple[Any, ...]:
-        """Text generation."""
-        return ("generate",)
-
     async def abort(self, request_id: str | Iterable[str]) -> None:
         """Abort by the id that the client knows."""
         wanted = {request_id} if isinstance(request_id, str) else set(request_id)
         for journey in list(self._journeys.values()):
             if journey.context.headers.get("x-slosserve-request-id") in wanted:
                 self._abandon(journey)
-
-    async def notify_kv_transfer_request_rejected(
-        self, request_id: str, kv_transfer_params: dict[str, Any], *, data_parallel_rank: int | None = None
-    ) -> None:
-        """Clients' own KV transfers are refused, so there is nothing to clean up."""
 
     def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
         """Too many in flight here? Raises GracefulHTTPError (503)."""
@@ -495,71 +466,6 @@ class ClusterEngine(EngineClient):  # type: ignore[misc]  # vLLM ships no types
             current().decide(error)
             self._count_turned_away(current())
             raise _http_error(error) from error
-
-    async def encode(self, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
-        """Pooling models are not served."""
-        raise VLLMValidationError("this cluster generates text; pooling models are not served")
-        yield
-
-    async def is_tracing_enabled(self) -> bool:
-        """No OTLP tracing."""
-        return False
-
-    async def do_log_stats(self) -> None:
-        """Metrics are scraped, not logged."""
-
-    async def check_health(self) -> None:
-        """The endpoint itself is alive if it answers; `/health/ready` asks the cluster."""
-
-    async def start_profile(self, *args: Any, **kwargs: Any) -> None:
-        """Engines run on nodes."""
-        raise NotImplementedError("profile a node, not the endpoint")
-
-    async def stop_profile(self) -> None:
-        """Engines run on nodes."""
-        raise NotImplementedError("profile a node, not the endpoint")
-
-    async def reset_mm_cache(self) -> None:
-        """Text only."""
-
-    async def reset_encoder_cache(self) -> None:
-        """Text only."""
-
-    async def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
-        """Prefix caches belong to nodes."""
-        return False
-
-    async def sleep(self, *args: Any, **kwargs: Any) -> None:
-        """Not offered over a cluster."""
-        raise NotImplementedError("a cluster does not sleep")
-
-    async def release_kv_cache_memory(self) -> None:
-        """Not offered over a cluster."""
-        raise NotImplementedError("a cluster does not release its KV cache")
-
-    async def wake_up(self, tags: list[str] | None = None) -> bool:
-        """Not offered over a cluster."""
-        raise NotImplementedError("a cluster does not sleep")
-
-    async def is_sleeping(self) -> bool:
-        """Never."""
-        return False
-
-    async def add_lora(self, lora_request: Any) -> bool:
-        """Not offered yet."""
-        raise NotImplementedError("LoRA adapters are not served")
-
-    async def pause_generation(self, **kwargs: Any) -> None:
-        """Not offered over a cluster."""
-        raise NotImplementedError("a cluster is not paused")
-
-    async def resume_generation(self) -> None:
-        """Not offered over a cluster."""
-        raise NotImplementedError("a cluster is not paused")
-
-    async def is_paused(self) -> bool:
-        """Never."""
-        return False
 
     def shutdown(self, timeout: float | None = None) -> None:
         """Let go of the nodes; they drop what this endpoint had asked for."""

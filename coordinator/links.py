@@ -1,0 +1,92 @@
+"""The links between nodes as measured: probed when a node appears, then learned from the pulls over them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from kv_transfer.base import Link, Pull
+from kv_transfer.link import LinkTable
+
+REMEMBERED_PULLS = 1024
+Pair = tuple[str, str]
+
+
+class MeasuredLinks:
+    """Links by the names of nodes. A node that has started anew is another engine: its links are forgotten."""
+
+    def __init__(self) -> None:
+        self._table = LinkTable()
+        self._engine_of: dict[str, str] = {}
+        self._errors: dict[Pair, str] = {}
+        self._seen: deque[tuple[str, str]] = deque(maxlen=REMEMBERED_PULLS)
+        self._by_name: dict[Pair, Link] = {}
+
+    def node_is(self, name: str, engine_id: str) -> None:
+        """The engine that a node is now."""
+        old = self._engine_of.get(name)
+        if old == engine_id:
+            return
+        if old is not None:
+            self._table.drop(old)
+        self._engine_of[name] = engine_id
+        self._errors = {pair: text for pair, text in self._errors.items() if name not in pair}
+        self._refresh()
+
+    def unmeasured(self, names: Iterable[str]) -> list[Pair]:
+        """Pairs of these nodes, source and target, that were never tried."""
+        present = list(names)
+        return [
+            (source, target)
+            for target in present
+            for source in present
+            if source != target
+            and (source, target) not in self._by_name
+            and (source, target) not in self._errors
+        ]
+
+    def measured(self, links: Iterable[Link]) -> None:
+        """Take probes."""
+        for link in links:
+            self._table.put(link)
+        self._refresh()
+
+    def failed(self, target: str, errors: Mapping[str, str]) -> None:
+        """Probes that failed, by the name of their source."""
+        self._errors.update({(source, target): text for source, text in errors.items()})
+
+    def try_failed_again(self) -> None:
+        """What failed counts as never tried."""
+        self._errors.clear()
+
+    def observe(self, target: str, pulls: Iterable[Pull]) -> None:
+        """Learn from pulls into a node. Reports repeat the last ones: each counts once."""
+        new = [pull for pull in pulls if (target, pull.request_id) not in self._seen]
+        for pull in new:
+            self._seen.append((target, pull.request_id))
+            self._table.observe(self._engine_of[target], pull)
+        if new:
+            self._refresh()
+
+    def by_name(self) -> dict[Pair, Link]:
+        """The link of each pair of nodes."""
+        return self._by_name
+
+    def rows(self) -> list[dict[str, Any]]:
+        """For people: every link, and why those that have none have none."""
+        failed = [
+            {"source": source, "target": target, "error": text}
+            for (source, target), text in self._errors.items()
+        ]
+        return [asdict(link) for link in self._by_name.values()] + failed
+
+    def _refresh(self) -> None:
+        name_of = {engine_id: name for name, engine_id in self._engine_of.items()}
+        self._by_name = {
+            pair: Link(*pair, link.latency_s, link.bytes_per_s)
+            for link in self._table.links()
+            if link.source in name_of and link.target in name_of
+            for pair in [(name_of[link.source], name_of[link.target])]
+        }
