@@ -68,6 +68,7 @@ class NodeLinks:
         self._silent_s = silent_s
         self._stuck_limit_s = stuck_limit_s
         self._stuck_s: dict[str, float] = {}
+        self._links_made = itertools.count()
         self._peers: dict[str, Peer] = {}
         self._credit_used: dict[str, int] = {}
         self._watching: asyncio.Task[None] | None = None
@@ -96,9 +97,9 @@ class NodeLinks:
         def on_message(message: Message) -> None:
             self._take(node.node, message)
 
-        peer = Peer(
-            self._context, node.address, self._identity, on_message, reports=False, silent_s=self._silent_s
-        )
+        # Every link has an identity of its own: a node that still knows an earlier one starts with no credit.
+        identity = f"{self._identity}-{next(self._links_made)}"
+        peer = Peer(self._context, node.address, identity, on_message, reports=False, silent_s=self._silent_s)
         self._peers[node.node] = peer
         self._credit_used[node.node] = 0
         peer.send(Credit(CREDIT))
