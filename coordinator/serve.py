@@ -111,7 +111,7 @@ async def serve(run_dir: Path) -> None:
 
     coordinator = Coordinator(
         config.served_model_name or config.model,
-        f"tcp://{config.endpoint.host}",
+        f"tcp://{LOOPBACK}",  # only endpoints connect to it, and they run beside it
         node_silent_s=config.timeouts.node_silent_s,
         stuck_step_s=config.timeouts.stuck_step_s,
         place_s=config.timeouts.place_s,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import hmac
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -66,15 +67,20 @@ def current() -> RequestContext:
 
 
 class RequestContextMiddleware:
-    """Makes the context, and puts refusals and headers into the response."""
+    """Makes the context, and puts refusals and headers into the response.
 
-    def __init__(self, app: ASGIApp, classes: Mapping[str, SloClass]) -> None:
+    Where there is an `api_key`, the body of a request without it is not read: the front turns it away.
+    """
+
+    def __init__(self, app: ASGIApp, classes: Mapping[str, SloClass], api_key: str | None = None) -> None:
         self._app = app
         self._classes = classes
+        self._bearer = None if api_key is None else f"Bearer {api_key}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        if scope["type"] != "http" or not scope["path"].startswith(GENERATE_PATHS):
+        ours = scope["type"] == "http" and scope["path"].startswith(GENERATE_PATHS)
+        if not ours or not self._admits(scope):
             await self._app(scope, receive, send)
             return
         arrived_s = time.monotonic()
@@ -88,6 +94,10 @@ class RequestContextMiddleware:
         finally:
             _current.reset(token)
             context.end()
+
+    def _admits(self, scope: Scope) -> bool:
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        return self._bearer is None or hmac.compare_digest(given, self._bearer)
 
     def _asked(self, scope: Scope, body: bytes) -> Asked:
         fields: dict[str, Any] = {}

@@ -92,7 +92,7 @@ async def serve(run_dir: Path, index: int) -> None:
     )
     cost = await _idle_cost(coordinator)
     engine.connect(links, StepCost(cost["base_s"], cost["per_token_s"]))
-    await _listen(RequestContextMiddleware(app, config.slo_classes), config, index)
+    await _listen(RequestContextMiddleware(app, config.slo_classes, config.endpoint.api_key), config, index)
     engine.shutdown()
     coordinator.close()
     context.destroy(linger=0)

@@ -24,7 +24,12 @@ def _body(text: bytes, *, more: bool) -> dict[str, Any]:
     return {"type": "http.response.body", "body": text, "more_body": more}
 
 
-async def _serve(app: Any, body: bytes = b"{}", headers: list[tuple[bytes, bytes]] | None = None) -> list[Any]:
+async def _serve(
+    app: Any,
+    body: bytes = b"{}",
+    headers: list[tuple[bytes, bytes]] | None = None,
+    api_key: str | None = None,
+) -> list[Any]:
     sent: list[Any] = []
     asked = [{"type": "http.request", "body": body, "more_body": False}]
 
@@ -35,7 +40,7 @@ async def _serve(app: Any, body: bytes = b"{}", headers: list[tuple[bytes, bytes
         sent.append(message)
 
     scope = {"type": "http", "path": "/v1/completions", "headers": headers or []}
-    await RequestContextMiddleware(app, CLASSES)(scope, receive, send)
+    await RequestContextMiddleware(app, CLASSES, api_key)(scope, receive, send)
     return sent
 
 
@@ -140,3 +145,14 @@ async def test_slos_are_read_from_body_and_headers_and_nothing_breaks(
         assert malformed in seen[0].malformed
         told = dict(start["headers"])[b"x-slosserve-slo"]
         assert len(told) < 300
+
+
+@pytest.mark.parametrize(("bearer", "read"), [(b"Bearer right", True), (b"Bearer wrong", False)])
+async def test_the_body_of_a_stranger_is_not_read(bearer: bytes, read: bool) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        assert (current().asked.class_name == "chatbot") is read
+        current().decide()
+        await send({"type": "http.response.start", "status": 401, "headers": []})
+        await send(_body(b"", more=False))
+
+    await _serve(app, b'{"slo": {"class": "chatbot"}}', [(b"authorization", bearer)], api_key="right")
