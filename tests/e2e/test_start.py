@@ -11,12 +11,12 @@ from engine.errors import ConfigError, EngineStartError
 
 
 def test_an_engine_that_fails_to_start_is_named_with_the_last_lines_of_its_log() -> None:
-    settings = {"name": "test-bad-engine", "endpoint.port": 0, "engine.max_model_len": 1_000_000}
+    settings = {"name": "test-bad-engine", "endpoint.port": 0, "engine.block_size": 7}
     with pytest.raises(EngineStartError) as failure:
         ClusterProcess.start("colocated", settings)
     words = str(failure.value)
     assert "mixed-0" in words
-    assert "max_model_len" in words
+    assert "block size" in words
     assert "last lines of its log" in words
     mark = str(run_directory("test-bad-engine"))
     left = [
