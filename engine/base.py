@@ -82,6 +82,8 @@ class BatchPlan:
     draft_tokens: int | None = None
 
 
+UNPLANNED = BatchPlan()  # nothing planned: the engine's own batch
+
 Composer = Callable[[Sequence[Seq]], BatchPlan]
 
 

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from engine.base import BatchPlan, Engine, EngineInfo, Output, Seq, Work
+from engine.base import UNPLANNED, BatchPlan, Engine, EngineInfo, Output, Seq, Work
 from engine.batch import Duty
 from engine.cost import StepCost
 from engine.errors import RequestError
@@ -280,8 +280,11 @@ class Node:
         for seq, promise in here:
             if promise.submit.handoff is None or promise.pull is not None:
                 promise.prefill_left = seq.prefill_left
-        duties = {seq.work_id: promise.duty for seq, promise in here}
-        plan = self._role.compose(seqs, duties, now_s, self._cost, self._info.max_batch_tokens)
+        if len(seqs) == 1 and seqs[0].running and not seqs[0].blocked:
+            plan = UNPLANNED  # alone, it gets the whole batch under any plan
+        else:
+            duties = {seq.work_id: promise.duty for seq, promise in here}
+            plan = self._role.compose(seqs, duties, now_s, self._cost, self._info.max_batch_tokens)
         _note_batched(plan, here, now_s)
         return plan
 

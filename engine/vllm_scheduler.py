@@ -20,7 +20,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 from vllm.version import __version__ as vllm_version
 
-from engine.base import BatchPlan, Composer, Seq, StepReport
+from engine.base import UNPLANNED, BatchPlan, Composer, Seq, StepReport
 from engine.errors import MissingHook
 
 
@@ -172,13 +172,24 @@ class PlannedScheduler(Scheduler):  # type: ignore[misc]
     def schedule(self, throttle_prefills: bool = False) -> Any:
         """Compose a plan, carry it out, and leave the queues in the order in which they were."""
         self._step = _Step(time.monotonic())
-        plan = self.composer(self.seqs()) if self.composer is not None else BatchPlan()
+        plan = self.composer(self.seqs()) if self.composer is not None else UNPLANNED
+        if plan is UNPLANNED:
+            return self._unplanned(throttle_prefills)
         held = plan.skip.union(key for key, tokens in plan.chunk_tokens.items() if tokens < 1)
         self._plan, self._held = plan, held
         self._pull_waits = any(_starts_pull(request) for request in self.waiting)
         carried_out = _CarriedOut(self, plan, held)
         output = carried_out.run(partial(super().schedule, throttle_prefills))
         self._blocked = carried_out.blocked
+        self._step.preempted = len(output.preempted_req_ids or ())
+        self._unreported.append(self._step)
+        return output
+
+    def _unplanned(self, throttle_prefills: bool) -> Any:
+        """Nothing was planned: vLLM's own batch, without laying anything over its queues."""
+        assert self._step is not None
+        self._plan, self._held, self._pull_waits, self._blocked = UNPLANNED, frozenset(), False, None
+        output = super().schedule(throttle_prefills)
         self._step.preempted = len(output.preempted_req_ids or ())
         self._unreported.append(self._step)
         return output

@@ -146,8 +146,9 @@ class ScriptedEngine(Engine):
         plan = compose([going.seq for going in ready.values()])
         time.sleep(self.step_s)
         outputs: list[Output] = []
-        tokens = sum(self._run(ready[key], plan, outputs) for key in plan.order if key not in plan.skip)
-        report = StepReport(self.reported_s or self.step_s, tokens, len(plan.order), 0, 0, 0.0)
+        order = [*plan.order, *(key for key in ready if key not in plan.order)]
+        tokens = sum(self._run(ready[key], plan, outputs) for key in order if key not in plan.skip)
+        report = StepReport(self.reported_s or self.step_s, tokens, len(order), 0, 0, 0.0)
         return StepResult(outputs, report if tokens else None)
 
     def _pulled(self, going: Going, pull: Pull) -> None:
@@ -161,7 +162,7 @@ class ScriptedEngine(Engine):
             return 0
         work = going.work
         left = len(work.prompt_token_ids) + going.given - going.computed
-        chunk = min(left, plan.chunk_tokens[work.work_id])
+        chunk = min(left, plan.chunk_tokens.get(work.work_id, MAX_BATCH_TOKENS))
         going.computed += chunk
         if chunk == left:
             outputs.append(self._output(going))
