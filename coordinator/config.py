@@ -159,7 +159,7 @@ class ClusterConfig(Section):
     model: str = "tiny"
     served_model_name: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    engines: Literal["vllm", "virtual"] = "vllm"
+    engines: Literal["vllm"] = "vllm"
     pools: PoolsConfig = PoolsConfig(prefill=1, decode=1)
     engine: EngineConfig = EngineConfig()
     transfer: TransferConfig = TransferConfig()
