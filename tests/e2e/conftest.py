@@ -24,6 +24,7 @@ from openai import OpenAI
 from coordinator.cluster_process import ClusterProcess
 
 CLOCK_SKEW_S = 5.0
+REPORT_LAG_S = 0.5  # a report that is on its way may still show what is over, or not yet what has begun
 SETTINGS: dict[str, Any] = {
     "name": "test-e2e",
     "dtype": "float32",
@@ -73,13 +74,16 @@ class Client:
 
     def wait_idle(self, timeout_s: float = 10.0) -> None:
         """Until no node holds a request, a lease or a block. Fails with what is left."""
-        deadline_s = time.monotonic() + timeout_s
+        idle_since_s = time.monotonic()
+        deadline_s = idle_since_s + timeout_s
         while True:
             left = {
                 name: {key: node[key] for key in ("used_blocks", "requests", "leases", "placed")}
                 for name, node in self.nodes().items()
             }
-            if not any(value for counts in left.values() for value in counts.values()):
+            if any(value for counts in left.values() for value in counts.values()):
+                idle_since_s = time.monotonic()
+            elif time.monotonic() - idle_since_s > REPORT_LAG_S:
                 return
             if time.monotonic() > deadline_s:
                 pytest.fail(f"not idle after {timeout_s} s: {left}")
