@@ -125,6 +125,16 @@ class SloClass(Section):
     ttft_floor_ms: Annotated[float, Field(ge=0)] = 0.0
 
 
+class PlannerConfig(Section):
+    """Admission. `max_deferred` requests may wait for a promise as best effort; more get 503.
+
+    `explained`: how many decisions are remembered for `/explain`.
+    """
+
+    max_deferred: Positive = 256
+    explained: Positive = 512
+
+
 class TimeoutsConfig(Section):
     """How long to wait before giving up, in seconds.
 
@@ -166,6 +176,7 @@ class ClusterConfig(Section):
     endpoint: EndpointConfig = EndpointConfig()
     ray: RayConfig = RayConfig()
     slo_classes: dict[str, SloClass] = Field(default_factory=dict, validate_default=True)
+    planner: PlannerConfig = PlannerConfig()
     timeouts: TimeoutsConfig = TimeoutsConfig()
     # By node, in seconds. For tests: a node whose clock is off keeps its promises all the same.
     clock_skew_s: dict[str, float] = Field(default_factory=dict)

@@ -7,15 +7,14 @@ place.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from coordinator.planner.admission import Prefill, Replica
-from engine.cost import StepCost
+from coordinator.planner.replica import Replica
 from engine.messages import Report, WorkState
 from engine.request import RoleName, WorkKind, work_id
 
 PLACED_GRACE_S = 2.0  # a placement that no report shows by then did not reach the node
+MOST_MARGIN = 0.5  # of what steps take: a machine that is noisier than that is planned for as if it were not
 PAIR_GRACE_S = 60.0  # the decode half of a pair is submitted only when its prefill is over
 
 
@@ -24,6 +23,7 @@ class Placement:
     """One placement that a report does not show yet."""
 
     state: WorkState
+    at_s: float
     until_s: float
 
 
@@ -55,13 +55,19 @@ class NodeMirror:
     def place(self, state: WorkState, now_s: float) -> None:
         """Count a placement until a report shows it."""
         grace_s = PAIR_GRACE_S if state.kind is WorkKind.DECODE else PLACED_GRACE_S
-        self.placed[work_id(state.request_id, state.attempt)] = Placement(state, now_s + grace_s)
+        self.placed[work_id(state.request_id, state.attempt)] = Placement(state, now_s, now_s + grace_s)
 
     def forget(self, request_id: str, attempt: int) -> None:
         """This attempt at a request is over, and so is every one before it."""
         if self.placed:
             for earlier in range(1, attempt + 1):
                 self.placed.pop(work_id(request_id, earlier), None)
+
+    def state_of(self, request_id: str, attempt: int) -> WorkState | None:
+        """What the node itself last said of an attempt; None if nothing, or if it is handed on."""
+        works = [] if self.report is None else self.report.works
+        mine = (work for work in works if work.request_id == request_id and work.attempt == attempt)
+        return next(mine, None)
 
     @property
     def requests(self) -> int:
@@ -73,36 +79,33 @@ class NodeMirror:
         """Whether work can be placed here."""
         return self.state == "ready" and self.report is not None
 
+    def serves_pace(self, tpot_s: float) -> bool:
+        """Whether a promise at this pace, or a tighter one, is kept here already."""
+        return any(work.tpot_s <= tpot_s and not work.best_effort for work in self.works)
+
+    @property
+    def works(self) -> list[WorkState]:
+        """What is here, and what is on its way here, with the times left as of the last report."""
+        reported = [] if self.report is None else self.report.works
+        return [*reported, *map(self._as_of_report, self.placed.values())]
+
+    def _as_of_report(self, placement: Placement) -> WorkState:
+        left_s = placement.state.first_token_left_s + placement.at_s - self.reported_s
+        return replace(placement.state, first_token_left_s=left_s)
+
     def replica(self, now_s: float) -> Replica:
         """The node as the planner sees it."""
         report = self.report
         assert report is not None
-        age_s = now_s - self.reported_s
-        works = [*report.works, *(placement.state for placement in self.placed.values())]
-        promised = [work for work in works if not work.best_effort]
         return Replica(
-            cost=StepCost(report.cost_base_s, report.cost_per_token_s),
+            cost=report.cost,
+            margin=min(report.cost_margin, MOST_MARGIN),
+            max_depth=report.info.max_draft_tokens + 1,
             max_batch_tokens=report.info.max_batch_tokens,
-            free_kv_tokens=self._free_kv_tokens(report, works),
-            free_seqs=report.info.max_num_seqs - len(promised),
-            prefills=[_prefill(work, age_s) for work in promised if work.prefill_left_tokens > 0],
-            decode_tpots_s=[work.tpot_s for work in promised if _decodes(work)],
+            kv_tokens=report.info.num_blocks * report.info.block_size,
+            block_tokens=report.info.block_size,
+            max_seqs=report.info.max_num_seqs,
+            works=self.works,
+            age_s=now_s - self.reported_s,
+            step_s=report.step_s,
         )
-
-    def _free_kv_tokens(self, report: Report, works: Iterable[WorkState]) -> int:
-        """Tokens of KV that no promise needs. A promise is charged prompt + max_tokens to its end."""
-        charged = 0
-        for work in works:
-            if not work.best_effort:
-                output = 1 if work.kind is WorkKind.PREFILL else work.max_tokens
-                charged += work.prompt_tokens + output
-        return report.info.num_blocks * report.info.block_size - charged
-
-
-def _decodes(work: WorkState) -> bool:
-    return work.kind is not WorkKind.PREFILL and work.prefill_left_tokens == 0
-
-
-def _prefill(work: WorkState, age_s: float) -> Prefill:
-    tpot_s = None if work.kind is WorkKind.PREFILL else work.tpot_s
-    return Prefill(work.prefill_left_tokens, work.first_token_left_s - age_s, tpot_s)

@@ -1,26 +1,54 @@
-"""Placement: for one request, which replica or which prefill/decode pair, or best effort, or a refusal."""
+"""Placement: for one request, which replica or which prefill/decode pair, or best effort, or a refusal.
+
+Every candidate is put to the planner. Of those that can keep the promise without breaking an earlier one, the
+one that loses least takes the request; of those that lose about the same, the least loaded.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from coordinator.mirror import NodeMirror
-from coordinator.planner.admission import Prefill, Verdict, admit_decode, admit_prefill
+from coordinator.planner.admission import Plan, solve
+from coordinator.planner.instance import Instance
+from coordinator.planner.lengths import Lengths
+from coordinator.planner.loss import loss_s
+from coordinator.planner.replica import Asking, expected_residence_s, to_instance
+from coordinator.prefixes import PrefixDirectory
 from engine.messages import NodeAddress, NodeLoad, Place, Placed, WorkState
 from engine.request import RoleName, WorkKind
 from kv_transfer.base import Link
 
 RETRY_AFTER_S = 1.0
+MOST_CANDIDATES = 8  # put to the planner; a summary of the nodes picks them
+SAME_LOSS = 1.25  # losses within this ratio are taken for the same
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """One replica's part in a candidate: what was asked of the planner, and its answer."""
+
+    node: str
+    instance: Instance
+    plan: Plan
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One way to serve a request: `prefill` is None when one node does both."""
+    """One way to serve a request: `prefill` is None when one node does both. `reason`: why not, if not."""
 
     prefill: NodeMirror | None
     decode: NodeMirror
-    verdict: Verdict
+    reason: str = ""
+    loss_s: float = math.inf
+    decisions: tuple[Decision, ...] = ()
+
+    @property
+    def feasible(self) -> bool:
+        """Whether the promise can be made here."""
+        return not self.reason
 
     @property
     def name(self) -> str:
@@ -33,53 +61,79 @@ class Candidate:
         nodes = [self.decode] if self.prefill is None else [self.prefill, self.decode]
         return sum(node.requests for node in nodes)
 
+    @property
+    def words(self) -> str:
+        """The verdict for people."""
+        return self.reason or f"fits, and takes {self.loss_s:.3f} s of the replica"
+
+
+@dataclass(frozen=True, slots=True)
+class Knowledge:
+    """What placement knows beside the nodes' own accounts."""
+
+    lengths: Lengths
+    links: Mapping[tuple[str, str], Link]
+    prefixes: PrefixDirectory = field(default_factory=PrefixDirectory)
+
 
 def place(
-    request: Place,
-    nodes: Iterable[NodeMirror],
-    links: dict[tuple[str, str], Link],
-    now_s: float,
-) -> Placed:
-    """Choose where `request` goes. The mirrors of the chosen nodes count it from now on.
+    request: Place, nodes: Iterable[NodeMirror], knowledge: Knowledge, now_s: float
+) -> tuple[Placed, list[Candidate]]:
+    """Choose where `request` goes, and say what became of each candidate.
 
-    Nodes to be avoided are asked again only when there is nobody else.
+    The mirrors of the chosen nodes count it from now on. Nodes to be avoided are asked again only when there
+    is nobody else.
     """
     serving = [node for node in nodes if node.serving]
-    ways = _ways(request, [node for node in serving if node.name not in request.avoid])
+    willing = [node for node in serving if node.name not in request.avoid]
+    ways = _ways(request, willing, knowledge) or _ways(request, serving, knowledge)
+    if not ways:
+        return _no_capacity(request), []
+    if request.class_name is None:
+        fallback = min((Candidate(*way) for way in ways), key=lambda candidate: candidate.load)
+        return _accept(request, fallback, "best_effort", {}, now_s), []
     candidates = [
-        _judge(request, prefill, decode, links, now_s) for prefill, decode in ways or _ways(request, serving)
+        judge(request, prefill, decode, knowledge, now_s) for prefill, decode in _shortlist(request, ways)
     ]
-    if not candidates:
-        return Placed(
-            request.request_id,
-            request.attempt,
-            "no_capacity",
-            reason="no node is ready that could serve this request",
-            retry_after_s=RETRY_AFTER_S,
-        )
-    judged = {candidate.name: _words(candidate.verdict) for candidate in candidates}
-    feasible = [candidate for candidate in candidates if candidate.verdict.feasible]
-    if request.class_name is not None and feasible:
-        best = min(feasible, key=lambda candidate: (candidate.load, -candidate.verdict.slack_s))
-        return _accept(request, best, "admitted", judged, now_s)
-    fallback = min(candidates, key=lambda candidate: (candidate.load, -candidate.verdict.slack_s))
-    if request.class_name is not None and not request.may_defer:
-        reason = f"the promise cannot be kept: {fallback.name}: {fallback.verdict.reason}"
-        return Placed(
+    judged = {candidate.name: candidate.words for candidate in candidates}
+    feasible = [candidate for candidate in candidates if candidate.feasible]
+    if feasible:
+        return _accept(request, min(feasible, key=_preference), "admitted", judged, now_s), candidates
+    fallback = min(candidates, key=lambda candidate: candidate.load)
+    if not request.may_defer:
+        refused = Placed(
             request.request_id,
             request.attempt,
             "refused",
-            reason=reason,
-            retry_after_s=max(RETRY_AFTER_S, min(-fallback.verdict.slack_s, 30.0)),
+            reason=f"the promise cannot be kept: {fallback.name}: {fallback.reason}",
+            retry_after_s=RETRY_AFTER_S,
             candidates=judged,
         )
-    return _accept(request, fallback, "best_effort", judged, now_s)
+        return refused, candidates
+    return _accept(request, fallback, "best_effort", judged, now_s), candidates
 
 
-def _ways(request: Place, nodes: list[NodeMirror]) -> list[tuple[NodeMirror | None, NodeMirror]]:
+def _preference(candidate: Candidate) -> tuple[int, int]:
+    return math.ceil(math.log(max(candidate.loss_s, 1e-6), SAME_LOSS)), candidate.load
+
+
+def _no_capacity(request: Place) -> Placed:
+    return Placed(
+        request.request_id,
+        request.attempt,
+        "no_capacity",
+        reason="no node is ready that could serve this request",
+        retry_after_s=RETRY_AFTER_S,
+    )
+
+
+def _ways(
+    request: Place, nodes: list[NodeMirror], knowledge: Knowledge
+) -> list[tuple[NodeMirror | None, NodeMirror]]:
     """All candidates: every node that does both, and every pair across the pools.
 
-    A decode node also serves alone what must stay on one node, and everything once nobody prefills.
+    A decode node also serves alone what must stay on one node, everything once nobody prefills, and a follow-up
+    call of which it has most of the KV: it prefills the few tokens that are new.
     """
     prefillers = [node for node in nodes if node.role is RoleName.PREFILL]
     decoders = [node for node in nodes if node.role is RoleName.DECODE]
@@ -88,38 +142,99 @@ def _ways(request: Place, nodes: list[NodeMirror]) -> list[tuple[NodeMirror | No
     ]
     if not request.one_node:
         ways += [(prefill, decode) for prefill in prefillers for decode in decoders]
-    if request.one_node or not prefillers:
-        ways += [(None, node) for node in decoders]
+    alone = request.one_node or not prefillers
+    ways += [(None, node) for node in decoders if alone or _has_most(node, request, knowledge)]
     return ways
 
 
-def _judge(
+def _has_most(node: NodeMirror, request: Place, knowledge: Knowledge) -> bool:
+    cached = knowledge.prefixes.cached_tokens(node.name, request.prefix_hashes)
+    return 2 * cached > request.prompt_tokens
+
+
+def _shortlist(
+    request: Place, ways: Sequence[tuple[NodeMirror | None, NodeMirror]]
+) -> Sequence[tuple[NodeMirror | None, NodeMirror]]:
+    """At most so many candidates: where the pace is served already first, then the least loaded."""
+    if len(ways) <= MOST_CANDIDATES:
+        return ways
+
+    def rank(way: tuple[NodeMirror | None, NodeMirror]) -> tuple[bool, int]:
+        prefill, decode = way
+        tightens = not decode.serves_pace(request.tpot_s)
+        return tightens, decode.requests + (0 if prefill is None else prefill.requests)
+
+    return sorted(ways, key=rank)[:MOST_CANDIDATES]
+
+
+def judge(
     request: Place,
     prefill: NodeMirror | None,
     decode: NodeMirror,
-    links: dict[tuple[str, str], Link],
+    knowledge: Knowledge,
+    now_s: float,
+    *,
+    computed_tokens: int = 0,
+) -> Candidate:
+    """Put one candidate to the planner. `computed_tokens` of the prompt were computed there as best effort."""
+    first = decode if prefill is None else prefill
+    cached = knowledge.prefixes.cached_tokens(first.name, request.prefix_hashes)
+    cached = min(max(cached, computed_tokens), request.prompt_tokens - 1)
+    whole = Asking(
+        id=request.request_id,
+        tokens=request.prompt_tokens - cached,
+        cached_tokens=cached,
+        left_s=request.first_token_left_s,
+        tpot_s=request.tpot_s,
+        max_tokens=request.max_tokens,
+        class_name=request.class_name or "",
+        sequences=request.sequences,
+    )
+    if prefill is None:
+        decision, reason = _ask(decode, whole, knowledge, now_s)
+        if reason:
+            return Candidate(None, decode, reason, decisions=(decision,))
+        loss = loss_s(decision.instance, expected_residence_s(whole, knowledge.lengths))
+        return Candidate(None, decode, "", loss, (decision,))
+    return _judge_pair(request, whole, prefill, decode, knowledge, now_s)
+
+
+def _judge_pair(
+    request: Place,
+    whole: Asking,
+    prefill: NodeMirror,
+    decode: NodeMirror,
+    knowledge: Knowledge,
     now_s: float,
 ) -> Candidate:
-    kv_tokens = (request.prompt_tokens + request.max_tokens) * request.sequences
-    at_decode = decode.replica(now_s)
-    steady = admit_decode(at_decode, kv_tokens, request.tpot_s, request.sequences)
-    if not steady.feasible:
-        return Candidate(prefill, decode, steady)
-    new = Prefill(request.prompt_tokens, request.first_token_left_s, request.tpot_s)
-    if prefill is None:
-        return Candidate(None, decode, admit_prefill(at_decode, new))
-    at_prefill = prefill.replica(now_s)
-    if request.prompt_tokens > at_prefill.free_kv_tokens:
-        return Candidate(prefill, decode, Verdict(False, -1.0, "the prompt's KV does not fit at prefill"))
-    assert prefill.report is not None
-    link = links.get((prefill.name, decode.name))
-    kv_bytes = request.prompt_tokens * prefill.report.info.kv_bytes_per_token
+    """Prefill on one node, by what a transfer and a decode step leave of the deadline; decode on the other."""
+    link = knowledge.links.get((prefill.name, decode.name))
     if link is None:
-        return Candidate(prefill, decode, Verdict(False, -1.0, "the link between them is not measured"))
-    transfer_s = link.transfer_s(kv_bytes)
-    decode_step_s = at_decode.cost.predict(len(at_decode.decode_tpots_s) + 1)
-    earlier = replace(new, left_s=new.left_s - transfer_s - decode_step_s, tpot_s=None)
-    return Candidate(prefill, decode, admit_prefill(at_prefill, earlier))
+        return Candidate(prefill, decode, "the link between them is not measured")
+    assert prefill.report is not None
+    assert decode.report is not None
+    transfer_s = link.transfer_s(request.prompt_tokens * prefill.report.info.kv_bytes_per_token)
+    decode_step_s = decode.report.cost.predict(len(decode.report.works) + 1)
+    decoding = replace(whole, tokens=1, cached_tokens=max(request.prompt_tokens - 1, 0))
+    at_decode, reason = _ask(decode, decoding, knowledge, now_s)
+    if reason:
+        return Candidate(prefill, decode, f"{decode.name}: {reason}", decisions=(at_decode,))
+    left_s = request.first_token_left_s - transfer_s - decode_step_s
+    prefilling = replace(whole, left_s=left_s, tpot_s=None)
+    at_prefill, reason = _ask(prefill, prefilling, knowledge, now_s)
+    decisions = (at_prefill, at_decode)
+    if reason:
+        return Candidate(prefill, decode, f"{prefill.name}: {reason}", decisions=decisions)
+    loss = loss_s(at_prefill.instance, 0.0)
+    loss += loss_s(at_decode.instance, expected_residence_s(decoding, knowledge.lengths))
+    return Candidate(prefill, decode, "", loss, decisions)
+
+
+def _ask(node: NodeMirror, asking: Asking, knowledge: Knowledge, now_s: float) -> tuple[Decision, str]:
+    instance = to_instance(node.replica(now_s), asking, knowledge.lengths)
+    plan = solve(instance)
+    left_out = plan.deferred.get(asking.id) or next(iter(plan.deferred.values()), "")
+    return Decision(node.name, instance, plan), left_out
 
 
 def place_best_effort(nodes: Sequence[NodeLoad], *, one_node: bool) -> tuple[NodeLoad | None, NodeLoad] | None:
@@ -139,7 +254,6 @@ def place_best_effort(nodes: Sequence[NodeLoad], *, one_node: bool) -> tuple[Nod
 
 
 def _accept(request: Place, chosen: Candidate, verdict: str, judged: dict[str, str], now_s: float) -> Placed:
-    best_effort = verdict == "best_effort"
     state = WorkState(
         request_id=request.request_id,
         attempt=request.attempt,
@@ -150,7 +264,8 @@ def _accept(request: Place, chosen: Candidate, verdict: str, judged: dict[str, s
         max_tokens=request.max_tokens,
         first_token_left_s=request.first_token_left_s,
         tpot_s=request.tpot_s,
-        best_effort=best_effort,
+        best_effort=verdict == "best_effort",
+        class_name=request.class_name or "",
     )
     prefill = chosen.prefill
     if prefill is None:
@@ -164,10 +279,6 @@ def _accept(request: Place, chosen: Candidate, verdict: str, judged: dict[str, s
         verdict,
         prefill=None if prefill is None else NodeAddress(prefill.name, prefill.address),
         decode=NodeAddress(chosen.decode.name, chosen.decode.address),
-        reason=chosen.verdict.reason,
+        reason=chosen.reason,
         candidates=judged,
     )
-
-
-def _words(verdict: Verdict) -> str:
-    return f"fits with {verdict.slack_s:.3f} s to spare" if verdict.feasible else verdict.reason

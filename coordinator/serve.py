@@ -21,6 +21,7 @@ import zmq.asyncio  # noqa: F401 - before uvloop takes over the event loop
 
 from coordinator.cluster import NodeRef, connect, list_nodes, start_node
 from coordinator.config import ClusterConfig
+from coordinator.decider import Decider
 from coordinator.endpoint.links import ADDRESS_FILE
 from coordinator.service import Coordinator
 from engine.errors import SlosserveError
@@ -116,6 +117,7 @@ async def serve(run_dir: Path) -> None:
         stuck_step_s=config.timeouts.stuck_step_s,
         place_s=config.timeouts.place_s,
         revive=revive,
+        decider=Decider(config.planner.max_deferred, config.planner.explained),
     )
     _write_address(run_dir, coordinator.address)
     names = node_names(config)

@@ -14,15 +14,18 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
+import msgspec
 import zmq
 import zmq.asyncio
 
+from coordinator.decider import Decider, Promotion
 from coordinator.links import MeasuredLinks
 from coordinator.mirror import NodeMirror
 from coordinator.peer import Peer
-from coordinator.placement import place, place_best_effort
+from coordinator.placement import place_best_effort
 from coordinator.pools import PoolNode, plan_flips, sizes
 from coordinator.scorecard import Scorecard
+from engine.cost import StepCost
 from engine.errors import ProtocolError, SlosserveError
 from engine.messages import (
     Alive,
@@ -34,6 +37,7 @@ from engine.messages import (
     Place,
     Placed,
     ProbeLinks,
+    Promoted,
     Query,
     Report,
     RoleSet,
@@ -65,12 +69,14 @@ class Coordinator:
         stuck_step_s: float,
         place_s: float,
         revive: Callable[[str], Coroutine[Any, Any, str | None]],
+        decider: Decider,
     ) -> None:
         self._model = model
         self._node_silent_s = node_silent_s
         self._stuck_step_s = stuck_step_s
         self._place_s = place_s
         self._revive = revive
+        self._decider = decider
         self._context = zmq.asyncio.Context()
         self._router = self._context.socket(zmq.ROUTER)
         self._router.setsockopt(zmq.ROUTER_HANDOVER, 1)
@@ -83,7 +89,7 @@ class Coordinator:
         self._boot_ids: dict[str, str] = {}
         self._links = MeasuredLinks()
         self._scorecard = Scorecard()
-        self._idle_cost: dict[str, float] = {}
+        self._idle_cost: StepCost | None = None
         self._calls = itertools.count()
         self._answers: dict[int, asyncio.Future[Any]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -149,12 +155,13 @@ class Coordinator:
     def _take_report(self, name: str, report: Report) -> None:
         mirror = self._mirrors[name]
         mirror.take_report(report, time.monotonic())
-        if not self._idle_cost:
-            self._idle_cost = {"base_s": report.idle_base_s, "per_token_s": report.idle_per_token_s}
+        if self._idle_cost is None:
+            self._idle_cost = report.idle_cost
         if self._boot_ids.get(name) != report.boot_id:
             if name in self._boot_ids and report.role is not self._wanted_roles[name]:
                 # Ray starts a node again in its first role: what a rebalance made of it since still holds.
                 self._spawn(self._flip(name, self._wanted_roles[name]))
+            self._decider.forget_node(name)
             self._boot_ids[name] = report.boot_id
         self._links.node_is(name, report.kv.engine_id)
         self._links.observe(name, report.pulls)
@@ -234,6 +241,10 @@ class Coordinator:
             try:
                 self._notice_losses()
                 self._tell_endpoints()
+                for promotion in self._decider.ask_again(
+                    self._mirrors, self._links.by_name(), time.monotonic()
+                ):
+                    self._promote(promotion)
                 if self._probing is None or self._probing.done():
                     self._probing = asyncio.create_task(self._probe_links())
             except Exception:
@@ -270,13 +281,12 @@ class Coordinator:
         match message:
             case Place():
                 if self._view().nodes:
-                    self._reply(peer, self._place(message))
+                    self._reply(peer, self._place(peer, message))
                 else:
                     self._spawn(self._place_later(peer, message))
             case Finished():
                 self._scorecard.count(message)
-                for mirror in self._mirrors.values():
-                    mirror.forget(message.request_id, message.attempt)
+                self._decider.finished(message, self._mirrors)
             case Watch():
                 self._endpoints[peer] = time.monotonic()
                 self._reply(peer, self._view())
@@ -309,16 +319,23 @@ class Coordinator:
         deadline_s = time.monotonic() + 0.8 * self._place_s
         while not self._view().nodes and time.monotonic() < deadline_s:
             await asyncio.sleep(TURN_S / 2)
-        self._reply(peer, self._place(message))
+        self._reply(peer, self._place(peer, message))
 
-    def _place(self, message: Place) -> Placed:
+    def _place(self, peer: bytes, message: Place) -> Placed:
         try:
-            return place(message, self._mirrors.values(), self._links.by_name(), time.monotonic())
+            links = self._links.by_name()
+            return self._decider.place(message, peer, self._mirrors, links, time.monotonic())
         except Exception:
             # An endpoint waits for this answer: an error of ours must not look like a coordinator that is gone.
             logger.exception("placing %s", message.request_id)
             reason = "the coordinator failed to place this request; its log says why"
             return Placed(message.request_id, message.attempt, "no_capacity", reason=reason, retry_after_s=1.0)
+
+    def _promote(self, promotion: Promotion) -> None:
+        """Tell the node first: what it does not hear of it serves as best effort, which breaks no promise."""
+        request = promotion.deferred.request
+        self._peers[promotion.node].send(promotion.promote)
+        self._reply(promotion.deferred.endpoint, Promoted(request.request_id, request.attempt))
 
     def _reply(self, peer: bytes, message: Message) -> None:
         self._router.send_multipart([peer, *encode(message)])
@@ -329,6 +346,7 @@ class Coordinator:
             "ready": self._ready,
             "idle_cost": self._idle,
             "set_pools": self._set_pools,
+            "explain": self._explain,
         }
         if query.what not in answers:
             self._reply(peer, Answer(query.call_id, {}, f"no such question: {query.what}", 404))
@@ -342,7 +360,13 @@ class Coordinator:
             self._reply(peer, Answer(query.call_id, {}, "the coordinator failed; its log says why", 500))
 
     async def _idle(self) -> dict[str, Any]:
-        return dict(self._idle_cost) if self.ready else {}
+        return {} if self._idle_cost is None or not self.ready else msgspec.to_builtins(self._idle_cost)
+
+    async def _explain(self, request_id: str) -> dict[str, Any]:
+        explained = self._decider.explain(request_id)
+        if explained is None:
+            raise UnknownDecision(f"no decision on request {request_id!r} is remembered here")
+        return explained
 
     async def _ready(self) -> dict[str, Any]:
         missing = {name: mirror.state for name, mirror in self._mirrors.items() if not mirror.serving}
@@ -370,6 +394,7 @@ class Coordinator:
                 name: self._scorecard.placements[name] for name in ("pair", "one_node", "best_effort")
             },
             "outcomes": dict(self._scorecard.outcomes),
+            "deferred": len(self._decider.deferred),
             "local_prefills": sum(report.local_prefills for report in reports),
         }
 
@@ -394,8 +419,8 @@ class Coordinator:
                 "leases": len(report.leases),
                 "steps": report.steps,
                 "step_ms": report.step_s * 1e3,
-                "cost_base_ms": report.cost_base_s * 1e3,
-                "cost_per_token_ms": report.cost_per_token_s * 1e3,
+                "cost_base_ms": report.cost.predict(1) * 1e3,
+                "cost_per_token_ms": _per_token_s(report) * 1e3,
                 "local_prefills": report.local_prefills,
                 "age_s": now_s - mirror.reported_s,
                 "pid": report.pid,
@@ -457,8 +482,21 @@ class NotReadyError(SlosserveError):
     reason = "not_ready"
 
 
+class UnknownDecision(SlosserveError):
+    """Nobody asked for this request to be placed, or it was too long ago."""
+
+    http_status = 404
+    reason = "unknown_request"
+
+
 def _mode(pools: Mapping[str, int]) -> str:
     pairs = pools.get("prefill", 0) > 0 and pools.get("decode", 0) > 0
     if pairs and pools.get("mixed", 0):
         return "mixed"
     return "disaggregated" if pairs else "colocated"
+
+
+def _per_token_s(report: Report) -> float:
+    """What one token more costs, on average up to the largest batch."""
+    most = max(report.info.max_batch_tokens, 2)
+    return (report.cost.predict(most) - report.cost.predict(1)) / (most - 1)

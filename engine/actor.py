@@ -14,14 +14,16 @@ import sys
 import threading
 import time
 import uuid
+from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from engine.base import Engine, EngineInfo
+from engine.base import Engine, EngineInfo, StepReport
 from engine.cost import StepCost
 from engine.errors import EngineStartError, SlosserveError
 from engine.node import Node
+from engine.profile import StepProfile
 from engine.request import RoleName
 from engine.role import Role
 from engine.socket import NodeSocket
@@ -34,6 +36,7 @@ SWITCH_INTERVAL_S = 0.0005
 class NodeActor:
     """`spec`: name, role, host, log, engine (kind and its settings), roles (name -> class path), limits.
 
+    `step_profile` in the spec, a path, says what steps cost; without it a line is fitted at the start.
     `clock_skew_s` in the spec shifts this node's clock: a test proves that nobody depends on it.
     """
 
@@ -138,7 +141,7 @@ class NodeActor:
         def clock() -> float:
             return time.monotonic() + skew_s
 
-        cost = StepCost.fit(engine.profile_step_times())
+        cost = start_cost(engine.profile_step_times(), spec.get("step_profile"))
         roles: dict[RoleName, Role] = {RoleName(name): load(path)() for name, path in spec["roles"].items()}
         self._socket = NodeSocket(host, spec["name"], clock)
         return Node(
@@ -153,6 +156,14 @@ class NodeActor:
             max_waiting=int(spec["max_waiting"]),
             peer_silent_s=float(spec["peer_silent_s"]),
         )
+
+
+def start_cost(reports: Sequence[StepReport], profile: str | None) -> StepCost:
+    """What steps cost on an engine that has just started, from the steps that it measured then.
+
+    `profile`: a file of `slosserve profile fit`, which knows of attention what a few steps cannot tell.
+    """
+    return StepCost.fit(reports) if profile is None else StepProfile.load(Path(profile)).cost_here(reports)
 
 
 def build_engine(settings: dict[str, Any]) -> Engine:

@@ -141,6 +141,7 @@ class EngineInfo:
     max_batch_tokens: int
     kv_bytes_per_token: int
     transport: str
+    max_draft_tokens: int = 0  # most that it drafts for a verify; 0: it does not speculate
 
 
 @dataclass(frozen=True, slots=True)

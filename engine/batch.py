@@ -1,10 +1,11 @@
 """Algorithm 2: composes the next batch from deadlines, pace and the time that a batch may take.
 
-Tokens of promised decodes go first, earliest due first. The batch takes no longer than the tightest pace
-among them; what it can hold within that time goes to prefills, earliest deadline first, in chunks, then to
-drafts; best effort comes last. The pace caps the time of a batch and is never a target: a promised decode is
-left out only when the batch cannot hold it. Best effort gives up slot and memory, last in first out, to a
-promise that lacks them.
+A batch ends by the earliest due token of a promised decode. Tokens that are due before the next batch could
+end go first; then prefills, earliest deadline first, in chunks; then tokens that are not due yet, which
+builds slack, and drafts; then prefills whose deadline is lost; best effort comes last. The pace caps the time
+of a batch and is never a target: a token is held back only while a queued prefill needs its slot, and never
+while KV memory is what binds. Best effort gives up slot and memory, last in first out, to a promise that
+lacks them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 from engine.base import BatchPlan, Seq
 from engine.cost import StepCost
@@ -19,12 +21,15 @@ from engine.cost import StepCost
 MIN_CHUNK_TOKENS = 16  # smaller chunks cost more in attention to what is computed than they bring
 CATCH_UP = 0.5  # a batch shrinks to this part of the pace, no further, when a token is late
 
+_due = itemgetter(0)
+
 
 @dataclass(frozen=True, slots=True)
 class Duty:
     """What was promised for a work, on the clock of the composer (absolute seconds).
 
     `next_token_due_s` is None until the first token. Best effort owes nothing: its times are not read.
+    `depth`: tokens of a verify that were planned for it (1: none are drafted); None: what room is left.
     """
 
     work_id: str
@@ -32,6 +37,7 @@ class Duty:
     tpot_s: float
     next_token_due_s: float | None = None
     best_effort: bool = False
+    depth: int | None = None
 
     @property
     def due_s(self) -> float:
@@ -41,47 +47,109 @@ class Duty:
         return self.first_token_due_s if self.next_token_due_s is None else self.next_token_due_s
 
 
-class _Pour:
-    """A batch that is being filled: sequences are offered room, first come first served."""
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """When and on what a batch is composed."""
 
-    def __init__(self, room: int) -> None:
-        self.room = room
+    now_s: float
+    cost: StepCost
+    max_batch_tokens: int
+
+
+class _Pour:
+    """A batch that is being filled, within `limit_s`: sequences are offered room, first come first served."""
+
+    def __init__(self, moment: Moment) -> None:
+        self.cost = moment.cost
+        self.room = moment.max_batch_tokens
+        self.limit_s = math.inf
         self.order: list[str] = []
         self.chunk: dict[str, int] = {}
         self.depth: dict[str, int] = {}
+        self.tokens = 0
+        self.context_tokens = 0
+        self.prefill_work = 0.0
 
-    def decode(self, seq: Seq) -> None:
-        """Its next token, without drafts, if there is room."""
+    def seconds(self) -> float:
+        """How long the batch takes as it is."""
+        return self.cost.predict(
+            self.tokens,
+            seqs=len(self.order),
+            context_tokens=self.context_tokens,
+            prefill_work=self.prefill_work,
+        )
+
+    def spare_tokens(self) -> int:
+        """Tokens of decodes that still fit."""
+        if self.limit_s == math.inf:
+            return self.room
+        within = self.cost.tokens_in(
+            self.limit_s,
+            seqs=len(self.order),
+            context_tokens=self.context_tokens,
+            prefill_work=self.prefill_work,
+        )
+        return min(self.room, within - self.tokens)
+
+    def decode(self, seq: Seq, depth: int | None) -> None:
+        """Its next token, if the batch has room, and the drafts that were planned for it."""
         if self.room > 0:
-            self._take(seq, 1)
-            self.depth[seq.work_id] = 0
+            drafts = 0 if depth is None else min(seq.drafts, depth - 1, self.room - 1)
+            self._take(seq, 1 + drafts)
+            self.depth[seq.work_id] = drafts
+            self.context_tokens += seq.computed_tokens
 
-    def verify(self, seq: Seq) -> None:
-        """What room is left for the drafts of a decode that is in."""
-        if seq.work_id in self.depth:
-            depth = min(seq.drafts, self.room)
-            self.depth[seq.work_id] = depth
-            self.chunk[seq.work_id] += depth
-            self.room -= depth
+    def verify(self, seq: Seq, spare: int) -> int:
+        """Drafts of a decode that is in, as many as fit in `spare` tokens. Returns how many."""
+        if seq.work_id not in self.depth:
+            return 0
+        drafts = min(seq.drafts, spare)
+        self.depth[seq.work_id] = drafts
+        self.chunk[seq.work_id] += drafts
+        self.tokens += drafts
+        self.room -= drafts
+        return drafts
 
-    def prefill(self, seq: Seq) -> None:
-        """A chunk of what it still needs. A crumb only if that ends the prompt, or the batch were empty."""
+    def prefill(self, seq: Seq, left_s: float = math.inf) -> None:
+        """A chunk of what it still needs. A crumb only if that ends the prompt, or the batch were empty.
+
+        Where it ends in this batch, the batch ends within `left_s` if it can.
+        """
         needed = seq.prefill_left + 1
         chunk = min(needed, self.room)
+        if self.limit_s < math.inf:
+            chunk = min(chunk, self._chunk_in(self.limit_s, seq))
+        if chunk == needed and left_s < self.limit_s and self._chunk_in(left_s, seq) >= needed:
+            self.limit_s = left_s
         crumb = chunk < min(needed, MIN_CHUNK_TOKENS)
         if chunk > 0 and not (crumb and self.order):
+            before = (self.tokens, self.room, self.prefill_work)
             self._take(seq, chunk)
-            if seq.blocked:
-                self.room += chunk  # so far it has used none: others are in the batch as if it were not
+            self.prefill_work += chunk * (seq.computed_tokens + chunk / 2)
+            if seq.blocked:  # so far it has used none: others are in the batch as if it were not
+                self.tokens, self.room, self.prefill_work = before
+
+    def _chunk_in(self, seconds: float, seq: Seq) -> int:
+        return self.cost.chunk_in(
+            seconds,
+            seq.computed_tokens,
+            tokens=self.tokens,
+            seqs=len(self.order),
+            context_tokens=self.context_tokens,
+            prefill_work=self.prefill_work,
+        )
 
     def _take(self, seq: Seq, tokens: int) -> None:
         self.order.append(seq.work_id)
         self.chunk[seq.work_id] = tokens
+        self.tokens += tokens
         self.room -= tokens
 
-    def plan(self, ranked: Sequence[Seq], preempt: Sequence[str], max_batch_tokens: int) -> BatchPlan:
+    def plan(
+        self, ranked: Sequence[Seq], preempt: Sequence[str], max_batch_tokens: int, draft_tokens: int | None
+    ) -> BatchPlan:
         """What got room is in; the rest is held, last of `ranked` last, where memory is taken from first."""
-        inside = set(self.order)
+        inside = self.chunk
         held = [seq.work_id for seq in ranked if seq.work_id not in inside]
         return BatchPlan(
             order=(*self.order, *held),
@@ -90,84 +158,118 @@ class _Pour:
             depth=self.depth,
             max_tokens=max_batch_tokens,
             preempt=preempt,
+            draft_tokens=draft_tokens,
         )
 
 
-def compose_decode(
-    seqs: Sequence[Seq], duties: Mapping[str, Duty], now_s: float, cost: StepCost, max_batch_tokens: int
-) -> BatchPlan:
-    """The batch of a replica that decodes and may prefill as well. A work without a duty is best effort."""
-    promised, spare = _by_promise(seqs, duties)
-    decodes, prefills = _by_stage(promised)
-    pour = _Pour(max_batch_tokens)
-    for seq in decodes:
-        pour.decode(seq)
-    allowed = _allowed_tokens([duties[seq.work_id] for seq in decodes], now_s, cost, max_batch_tokens)
-    pour.room = max(min(pour.room, allowed - len(pour.order)), 0)
-    for seq in prefills:
-        pour.prefill(seq)
-    for seq in decodes:
-        pour.verify(seq)
-    _pour_spare(pour, spare)
-    return pour.plan([*decodes, *prefills, *spare], _give_way(promised, spare), max_batch_tokens)
+def compose(seqs: Sequence[Seq], duties: Mapping[str, Duty], moment: Moment) -> BatchPlan:
+    """The next batch of a replica, in whatever role. A work without a duty is best effort.
 
-
-def compose_prefill(
-    seqs: Sequence[Seq], duties: Mapping[str, Duty], now_s: float, cost: StepCost, max_batch_tokens: int
-) -> BatchPlan:
-    """The batch of a replica that keeps no pace: earliest deadline first, the whole budget."""
-    promised, spare = _by_promise(seqs, duties)
-    pour = _Pour(max_batch_tokens)
-    for seq in promised:
+    A replica that only prefills has no decodes, so that no pace binds it: its batches are as large as they go.
+    """
+    now_s = moment.now_s
+    decodes: list[tuple[float, Seq, Duty]] = []
+    prefills: list[tuple[float, Seq]] = []
+    spare: list[Seq] = []
+    blocked = promise_blocked = False
+    for seq in seqs:
+        duty = duties.get(seq.work_id)
+        blocked = blocked or seq.blocked
+        if duty is None or duty.best_effort:
+            spare.append(seq)
+            continue
+        promise_blocked = promise_blocked or seq.blocked
         if seq.prefill_left == 0:
-            pour.decode(seq)
+            decodes.append((duty.due_s, seq, duty))
         else:
-            pour.prefill(seq)
+            prefills.append((duty.due_s, seq))
+    decodes.sort(key=_due)
+    prefills.sort(key=_due)
+
+    pour = _Pour(moment)
+    limit_s, next_s = _bounds(decodes, moment)
+    due = _due_decodes(decodes, now_s + limit_s, next_s, moment) if prefills and not blocked else len(decodes)
+    for _, seq, duty in decodes[:due]:
+        pour.decode(seq, duty.depth)
+    pour.limit_s = limit_s
+    kept: list[Seq] = []
+    lost: list[Seq] = []
+    for due_s, seq in prefills:
+        left = seq.prompt_tokens + seq.output_tokens
+        alone_s = moment.cost.prefill_alone_s(left, moment.max_batch_tokens, seq.computed_tokens)
+        if now_s + alone_s > due_s:
+            lost.append(seq)
+        else:
+            kept.append(seq)
+            pour.prefill(seq, due_s - now_s)
+    if due < len(decodes):
+        for _, seq, duty in decodes[due : due + max(pour.spare_tokens(), 0)]:
+            pour.decode(seq, duty.depth)
+    _verify(pour, [seq for _, seq, duty in decodes if duty.depth is None])
+    for seq in lost:
+        pour.prefill(seq)
     _pour_spare(pour, spare)
-    return pour.plan([*promised, *spare], _give_way(promised, spare), max_batch_tokens)
+
+    ranked = [*(seq for _, seq, _ in decodes), *kept, *lost, *spare]
+    depths = [duty.depth for _, _, duty in decodes]
+    drafts = None if not depths or None in depths else max(depth for depth in depths if depth is not None) - 1
+    return pour.plan(ranked, _give_way(spare) if promise_blocked else (), moment.max_batch_tokens, drafts)
+
+
+def _verify(pour: _Pour, decodes: Sequence[Seq]) -> None:
+    if any(seq.drafts for seq in decodes):
+        room = pour.spare_tokens()
+        for seq in decodes:
+            if room <= 0:
+                break
+            room -= pour.verify(seq, room)
 
 
 def _pour_spare(pour: _Pour, spare: Sequence[Seq]) -> None:
     """Best effort: tokens of those that decode, then prompts, both in the order in which they came."""
-    decodes, prefills = _by_stage(spare)
-    for seq in decodes:
-        pour.decode(seq)
-    for seq in prefills:
-        pour.prefill(seq)
-    for seq in decodes:
-        pour.verify(seq)
+    if not spare:
+        return
+    decodes = [seq for seq in spare if seq.prefill_left == 0]
+    for seq in decodes[: max(pour.spare_tokens(), 0)]:
+        pour.decode(seq, None)
+    for seq in spare:
+        if seq.prefill_left > 0:
+            pour.prefill(seq)
+    _verify(pour, decodes)
 
 
-def _give_way(promised: Sequence[Seq], spare: Sequence[Seq]) -> tuple[str, ...]:
-    """The best-effort sequence that came last, if a promise lacks the slot or the memory that it holds."""
-    if not any(seq.blocked for seq in promised):
-        return ()
+def _give_way(spare: Sequence[Seq]) -> tuple[str, ...]:
+    """The best-effort sequence that came last, for a promise that lacks what it holds."""
     return tuple(seq.work_id for seq in spare if seq.running)[-1:]
 
 
-def _by_promise(seqs: Sequence[Seq], duties: Mapping[str, Duty]) -> tuple[list[Seq], list[Seq]]:
-    """The promised, earliest due first, and best effort as it came."""
-    due_s = {key: duty.due_s for key, duty in duties.items() if not duty.best_effort}
-    promised = sorted((s for s in seqs if s.work_id in due_s), key=lambda s: due_s[s.work_id])
-    return promised, [seq for seq in seqs if seq.work_id not in due_s]
-
-
-def _by_stage(seqs: Sequence[Seq]) -> tuple[list[Seq], list[Seq]]:
-    """Those one token away from their next output (a pulled prompt too), and those with more to compute."""
-    decodes = [seq for seq in seqs if seq.prefill_left == 0]
-    return decodes, [seq for seq in seqs if seq.prefill_left > 0]
-
-
-def _allowed_tokens(duties: Sequence[Duty], now_s: float, cost: StepCost, max_batch_tokens: int) -> int:
-    """Tokens of a batch that keeps the pace of these decodes, all of which are in it.
+def _bounds(decodes: Sequence[tuple[float, Seq, Duty]], moment: Moment) -> tuple[float, float]:
+    """Seconds that this batch may take, and the next one, to keep the pace of these decodes.
 
     A pace that the decodes alone would break binds nobody: holding prefills back could not save it. One that
     has fallen behind shrinks the batch, by half at most, so that prefills go on and it catches up.
     """
-    alone_s = cost.predict(len(duties))
-    kept = [duty for duty in duties if duty.tpot_s > alone_s]
-    if not kept:
-        return max_batch_tokens
-    pace_s = min(duty.tpot_s for duty in kept)
-    gap_s = min(duty.due_s for duty in kept) - now_s
-    return cost.tokens_in(min(pace_s, max(gap_s, CATCH_UP * pace_s)))
+    if not decodes:
+        return math.inf, math.inf
+    context = sum(seq.computed_tokens for _, seq, _ in decodes)
+    alone_s = moment.cost.predict(len(decodes), seqs=len(decodes), context_tokens=context)
+    pace_s = first_due_s = math.inf
+    for due_s, _, duty in decodes:
+        if duty.tpot_s > alone_s:
+            first_due_s = min(first_due_s, due_s)
+            pace_s = min(pace_s, duty.tpot_s)
+    return max(first_due_s - moment.now_s, CATCH_UP * pace_s), pace_s
+
+
+def _due_decodes(
+    decodes: Sequence[tuple[float, Seq, Duty]], end_s: float, next_s: float, moment: Moment
+) -> int:
+    """How many, from the first, must be in this batch: their token is due before the next one could end.
+
+    And as many more as the next batch could not hold with those that are due before the one after it.
+    """
+    if next_s == math.inf:
+        return len(decodes)
+    due = sum(1 for due_s, _, _ in decodes if due_s < end_s + next_s)
+    after = sum(1 for due_s, _, _ in decodes[due:] if due_s < end_s + 2 * next_s)
+    return due + max(after - moment.cost.tokens_in(next_s), 0) if after else due

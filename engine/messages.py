@@ -13,11 +13,12 @@ from typing import Any, get_args
 import msgspec
 
 from engine.base import EngineInfo, Usage
+from engine.cost import StepCost
 from engine.errors import ProtocolError
 from engine.request import Pace, RoleName, WorkKind
 from kv_transfer.base import Handoff, Lease, Link, PeerAddress, Pull
 
-VERSION = 1
+VERSION = 2
 
 
 # ---- to a node -------------------------------------------------------------------------------------------
@@ -41,6 +42,7 @@ class Submit:
     sampling: bytes
     max_tokens: int
     pace: Pace
+    class_name: str = ""
     cache_salt: str | None = None
     handoff: Handoff | None = None
     pull_deadline_s: float = 10.0
@@ -60,6 +62,15 @@ class Release:
 
     request_id: str
     attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Promote:
+    """What was taken as best effort is promised from now on. Not answered: reports show it."""
+
+    request_id: str
+    attempt: int
+    pace: Pace
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +169,9 @@ class WorkState:
     first_token_left_s: float
     tpot_s: float
     best_effort: bool
+    class_name: str = ""
+    next_due_left_s: float | None = None  # until its next token is due; None before the first
+    acceptance: float | None = None  # chance that a token drafted for it is right; None: none are drafted
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,10 +187,9 @@ class Report:
     works: list[WorkState]
     leases: list[Lease]
     pulls: list[Pull]
-    cost_base_s: float
-    cost_per_token_s: float
-    idle_base_s: float
-    idle_per_token_s: float
+    cost: StepCost
+    idle_cost: StepCost
+    cost_margin: float  # nine of ten steps lately took at most (1 + this) times what `cost` says
     steps: int
     step_s: float
     stuck_s: float
@@ -227,6 +240,7 @@ class Place:
     may_defer: bool
     sequences: int = 1
     avoid: list[str] = field(default_factory=list)
+    prefix_hashes: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,6 +255,14 @@ class Placed:
     reason: str = ""
     retry_after_s: float = 0.0
     candidates: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Promoted:
+    """A deferred request is admitted after all, where it is."""
+
+    request_id: str
+    attempt: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,6 +285,11 @@ class Finished:
     placement: str
     handoff_s: float | None = None
     kv_bytes: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    nodes: list[str] = field(default_factory=list)  # which hold its KV, as far as it was computed
+    prefix_hashes: list[int] = field(default_factory=list)  # of prompt and output
+    ended_itself: bool = False  # else it was cut: by max_tokens, by its client, or by us
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,9 +329,9 @@ class Answer:
 
 
 Message = (
-    Watch | Submit | Cancel | Release | Credit | SetRole | ProbeLinks
+    Watch | Submit | Cancel | Release | Promote | Credit | SetRole | ProbeLinks
     | Alive | Declined | Deltas | Report | RoleSet | LinksProbed
-    | Place | Placed | Finished | View | Query | Answer
+    | Place | Placed | Promoted | Finished | View | Query | Answer
 )  # fmt: skip
 
 _DECODERS = {

@@ -17,8 +17,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from engine.base import UNPLANNED, BatchPlan, Engine, EngineInfo, Output, Seq, Work
-from engine.batch import Duty
+from engine.batch import Duty, Moment
 from engine.cost import StepCost
+from engine.drafting import Drafted, Drafting
 from engine.errors import RequestError
 from engine.messages import (
     Cancel,
@@ -29,6 +30,7 @@ from engine.messages import (
     LinksProbed,
     Message,
     ProbeLinks,
+    Promote,
     Release,
     Report,
     RoleSet,
@@ -39,6 +41,7 @@ from engine.messages import (
 )
 from engine.outbox import Outbox, attempt_key
 from engine.request import RoleName, WorkKind
+from engine.residuals import Residuals
 from engine.role import Role
 from engine.socket import NodeSocket
 from kv_transfer.base import Link, Pull, PullOutcome, TransferError
@@ -51,6 +54,8 @@ LEASE_WAIT_S = 0.005  # nobody waits: only leases, and bytes of pulls that were 
 REPORT_EVERY_S = 0.1
 FORGET_PEER_S = 60.0  # after its work was dropped
 RECENT_PULLS = 64
+MARGIN_QUANTILE = 0.9  # of steps that the margin told to the planner covers
+KV_BOUND_SHARE = 0.9  # of the blocks in use: from there on memory is what binds
 NO_CREDIT = "no credit granted: reconnect"  # an endpoint knows this reason, and does
 
 
@@ -63,6 +68,7 @@ class Promise:
     received_s: float
     duty: Duty
     prefill_left: int
+    drafted: Drafted
     batched_s: float | None = None
     running: bool = False
     first_token_s: float | None = None
@@ -96,6 +102,9 @@ class Node:
         self._role = roles[role]
         self._cost = cost
         self._idle_cost = cost
+        self._residuals = Residuals()
+        self._drafting = Drafting(info.max_draft_tokens)
+        self._depths: Mapping[str, int] = {}
         self._socket = socket
         self._clock = clock
         self._max_waiting = max_waiting
@@ -148,6 +157,7 @@ class Node:
             self._drop_silent_peers(now_s)
             self._drop_ended_offers()
             self._rest(now_s)
+            self._plan_depths(now_s)
             self._publish_report()
 
     # ---- what peers ask ----------------------------------------------------------------------------------
@@ -168,6 +178,8 @@ class Node:
                 if peer in self._outboxes:
                     self._outboxes[peer].forget(attempt_key(message))
                 self._drop([attempt_key(message)])
+            case Promote():
+                self._promote(message)
             case Credit(messages):
                 outbox = self._outboxes.setdefault(peer, Outbox())
                 outbox.credit += messages
@@ -204,7 +216,9 @@ class Node:
         due_s = now_s + submit.pace.first_token_left_s
         duty = Duty(work.work_id, due_s, submit.pace.tpot_s, None, submit.pace.best_effort)
         prefill_left = 0 if submit.handoff is not None else len(submit.prompt_token_ids) - 1  # as Seq counts
-        self._promises[work.work_id] = Promise(submit, peer, now_s, duty, prefill_left)
+        estimate = self._drafting.estimate(submit.class_name)
+        drafted = Drafted(submit.class_name, submit.pace.tpot_s, len(submit.prompt_token_ids), 0.0, estimate)
+        self._promises[work.work_id] = Promise(submit, peer, now_s, duty, prefill_left, drafted)
         try:
             self._engine.submit(work)
         except RequestError as error:
@@ -219,6 +233,13 @@ class Node:
                 error_status=error.http_status,
             )
             self._queue(peer, [failed])
+
+    def _promote(self, message: Promote) -> None:
+        """What was best effort is promised now. One that is over, or has begun to speak, stays what it was."""
+        promise = self._promises.get(attempt_key(message))
+        if promise is not None and promise.duty.best_effort and promise.first_token_s is None:
+            due_s = self._clock() + message.pace.first_token_left_s
+            promise.duty = Duty(promise.duty.work_id, due_s, message.pace.tpot_s)
 
     def _declines(self, peer: bytes, submit: Submit) -> str | None:
         """Why this work is not taken; None if it is."""
@@ -270,6 +291,7 @@ class Node:
         self._steps += 1
         before_s = result.report.seconds if self._step_s is None else self._step_s
         self._step_s = before_s + 0.1 * (result.report.seconds - before_s)
+        self._residuals.note(self._cost, result.report)
         self._cost = self._cost.updated(result.report)
         self._rested_s = self._clock()
         return True
@@ -284,8 +306,10 @@ class Node:
             plan = UNPLANNED  # alone, it gets the whole batch under any plan
         else:
             duties = {seq.work_id: promise.duty for seq, promise in here}
-            plan = self._role.compose(seqs, duties, now_s, self._cost, self._info.max_batch_tokens)
+            moment = Moment(now_s, self._cost, self._info.max_batch_tokens)
+            plan = self._role.compose(seqs, duties, moment)
         _note_batched(plan, here, now_s)
+        self._depths = plan.depth
         return plan
 
     def _note_pull(self, pull: Pull) -> None:
@@ -309,6 +333,11 @@ class Node:
             timing = self._timing(promise, now_s)
         index = promise.tokens
         promise.tokens += len(output.token_ids)
+        if self._drafting.on and output.token_ids:
+            drafts = self._depths.get(output.work_id, 0)
+            drafted = promise.drafted
+            new = len(output.token_ids)
+            drafted.estimate = self._drafting.verified(drafted.class_name, drafted.estimate, drafts, new)
         self._set_next_due(promise)
         if output.handoff is not None:
             promise.offered = True
@@ -334,7 +363,10 @@ class Node:
         assert promise.first_token_s is not None
         origin_s = max(duty.first_token_due_s, promise.first_token_s)
         next_due_s = origin_s + promise.tokens * duty.tpot_s
-        promise.duty = Duty(duty.work_id, duty.first_token_due_s, duty.tpot_s, next_due_s, duty.best_effort)
+        depth = promise.drafted.depth if self._drafting.on else None
+        promise.duty = Duty(
+            duty.work_id, duty.first_token_due_s, duty.tpot_s, next_due_s, duty.best_effort, depth
+        )
 
     def _timing(self, promise: Promise, now_s: float) -> Timing:
         batched_s = promise.batched_s if promise.batched_s is not None else now_s
@@ -411,6 +443,21 @@ class Node:
             self._cost = self._cost.rested(now_s - self._rested_s)
             self._rested_s = now_s
 
+    def _plan_depths(self, now_s: float) -> None:
+        """How deep drafts go from now on. Memory binds when the engine is nearly full of promises."""
+        if not self._drafting.on:
+            return
+        decoding = []
+        for promise in self._promises.values():
+            due_s = promise.duty.next_token_due_s
+            if due_s is not None and not promise.duty.best_effort:
+                promise.drafted.context_tokens = len(promise.submit.prompt_token_ids) + promise.tokens
+                promise.drafted.slack_s = due_s - now_s
+                decoding.append(promise.drafted)
+        usage = self._engine.usage()
+        kv_bound = usage.used_blocks > KV_BOUND_SHARE * usage.num_blocks
+        self._drafting.plan(decoding, self._cost, self._info.max_batch_tokens, kv_bound=kv_bound)
+
     def _publish_report(self) -> None:
         now_s = self._clock()
         self._socket.report = Report(
@@ -423,10 +470,9 @@ class Node:
             works=[self._state(promise, now_s) for promise in self._promises.values()],
             leases=self._engine.kv.leases(),
             pulls=list(self._recent_pulls),
-            cost_base_s=self._cost.base_s * self._cost.drift,
-            cost_per_token_s=self._cost.per_token_s * self._cost.drift,
-            idle_base_s=self._idle_cost.base_s,
-            idle_per_token_s=self._idle_cost.per_token_s,
+            cost=self._cost,
+            idle_cost=self._idle_cost,
+            cost_margin=self._residuals.margin(MARGIN_QUANTILE),
             steps=self._steps,
             step_s=self._step_s or 0.0,
             stuck_s=0.0,
@@ -447,6 +493,11 @@ class Node:
             first_token_left_s=promise.duty.first_token_due_s - now_s,
             tpot_s=promise.duty.tpot_s,
             best_effort=promise.duty.best_effort,
+            class_name=submit.class_name,
+            next_due_left_s=None
+            if promise.duty.next_token_due_s is None
+            else promise.duty.next_token_due_s - now_s,
+            acceptance=promise.drafted.estimate.acceptance if self._drafting.on else None,
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from engine.messages import Cancel, Delta, Release, Submit
+from engine.messages import Cancel, Delta, Promote, Release, Submit
 from engine.request import work_id
 
 
@@ -32,7 +32,7 @@ class Outbox:
         self.deltas = [delta for delta in self.deltas if attempt_key(delta) != key]
 
 
-def attempt_key(message: Submit | Cancel | Release | Delta) -> str:
+def attempt_key(message: Submit | Cancel | Release | Promote | Delta) -> str:
     """The id of the attempt that a message is about."""
     return work_id(message.request_id, message.attempt)
 

@@ -1,17 +1,15 @@
-"""The role contract: what a node in a role takes on, and how it composes its batches."""
+"""The role contract: what a node in a role takes on. How it composes its batches is the same in every role."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 from engine.base import BatchPlan, Seq
-from engine.batch import Duty
-from engine.cost import StepCost
+from engine.batch import Duty, Moment, compose
 from engine.request import RoleName, WorkKind
 
 
-class Role(ABC):
+class Role:
     """A rule that a node follows until the coordinator gives it another. Holds no state of its own."""
 
     name: RoleName
@@ -21,13 +19,6 @@ class Role(ABC):
         """Why a node in this role will not take a kind of work; None if it will."""
         return None if kind in self.kinds else f"a {self.name} node takes no {kind} work"
 
-    @abstractmethod
-    def compose(
-        self,
-        seqs: Sequence[Seq],
-        duties: Mapping[str, Duty],
-        now_s: float,
-        cost: StepCost,
-        max_batch_tokens: int,
-    ) -> BatchPlan:
+    def compose(self, seqs: Sequence[Seq], duties: Mapping[str, Duty], moment: Moment) -> BatchPlan:
         """The next batch. Called in the step thread before every batch; must be quick and must not fail."""
+        return compose(seqs, duties, moment)

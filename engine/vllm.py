@@ -169,6 +169,7 @@ class VllmEngine(Engine):
             max_batch_tokens=scheduler.max_num_scheduled_tokens,
             kv_bytes_per_token=scheduler.kv_bytes_per_token,
             transport=_transport(),
+            max_draft_tokens=scheduler.num_spec_tokens,
         )
 
     def submit(self, work: Work) -> None:

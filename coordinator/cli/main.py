@@ -19,6 +19,8 @@ VERBS = {
     "status": ("coordinator.cli.status:status", "Show nodes, roles, load and promises kept."),
     "pools": ("coordinator.cli.pools:pools", "Show how many nodes prefill, decode, or do both."),
     "rebalance": ("coordinator.cli.pools:rebalance", "Change what nodes do while they serve."),
+    "plan": ("coordinator.cli.plan:plan", "Ask whom a replica could promise, and in what batches."),
+    "profile": ("coordinator.cli.profile:app", "Measure what steps cost, and fit a model to it."),
     "model": ("coordinator.cli.model:app", "Make the models that tests, demo and benchmarks use."),
 }
 # Verbs of other packages, by entry point.

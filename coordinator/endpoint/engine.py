@@ -41,7 +41,7 @@ from coordinator.placement import place_best_effort
 from engine.base import Output
 from engine.cost import StepCost
 from engine.errors import NoCapacity, RequestError, SlosserveError
-from engine.messages import Declined, Delta, Finished, NodeAddress, Place, Placed
+from engine.messages import Declined, Delta, Finished, NodeAddress, Place, Placed, Promoted
 from engine.request import StageKind
 from engine.score import Score, missed, score
 from engine.vllm import decode_output, encode_sampling
@@ -75,13 +75,14 @@ class ClusterEngine(TextEngineClient):
         self.metrics = EndpointMetrics([*config.slo_classes, "custom", "none"])
         self._config = config
         self._coordinator = coordinator
+        coordinator.on_promoted = self._on_promoted
         self._links: NodeLinks | None = None
         self._processor = OutputProcessor(self.renderer.tokenizer, log_stats=True)
         self._loggers = StatLoggerManager(vllm_config, enable_default_loggers=False)
         self._flights: dict[str, Flight] = {}
         self._journeys: dict[str, Journey] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._idle_cost = StepCost(0.0, 1e-9)
+        self._idle_cost = StepCost.line(0.0, 1e-9)
         self._max_batch_tokens = config.engine.max_batch_tokens
         self._think_end_id = _think_end_id(self.renderer.tokenizer)
 
@@ -321,6 +322,7 @@ class ClusterEngine(TextEngineClient):
         for request_id in processed.reqs_to_abort:  # a stop string: the node does not know of it
             stopped = self._flights.get(request_id)
             if stopped is not None:
+                stopped.ended_itself = True
                 stopped.abort()
                 landed.append(stopped)
         for flight in landed:
@@ -345,6 +347,14 @@ class ClusterEngine(TextEngineClient):
         logger.warning("%s stopped answering", node)
         for flight in list(self._flights.values()):
             flight.lost(node)
+
+    def _on_promoted(self, promoted: Promoted) -> None:
+        """The coordinator promises a deferred request after all."""
+        flight = self._flights.get(promoted.request_id)
+        if flight is not None:
+            flight.promoted(promoted.attempt)
+            headers = self._journeys[promoted.request_id].context.headers
+            headers["x-slosserve-verdict"] = flight.timeline.verdict
 
     # ---- endings -----------------------------------------------------------------------------------------
 
@@ -393,6 +403,11 @@ class ClusterEngine(TextEngineClient):
             placement=timeline.placement,
             handoff_s=pull.pull_s if pull is not None and pull.pull_outcome in USED else None,
             kv_bytes=0 if pull is None else pull.pulled_bytes,
+            prompt_tokens=len(passenger.prompt_token_ids),
+            output_tokens=len(flight.token_times_s),
+            nodes=[node for node in (timeline.prefill_node, timeline.decode_node) if node is not None],
+            prefix_hashes=flight.prefix_hashes(),
+            ended_itself=flight.ended_itself,
         )
         self._coordinator.send(finished)
         self.metrics.count(finished, verdict)
@@ -436,6 +451,7 @@ class ClusterEngine(TextEngineClient):
         public_id = journey.context.headers.get("x-slosserve-request-id", passenger.request_id)
         self.timelines[public_id] = {
             "request_id": public_id,
+            "internal_id": passenger.request_id,
             "slo": None if passenger.slo is None else asdict(passenger.slo),
             "prompt_tokens": len(passenger.prompt_token_ids),
             "output_tokens": len(flight.token_times_s),
@@ -448,6 +464,14 @@ class ClusterEngine(TextEngineClient):
         }
         while len(self.timelines) > REMEMBERED_REQUESTS:
             self.timelines.popitem(last=False)
+
+    def internal_id(self, public_id: str) -> str:
+        """The id by which the cluster knows a request, from the one that its client was told."""
+        for request_id, journey in self._journeys.items():
+            if journey.context.headers.get("x-slosserve-request-id") == public_id:
+                return request_id
+        timeline = self.timelines.get(public_id)
+        return public_id if timeline is None else str(timeline["internal_id"])
 
     # ---- the rest of vLLM's contract ---------------------------------------------------------------------
 

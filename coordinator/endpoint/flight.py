@@ -15,6 +15,7 @@ from typing import Any
 
 from engine.errors import EngineError, NoCapacity, NodeLost, Refused, RequestError, SlosserveError
 from engine.messages import Cancel, Declined, Delta, NodeAddress, Place, Placed, Release, Submit, Timing
+from engine.prefix import prefix_hashes
 from engine.request import BEST_EFFORT, Pace, Slo, WorkKind
 
 MAX_ATTEMPTS = 5
@@ -81,6 +82,8 @@ class Flight:
         self._prefilling = False
         self.on_retry: Callable[[Flight], None] | None = None
         self.think_end_id: int | None = None
+        self.output_token_ids: list[int] = []
+        self.ended_itself = False
         self._thinking_tokens: int | None = None
 
     @property
@@ -108,7 +111,13 @@ class Flight:
             one_node=passenger.one_node,
             may_defer=slo is None or not slo.refuse,
             avoid=list(self.avoid),
+            prefix_hashes=[] if slo is None else self.prefix_hashes(),
         )
+
+    def prefix_hashes(self) -> list[int]:
+        """Names of the prefixes of what is known of it: its prompt, and what was said."""
+        known = [*self.passenger.prompt_token_ids, *self.output_token_ids]
+        return prefix_hashes(known, self.passenger.cache_salt)
 
     def depart(self, placed: Placed) -> None:
         """Submit to where the coordinator says. Raises Refused or NoCapacity when it says no."""
@@ -150,11 +159,19 @@ class Flight:
         if first_end and self.think_end_id in delta.token_ids:
             self._thinking_tokens = delta.index + delta.token_ids.index(self.think_end_id) + 1
         self.token_times_s.extend([now_s] * len(delta.token_ids))
+        self.output_token_ids.extend(delta.token_ids)
         if delta.timing is not None:
             self._note_pull(delta.timing)
         if delta.finish_reason is not None:
+            self.ended_itself = delta.finish_reason == "stop"
             self.end()
         return True
+
+    def promoted(self, attempt: int) -> None:
+        """The coordinator promises this attempt after all."""
+        if not self.over and attempt == self.attempt and self.timeline.verdict == "best_effort":
+            self.timeline.verdict = "admitted"
+            self.timeline.events.append(f"attempt {attempt}: deferred, then admitted")
 
     def declined(self, node: str, declined: Declined) -> None:
         """A node will not do it: try elsewhere."""
@@ -203,6 +220,7 @@ class Flight:
             sampling=passenger.sampling,
             max_tokens=passenger.max_tokens,
             pace=self._pace(),
+            class_name="" if passenger.slo is None else passenger.slo.class_name,
             cache_salt=passenger.cache_salt,
             handoff=None if delta is None else delta.handoff,
             pull_deadline_s=self._pull_deadline_s,

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +26,7 @@ from engine.messages import (
     NodeAddress,
     Place,
     Placed,
+    Promoted,
     Query,
     View,
 )
@@ -161,6 +163,7 @@ class CoordinatorLink:
         self._questions: dict[object, Message] = {}
         self._view: View | None = None
         self._viewed_s = 0.0
+        self.on_promoted: Callable[[Promoted], None] = lambda promoted: None
 
     async def connect(self) -> None:
         """Wait for the coordinator's address and link to it."""
@@ -240,6 +243,8 @@ class CoordinatorLink:
                 self._resolve((message.request_id, message.attempt), message)
             case Answer():
                 self._resolve(message.call_id, message)
+            case Promoted():
+                self.on_promoted(message)
             case View():
                 self._view, self._viewed_s = message, time.monotonic()
             case Alive():

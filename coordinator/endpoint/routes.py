@@ -79,6 +79,16 @@ async def timeline(request: Request, request_id: str) -> JSONResponse:
     return JSONResponse(found)
 
 
+@router.get("/explain/{request_id}")
+async def explain(request: Request, request_id: str) -> JSONResponse:
+    """Why a request was placed where it was: every candidate, with the problem that the planner was given.
+
+    An instance in it can be replayed: save it to a file and run `slosserve plan --instance FILE`.
+    """
+    engine: ClusterEngine = request.app.state.cluster_engine
+    return await _answer(request, "explain", request_id=engine.internal_id(request_id))
+
+
 async def _answer(request: Request, what: str, **args: Any) -> JSONResponse:
     coordinator: CoordinatorLink = request.app.state.coordinator
     try:

@@ -18,6 +18,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import uvicorn
 import zmq.asyncio
 
@@ -90,8 +91,7 @@ async def serve(run_dir: Path, index: int) -> None:
         silent_s=config.timeouts.node_silent_s,
         stuck_limit_s=config.timeouts.stuck_step_s,
     )
-    cost = await _idle_cost(coordinator)
-    engine.connect(links, StepCost(cost["base_s"], cost["per_token_s"]))
+    engine.connect(links, await _idle_cost(coordinator))
     await _listen(RequestContextMiddleware(app, config.slo_classes, config.endpoint.api_key), config, index)
     engine.shutdown()
     coordinator.close()
@@ -113,7 +113,7 @@ def _front(config: ClusterConfig, port: int) -> tuple[Namespace, Any]:
     return args, engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER)
 
 
-async def _idle_cost(coordinator: Any) -> dict[str, float]:
+async def _idle_cost(coordinator: Any) -> StepCost:
     """The step-time model of an idle replica, once a node is there to have measured it."""
     while True:
         try:
@@ -121,7 +121,7 @@ async def _idle_cost(coordinator: Any) -> dict[str, float]:
         except SlosserveError:
             body = {}
         if body:
-            return dict(body)
+            return msgspec.convert(body, StepCost)
         await asyncio.sleep(READY_POLL_S)
 
 

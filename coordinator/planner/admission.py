@@ -1,89 +1,387 @@
-"""Admission: may this request be promised here, without breaking an earlier promise?
+"""Admission (Algorithm 1 of SLOs-Serve): which newcomers may be promised, without breaking a promise made.
 
-A first answer: earliest deadline first with a linear cost model. Work is counted in tokens. While n decodes
-run at a tightest pace T, a batch takes at most T and leaves `tokens_in(T) - n` tokens to prefills; queued
-prefills, sorted by deadline, must each be covered by the batches that fit before it.
+The dynamic program counts in whole batches, so that a plan can be carried out as it stands. It is exact within
+that family of plans; `labels.py` has the search. Where there are too many newcomers for it, the densest go
+through the search and the rest are taken greedily, and the answer says so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
+
+from coordinator.planner import labels
+from coordinator.planner.instance import Instance, Newcomer, Prefill
 from engine.cost import StepCost
+from engine.speculation import TierLoad, allowed_s, choose_depths, expected_tokens
+
+SEARCHED_NEWCOMERS = 16  # with 3 tiers or more; what is beyond goes greedily
+SEARCHED_NEWCOMERS_FEW_TIERS = 32
+LOOKED_AT_NEWCOMERS = 512  # of one call; the rest is deferred unseen, so that any call ends
+SEARCH_LABELS = 1 << 14
+CHECK_LABELS = 1 << 11
+
+DEFERRED_UNSEEN = f"more than {LOOKED_AT_NEWCOMERS} newcomers in one call: not looked at"
 
 
 @dataclass(frozen=True, slots=True)
-class Prefill:
-    """Prompt tokens still to compute, due in `left_s`; then a decode at `tpot_s` (None: not on this node)."""
+class Stretch:
+    """Batches between two decisions of a plan: `count` of `length_s` each, then one that ends at `until_s`.
 
-    tokens: int
-    left_s: float
-    tpot_s: float | None
+    `short` tells whether that last one is there. Times from the start of the plan.
+    """
 
-
-@dataclass(frozen=True, slots=True)
-class Replica:
-    """What a node has promised, and what it has left. `decode_tpots_s`: a pace per running decode."""
-
-    cost: StepCost
-    max_batch_tokens: int
-    free_kv_tokens: int
-    free_seqs: int
-    prefills: Sequence[Prefill] = ()
-    decode_tpots_s: Sequence[float] = ()
+    from_s: float
+    until_s: float
+    length_s: float
+    count: int
+    short: bool
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
-    """Whether, with how much time to spare at the tightest point, and if not, why."""
+class Plan:
+    """The answer. `kept`: the promises made earlier can all be kept (if not, every newcomer is deferred).
 
-    feasible: bool
-    slack_s: float
-    reason: str = ""
+    `deferred`: why, by id. `exact`: no better choice exists in the family of plans. `starts`: the memory
+    interval from which each admitted newcomer holds its KV. `depths`: tokens per verify and tier (1: plain
+    decoding). `budget_left`: tokens that the plan's batches could still take, at its last deadline.
+    """
 
-
-def admit_prefill(replica: Replica, new: Prefill) -> Verdict:
-    """May `new` be prefilled on `replica` by its deadline, with every earlier promise kept?"""
-    queue = sorted([*replica.prefills, new], key=lambda prefill: prefill.left_s)
-    decodes = list(replica.decode_tpots_s)
-    clock_s = 0.0
-    slack_s = float("inf")
-    for prefill in queue:
-        clock_s += prefill_time_s(replica, prefill.tokens, decodes)
-        slack_s = min(slack_s, prefill.left_s - clock_s)
-        if prefill.tpot_s is not None:
-            decodes.append(prefill.tpot_s)
-    if slack_s < 0:
-        return Verdict(False, slack_s, f"prefill would be late by {-slack_s:.2f} s")
-    return Verdict(True, slack_s)
+    kept: bool
+    admitted: tuple[str, ...]
+    deferred: dict[str, str]
+    value: float
+    exact: bool
+    method: str
+    labels: int
+    budget_left: float = 0.0
+    stretches: tuple[Stretch, ...] = ()
+    starts: dict[str, int] = field(default_factory=dict)
+    depths: dict[str, int] = field(default_factory=dict)
 
 
-def admit_decode(replica: Replica, kv_tokens: int, tpot_s: float, sequences: int = 1) -> Verdict:
-    """May `sequences` more decodes at `tpot_s` be kept for ever beside those that run, and is there memory?"""
-    if replica.free_seqs < sequences:
-        return Verdict(False, -1.0, "no free sequence slot")
-    if kv_tokens > replica.free_kv_tokens:
-        return Verdict(False, -1.0, f"KV for {kv_tokens} tokens does not fit in {replica.free_kv_tokens}")
-    paces = [*replica.decode_tpots_s, *[tpot_s] * sequences]
-    step_s = replica.cost.predict(len(paces))
-    slack_s = min(paces) - step_s
-    if slack_s < 0:
-        return Verdict(False, slack_s, f"a step of {len(paces)} decodes takes {step_s * 1e3:.0f} ms")
-    return Verdict(True, slack_s)
+class Problem:
+    """An instance as the flat arrays that the search reads. Items are in order of deadline."""
+
+    def __init__(self, instance: Instance, depths: Sequence[int] | None = None) -> None:
+        self.instance = instance
+        cost = instance.cost
+        depths = [1] * len(instance.tiers) if depths is None else list(depths)
+        self.depths = depths
+        self.tier_of: dict[str | None, int] = {tier.name: at for at, tier in enumerate(instance.tiers)}
+        self.tier_of[None] = -1
+        self._tiers(cost, depths)
+        self._items(cost)
+
+    def _tiers(self, cost: StepCost, depths: Sequence[int]) -> None:
+        instance = self.instance
+        count = len(instance.tiers)
+        draft_steps = max(depths, default=1) - 1
+        self.line = np.array(
+            [
+                (
+                    (piece.base_s + piece.per_draft_step_s * draft_steps) * cost.drift,
+                    max(piece.per_token_s * cost.drift, 1e-12),
+                )
+                for piece in cost.pieces
+            ]
+        )
+        self.line[:, 0] += instance.draft_step_s * draft_steps
+        self.steepest_s = float(self.line[:, 1].max())
+        self.period_s = np.array([step_period_s(instance, at, depths[at]) for at in range(count)])
+        self.slots = np.array(depths, dtype=float)
+        self.load = np.array([instance.max_batch_tokens, instance.late_seqs], dtype=float)
+        full = float((self.line[:, 0] + self.line[:, 1] * instance.max_batch_tokens).max())
+        decodes = instance.decodes
+        tiers = np.array([self.tier_of[decode.tier] for decode in decodes], dtype=np.int64)
+        due_s = np.array([decode.due_s for decode in decodes], dtype=float)
+        context = np.array([decode.context_tokens for decode in decodes], dtype=float)
+        self.running = np.bincount(tiers, minlength=count).astype(float)
+        per_context_s, per_seq_s = cost.per_context_token_s * cost.drift, cost.per_seq_s * cost.drift
+        self.tier_s = np.bincount(tiers, context, minlength=count) * per_context_s + self.running * per_seq_s
+        self.active_s = np.full(count, np.inf)
+        if len(decodes):
+            np.minimum.at(self.active_s, tiers, np.maximum(due_s - self.period_s[tiers], 0.0))
+        self.full_s = full
+        ends_s = [one.deadline_s for one in instance.prefills] + [one.deadline_s for one in instance.newcomers]
+        horizon_s = max(ends_s, default=0.0)
+        horizon_s += 2 * max([full, *self.period_s]) if count else full
+        self.due_s, self.due_slots = _dues(due_s, self.period_s[tiers], self.slots[tiers], horizon_s)
+
+    def _items(self, cost: StepCost) -> None:
+        instance = self.instance
+        intervals = len(instance.free_kv)
+        rows: list[tuple[float, int, int, int, float, float, Sequence[int]]] = []
+        none = (0,) * intervals
+        for at, active_s in enumerate(self.active_s):
+            if 0 < active_s < np.inf:
+                rows.append((active_s, labels.ACTIVATE, at, at, 0.0, 0.0, none))
+        for at, prefill in enumerate(instance.prefills):
+            tokens = self.work_tokens(cost, prefill)
+            rows.append((prefill.deadline_s, labels.PREFILL, at, self.tier_of[prefill.tier], tokens, 0.0, none))
+        joined_context = np.zeros(len(instance.tiers))
+        joined = np.zeros(len(instance.tiers))
+        for at, newcomer in enumerate(instance.newcomers):
+            tier = self.tier_of[newcomer.tier]
+            tokens = self.work_tokens(cost, newcomer)
+            rows.append(
+                (newcomer.deadline_s, labels.NEWCOMER, at, tier, tokens, newcomer.value, newcomer.kv_tokens)
+            )
+            if tier >= 0:
+                joined[tier] += 1
+                joined_context[tier] += newcomer.tokens + newcomer.cached_tokens
+        rows.sort(key=lambda row: row[:3])
+        self.rows = rows
+        self.deadlines_s = np.array([row[0] for row in rows], dtype=float)
+        self.kinds = np.array([row[1] for row in rows], dtype=np.int64)
+        self.position = np.array([row[2] for row in rows], dtype=np.int64)
+        self.tiers = np.array([row[3] for row in rows], dtype=np.int64)
+        self.tokens = np.array([row[4] for row in rows], dtype=float)
+        self.values = np.array([row[5] for row in rows], dtype=float)
+        self.kv = np.array([row[6] for row in rows], dtype=float).reshape(len(rows), intervals)
+        self.joined_s = cost.drift * (
+            cost.per_seq_s + cost.per_context_token_s * joined_context / np.maximum(joined, 1)
+        )
+        self.kv_from_s = np.array([free.at_s for free in instance.free_kv], dtype=float)
+        self.kv_free = np.array([free.tokens for free in instance.free_kv], dtype=float)
+        self.newcomers = np.flatnonzero(self.kinds == labels.NEWCOMER)
+        asked = self.kv[self.newcomers].sum(axis=0)
+        self.tight = bool((asked > self.kv_free).any())
+        weight = self.values / np.maximum(self.tokens, 1e-9)
+        self.by_budget = _by_weight(self.newcomers, weight)
+        self.by_memory = _by_weight(self.newcomers, self.values / np.maximum(self.kv[:, -1], 1e-9))
+
+    def work_tokens(self, cost: StepCost, prompt: Prefill | Newcomer) -> float:
+        """Tokens of a prompt, attention counted as tokens: the sum of chunk * (kv + chunk / 2) telescopes."""
+        work = prompt.tokens * (prompt.cached_tokens + prompt.tokens / 2)
+        attention_s = cost.per_prefill_work_s * cost.drift * work
+        return float(prompt.tokens + np.ceil(attention_s / self.steepest_s))
+
+    def search(self, modes: np.ndarray[Any, Any], lower: float = -1.0, limit: int = SEARCH_LABELS) -> Found:
+        """Run the search with each item dropped, mandatory or optional."""
+        value, budget_left, made, overflow, rows = labels.search(
+            self.line, self.load, self.full_s,
+            self.period_s, self.slots, self.running, self.active_s, self.tier_s, self.joined_s,
+            self.due_s, self.due_slots,
+            self.kinds, self.deadlines_s, self.tokens, self.tiers, self.values, self.kv, modes,
+            self.kv_from_s, self.kv_free, self.tight,
+            self.instance.free_seqs, lower, self.by_budget, self.by_memory, limit,
+        )  # fmt: skip
+        return Found(value, budget_left, made, overflow, rows)
+
+    def modes(self, mandatory: Iterable[int] = (), optional: Iterable[int] = ()) -> np.ndarray[Any, Any]:
+        """What the search may do: what was promised is mandatory, newcomers are dropped unless named."""
+        modes = np.where(self.kinds == labels.NEWCOMER, labels.DROPPED, labels.MANDATORY)
+        modes[list(mandatory)] = labels.MANDATORY
+        modes[list(optional)] = labels.OPTIONAL
+        return modes
+
+    def feasible(self, items: Iterable[int]) -> Found | None:
+        """The plan that takes exactly these newcomers; None if there is none."""
+        found = self.search(self.modes(mandatory=items), limit=CHECK_LABELS)
+        return found if found.value >= 0 else None
+
+    def by_density(self) -> list[int]:
+        """Newcomers, most value first for what they take of the budget and of the memory (p/P + m/M)."""
+        if not len(self.newcomers):
+            return []
+        horizon_s = float(self.deadlines_s[self.newcomers].max())
+        budget = max(horizon_s / self.full_s * self.load[0], 1.0)
+        share = self.tokens / budget
+        if self.tight:
+            share = share + (self.kv / np.maximum(self.kv_free, 1.0)).max(axis=1)
+        density = self.values / np.maximum(share, 1e-12)
+        return [int(item) for item in _by_weight(self.newcomers, density)]
 
 
-def prefill_time_s(replica: Replica, tokens: int, decode_tpots_s: Sequence[float]) -> float:
-    """Seconds to prefill `tokens` beside these decodes; infinite if they leave no room at all."""
-    if tokens <= 0:
-        return 0.0
-    cost = replica.cost
-    if not decode_tpots_s:
-        return cost.prefill_alone_s(tokens, replica.max_batch_tokens)
-    pace_s = min(decode_tpots_s)
-    room = min(cost.tokens_in(pace_s), replica.max_batch_tokens) - len(decode_tpots_s)
-    if room <= 0:
-        return float("inf")
-    full, rest = divmod(tokens, room)
-    rest_s = cost.predict(rest + len(decode_tpots_s)) if rest else 0.0
-    return full * cost.predict(room + len(decode_tpots_s)) + rest_s
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a search found: its value (-1: nothing fits) and a row per item taken, as `labels.search` has it."""
+
+    value: float
+    budget_left: float
+    made: int
+    overflow: bool
+    rows: np.ndarray[Any, Any]
+
+    def items(self) -> list[int]:
+        """Items taken, in order."""
+        return [int(item) for item in self.rows[:, 0]]
+
+
+def solve(instance: Instance, *, why: bool = True) -> Plan:
+    """Whom to admit. `why`: also say of each deferred one what it lacks (a few more checks each).
+
+    Never drops what was promised: where even that cannot be kept, every newcomer is deferred.
+    """
+    problem = Problem(instance)
+    if instance.max_depth > 1:
+        depths = tier_depths(instance, kv_bound=problem.tight)
+        problem = problem if depths == problem.depths else Problem(instance, depths)
+    promised = problem.feasible(())
+    if promised is None:
+        reason = "what was promised earlier cannot all be kept"
+        return Plan(False, (), {one.id: reason for one in instance.newcomers}, 0.0, True, "none", 0)
+    found, method, exact = _choose(problem, promised)
+    return _plan(problem, found, method, exact, why=why)
+
+
+def _choose(problem: Problem, promised: Found) -> tuple[Found, str, bool]:
+    newcomers = [int(item) for item in problem.newcomers]
+    if not newcomers:
+        return promised, "nobody asks", True
+    if len(newcomers) <= LOOKED_AT_NEWCOMERS:
+        everyone = problem.feasible(newcomers)
+        if everyone is not None:
+            return everyone, "all fit", True
+    if len(newcomers) == 1:
+        return promised, "search", True
+    dense = problem.by_density()[:LOOKED_AT_NEWCOMERS]
+    few_tiers = len(problem.instance.tiers) < 3
+    searched = dense[: SEARCHED_NEWCOMERS_FEW_TIERS if few_tiers else SEARCHED_NEWCOMERS]
+    greedy = take_in_order(problem, searched, promised)
+    found = problem.search(problem.modes(optional=searched), lower=greedy.value)
+    best = found if found.value > greedy.value else greedy
+    exact = not found.overflow and len(searched) == len(newcomers)
+    if len(searched) == len(newcomers):
+        return best, "search", exact
+    rest = take_in_order(problem, dense[len(searched) :], best)
+    return rest, "search and greedy", False
+
+
+def take_in_order(problem: Problem, order: Sequence[int], begun: Found) -> Found:
+    """Take newcomers in this order, each if it fits beside those taken."""
+    newcomers = set(problem.newcomers.tolist())
+    taken = [item for item in begun.items() if item in newcomers]
+    found = begun
+    for item in order:
+        beside = problem.feasible([*taken, item])
+        if beside is not None:
+            taken.append(item)
+            found = beside
+    return found
+
+
+def _plan(problem: Problem, found: Found, method: str, exact: bool, *, why: bool) -> Plan:
+    instance = problem.instance
+    starts = {}
+    left_out = set(problem.newcomers.tolist())
+    for item, start in zip(found.items(), found.rows[:, 2].tolist(), strict=True):
+        if item in left_out:
+            left_out.discard(item)
+            starts[instance.newcomers[problem.position[item]].id] = int(start)
+    deferred = {}
+    for at in sorted(left_out):
+        newcomer = instance.newcomers[problem.position[at]]
+        deferred[newcomer.id] = _why(problem, at, method) if why else "does not fit"
+    return Plan(
+        kept=True,
+        admitted=tuple(starts),
+        deferred=deferred,
+        value=found.value,
+        exact=exact,
+        method=method,
+        labels=found.made,
+        budget_left=found.budget_left,
+        stretches=_stretches(found),
+        starts=starts,
+        depths={tier.name: depth for tier, depth in zip(instance.tiers, problem.depths, strict=True)},
+    )
+
+
+def _why(problem: Problem, item: int, method: str) -> str:
+    """What a deferred newcomer lacks, found by asking what it would take for it alone to fit."""
+    unseen = len(problem.newcomers) > LOOKED_AT_NEWCOMERS and method == "search and greedy"
+    if unseen and item not in problem.by_density()[:LOOKED_AT_NEWCOMERS]:
+        return DEFERRED_UNSEEN
+    if problem.instance.free_seqs < 1:
+        return "no free sequence slot"
+    if problem.feasible([item]) is not None:
+        return "it fits alone, but not beside those admitted"
+    newcomer = problem.instance.newcomers[problem.position[item]]
+    kv = problem.kv[item].copy()
+    problem.kv[item] = 0.0
+    fits_without_kv = problem.feasible([item]) is not None
+    problem.kv[item] = kv
+    if fits_without_kv:
+        return f"KV for {max(newcomer.kv_tokens)} tokens does not fit in {int(problem.kv_free.min())} free"
+    tier, problem.tiers[item] = int(problem.tiers[item]), -1
+    fits_without_decode = problem.feasible([item]) is not None
+    problem.tiers[item] = tier
+    if fits_without_decode:
+        pace_ms = problem.instance.tiers[tier].tpot_s * 1e3
+        return (
+            f"its decode at {pace_ms:g} ms a token cannot be kept beside {int(problem.running.sum())} running"
+        )
+    return (
+        f"its prefill of {newcomer.tokens} tokens cannot end within {newcomer.deadline_s:.3f} s "
+        f"beside {len(problem.instance.prefills)} promised prefills and {int(problem.running.sum())} decodes"
+    )
+
+
+def _stretches(found: Found) -> tuple[Stretch, ...]:
+    """Batches of the plan, in order. What is before the first decision is a short batch of its own."""
+    stretches: list[Stretch] = []
+    for _, ending, _, from_s, until_s, length_s, count in found.rows.tolist():
+        if not stretches and from_s > 0:
+            stretches.append(Stretch(0.0, from_s, from_s, 0, short=True))
+        if until_s > from_s:
+            stretches.append(Stretch(from_s, until_s, length_s, int(count), short=ending == labels.SHORT))
+    return tuple(stretches)
+
+
+def step_period_s(instance: Instance, tier: int, depth: int) -> float:
+    """Seconds from one step of a decode to its next: its TPOT, times what a verify of `depth` gives."""
+    one = instance.tiers[tier]
+    if depth == 1 or one.acceptance is None:
+        return one.tpot_s
+    return allowed_s(one.tpot_s, expected_tokens(depth, one.acceptance), instance.theta)
+
+
+def tier_depths(instance: Instance, *, kv_bound: bool) -> list[int]:
+    """Tokens per verify and tier, with all in who run or ask. Plain decoding where nothing is drafted."""
+    if instance.max_depth <= 1 or all(tier.acceptance is None for tier in instance.tiers):
+        return [1] * len(instance.tiers)
+    prompts: list[Prefill | Newcomer] = [*instance.prefills, *instance.newcomers]
+    decodes = Counter([*(one.tier for one in instance.decodes), *(one.tier for one in prompts)])
+    context = Counter[str | None]()
+    for decode in instance.decodes:
+        context[decode.tier] += decode.context_tokens
+    for prompt in prompts:
+        context[prompt.tier] += prompt.tokens + prompt.cached_tokens
+    loads = [
+        TierLoad(tier.tpot_s, tier.acceptance, decodes[tier.name], context[tier.name])
+        for tier in instance.tiers
+    ]
+    chosen = choose_depths(
+        instance.cost,
+        loads,
+        max_batch_tokens=instance.max_batch_tokens,
+        theta=instance.theta,
+        max_depth=instance.max_depth,
+        draft_step_s=instance.draft_step_s,
+        kv_bound=kv_bound,
+    )
+    return list(chosen.depths)
+
+
+def _dues(
+    due_s: np.ndarray[Any, Any], period_s: np.ndarray[Any, Any], slots: np.ndarray[Any, Any], horizon_s: float
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Due times of the tokens of running decodes until the horizon, sorted; the sum of their slots so far."""
+    if not len(due_s):
+        return np.empty(0), np.zeros(1)
+    count = np.maximum(np.ceil((horizon_s - due_s) / period_s), 0).astype(np.int64) + 1
+    which = np.repeat(np.arange(len(due_s)), count)
+    nth = np.arange(len(which)) - np.repeat(np.cumsum(count) - count, count)
+    times_s = due_s[which] + nth * period_s[which]
+    order = np.argsort(times_s, kind="stable")
+    return times_s[order], np.concatenate(([0.0], np.cumsum(slots[which][order])))
+
+
+def _by_weight(items: np.ndarray[Any, Any], weight: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    return items[np.argsort(-weight[items], kind="stable")]

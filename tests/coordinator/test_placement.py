@@ -8,11 +8,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coordinator.mirror import NodeMirror
-from coordinator.placement import place, place_best_effort
+from coordinator.placement import Knowledge, place_best_effort
+from coordinator.placement import place as place_and_explain
+from coordinator.planner.lengths import LearnedLengths
+from coordinator.prefixes import PrefixDirectory
 from engine.base import EngineInfo, Usage
-from engine.messages import NodeLoad, Place, Report, WorkState
+from engine.cost import StepCost
+from engine.messages import NodeLoad, Place, Placed, Report, WorkState
 from engine.request import RoleName, WorkKind
 from kv_transfer.base import Link, PeerAddress
+
+
+def place(
+    request: Place,
+    nodes: list[NodeMirror],
+    links: dict[tuple[str, str], Link],
+    now_s: float,
+    prefixes: PrefixDirectory | None = None,
+) -> Placed:
+    knowledge = Knowledge(LearnedLengths(), links, prefixes or PrefixDirectory())
+    return place_and_explain(request, nodes, knowledge, now_s)[0]
+
 
 INFO = EngineInfo("vllm", "tiny", "e", 32, 1000, 4096, 4, 2048, 4096, "nixl")
 
@@ -28,10 +44,9 @@ def _node(name: str, role: RoleName, works: list[WorkState] | None = None) -> No
         works=works or [],
         leases=[],
         pulls=[],
-        cost_base_s=0.003,
-        cost_per_token_s=0.0001,
-        idle_base_s=0.003,
-        idle_per_token_s=0.0001,
+        cost=StepCost.line(0.003, 0.0001),
+        idle_cost=StepCost.line(0.003, 0.0001),
+        cost_margin=0.0,
         steps=0,
         step_s=0.0,
         stuck_s=0.0,
@@ -117,7 +132,7 @@ def test_a_refusal_says_why_and_a_deferral_names_a_node() -> None:
     assert place(hopeless, _pair(), FAST, 0.0).verdict == "best_effort"
     refused = place(replace(hopeless, may_defer=False), _pair(), FAST, 0.0)
     assert refused.verdict == "refused"
-    assert "late by" in refused.reason
+    assert "cannot end within" in refused.reason
 
 
 def test_two_requests_placed_in_one_instant_do_not_both_get_the_last_slot() -> None:
@@ -144,7 +159,7 @@ def test_what_a_report_shows_is_not_counted_twice() -> None:
     assert node.report is not None
     node.take_report(replace(node.report, works=[placement.state]), 0.1)
     assert not node.placed
-    assert node.replica(0.1).free_seqs == INFO.max_num_seqs - 1
+    assert [work.request_id for work in node.replica(0.1).works] == [ASK.request_id]
 
 
 def test_retries_leave_nothing_behind_when_a_request_is_over() -> None:
@@ -201,6 +216,8 @@ works = st.builds(
     first_token_left_s=st.floats(-100, 100),
     tpot_s=st.floats(0.001, 10),
     best_effort=st.booleans(),
+    class_name=st.sampled_from(["", "chatbot"]),
+    next_due_left_s=st.none() | st.floats(-100, 100),
 )
 
 
@@ -219,3 +236,47 @@ def test_every_question_has_an_answer_that_roles_allow(
     if placed.prefill is not None:
         assert not one_node
         assert roles[placed.prefill.node] is RoleName.PREFILL
+
+
+def _decoding(tpot_s: float, count: int) -> list[WorkState]:
+    """Running decodes at a pace."""
+    one = WorkState("", 1, WorkKind.WHOLE, 100, 0, 10, 60, -1.0, tpot_s, False, "chatbot", 0.9 * tpot_s)
+    return [replace(one, request_id=f"{tpot_s}-{index}") for index in range(count)]
+
+
+def test_a_tight_request_goes_where_tight_ones_are_served_and_classes_gather() -> None:
+    """It would shrink every batch of the loose replica, though that one is less loaded."""
+    tight, loose = (
+        _node("tight", RoleName.MIXED, _decoding(0.02, 2)),
+        _node("loose", RoleName.MIXED, _decoding(0.1, 1)),
+    )
+    ask = replace(ASK, tpot_s=0.02, first_token_left_s=2.0)
+    placed = place(ask, [loose, tight], {}, 0.0)
+    assert placed.decode is not None
+    assert placed.decode.node == "tight"
+
+
+def test_a_follow_up_call_goes_where_its_kv_is_as_a_small_prompt() -> None:
+    hashes = list(range(16))  # 2048 tokens
+    prefixes = PrefixDirectory()
+    prefixes.add("d", hashes, kv_tokens=32_000)
+    ask = replace(ASK, prompt_tokens=2100, first_token_left_s=0.1, prefix_hashes=hashes)
+    assert place(ask, _pair(), FAST, 0.0).verdict == "best_effort", "2100 tokens take 0.2 s"
+    placed = place(ask, _pair(), FAST, 0.0, prefixes)
+    assert placed.verdict == "admitted"
+    assert placed.prefill is None
+    assert placed.decode is not None
+    assert placed.decode.node == "d"
+
+
+def test_several_sequences_of_one_request_are_promised_together_or_not_at_all() -> None:
+    ask = replace(ASK, one_node=True, first_token_left_s=100.0)
+    assert place(replace(ask, sequences=4), _pair(), FAST, 0.0).verdict == "admitted"
+    assert place(replace(ask, sequences=5), _pair(), FAST, 0.0).verdict == "best_effort"
+
+
+def test_at_scale_the_planner_is_asked_of_few_candidates() -> None:
+    nodes = [_node(f"m{index}", RoleName.MIXED) for index in range(40)]
+    placed = place(ASK, nodes, {}, 0.0)
+    assert placed.verdict == "admitted"
+    assert len(placed.candidates) == 8

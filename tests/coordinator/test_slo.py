@@ -17,7 +17,7 @@ CLASSES = {
     "reasoning": SloClass(ttft_scale=3, tpot_ms=100, thinking_tpot_ms=50),
     "floored": SloClass(ttft_scale=5, tpot_ms=100, ttft_floor_ms=400),
 }
-COST = StepCost(base_s=0.025, per_token_s=0.0001)
+COST = StepCost.line(base_s=0.025, per_token_s=0.0001)
 
 
 def test_a_class_scales_the_time_of_a_prefill_alone() -> None:

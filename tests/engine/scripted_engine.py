@@ -30,7 +30,7 @@ NUM_BLOCKS = 64
 MAX_BATCH_TOKENS = 64
 MAX_MODEL_LEN = 100_000
 STEP_S = 0.002
-COST = StepCost(base_s=1e-3, per_token_s=1e-5)
+COST = StepCost.line(base_s=1e-3, per_token_s=1e-5)
 PATIENCE_S = 5.0
 
 

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.base import BatchPlan, Seq
-from engine.batch import MIN_CHUNK_TOKENS, Duty, compose_decode, compose_prefill
+from engine.batch import MIN_CHUNK_TOKENS, Duty, Moment, compose
 from engine.cost import StepCost
 
-COST = StepCost(base_s=25e-3, per_token_s=7e-5)
+COST = StepCost.line(base_s=25e-3, per_token_s=7e-5)
 MAX_BATCH_TOKENS = 512
-Compose = Callable[[Sequence[Seq], Mapping[str, Duty], float, StepCost, int], BatchPlan]
-BOTH: list[Compose] = [compose_decode, compose_prefill]
+NOW = Moment(0.0, COST, MAX_BATCH_TOKENS)
+LARGE = Moment(0.0, COST, 4096)
 
 
 def decoding(work_id: str, drafts: int = 0) -> Seq:
@@ -60,13 +59,10 @@ def is_promised(seq: Seq, duties: Mapping[str, Duty]) -> bool:
     return seq.work_id in duties and not duties[seq.work_id].best_effort
 
 
-@pytest.mark.parametrize("compose", BOTH)
 @given(situation=situations(), max_batch_tokens=st.integers(1, 600))
-def test_every_batch_is_sound(
-    compose: Compose, situation: tuple[list[Seq], dict[str, Duty]], max_batch_tokens: int
-) -> None:
+def test_every_batch_is_sound(situation: tuple[list[Seq], dict[str, Duty]], max_batch_tokens: int) -> None:
     seqs, duties = situation
-    plan = compose(seqs, duties, 0.0, COST, max_batch_tokens)
+    plan = compose(seqs, duties, Moment(0.0, COST, max_batch_tokens))
     ids = [seq.work_id for seq in seqs]
     assert sorted(plan.order) == sorted(ids), "every id once"
     assert plan.skip <= set(ids)
@@ -77,15 +73,20 @@ def test_every_batch_is_sound(
 
 
 @given(situation=situations(), max_batch_tokens=st.integers(1, 600))
-def test_no_promised_token_is_left_out_while_a_prefill_is_in(
+def test_no_token_that_is_due_before_the_next_batch_ends_waits_behind_a_prefill(
     situation: tuple[list[Seq], dict[str, Duty]], max_batch_tokens: int
 ) -> None:
     seqs, duties = situation
-    plan = compose_decode(seqs, duties, 0.0, COST, max_batch_tokens)
-    left_out = [s for s in seqs if s.prefill_left == 0 and is_promised(s, duties) and s.work_id in plan.skip]
-    prefills = [s for s in seqs if s.prefill_left > 0 and s.work_id not in plan.skip]
+    plan = compose(seqs, duties, Moment(0.0, COST, max_batch_tokens))
+    inside = [seq for seq in seqs if seq.work_id not in plan.skip]
+    batch_s = COST.predict(sum(tokens_of(plan, seq) for seq in inside))
+    decodes = [seq for seq in seqs if seq.prefill_left == 0 and is_promised(seq, duties)]
+    alone_s = COST.predict(len(decodes))
+    pace_s = min((duties[s.work_id].tpot_s for s in decodes if duties[s.work_id].tpot_s > alone_s), default=0.0)
+    due = [seq for seq in decodes if duties[seq.work_id].due_s < batch_s + pace_s]
+    prefills = [seq for seq in inside if seq.prefill_left > 0]
     drafts = sum(plan.depth.values())
-    assert not left_out or not (prefills or drafts)
+    assert not [s for s in due if s.work_id in plan.skip] or not (prefills or drafts)
 
 
 @given(situation=situations(), max_batch_tokens=st.integers(1, 600))
@@ -93,103 +94,185 @@ def test_best_effort_takes_nothing_that_a_promise_could_use(
     situation: tuple[list[Seq], dict[str, Duty]], max_batch_tokens: int
 ) -> None:
     seqs, duties = situation
-    plan = compose_prefill(seqs, duties, 0.0, COST, max_batch_tokens)
+    duties = {key: Duty(key, d.first_token_due_s + 9.0, 99.0, None, d.best_effort) for key, d in duties.items()}
+    plan = compose(seqs, duties, Moment(0.0, COST, max_batch_tokens))  # no pace binds: only room is short
     spare = sum(tokens_of(plan, s) for s in seqs if not is_promised(s, duties))
     wanting = [s.prefill_left + 1 - tokens_of(plan, s) for s in seqs if is_promised(s, duties)]
     crumb = min(MIN_CHUNK_TOKENS, max_batch_tokens)
-    assert spare < crumb or not any(wanting)
+    assert spare < crumb or not any(tokens > 0 for tokens in wanting)
 
 
 @given(situation=situations())
 def test_with_room_no_decode_waits(situation: tuple[list[Seq], dict[str, Duty]]) -> None:
     seqs, duties = situation
     decodes = [seq for seq in seqs if seq.prefill_left == 0]
-    plan = compose_decode(decodes, duties, 0.0, StepCost(1e-3, 1e-6), 600)
+    plan = compose(decodes, duties, Moment(0.0, StepCost.line(1e-3, 1e-6), 600))
     assert not plan.skip
 
 
-def test_the_tightest_pace_among_the_decodes_caps_the_batch() -> None:
+@given(situation=situations(), context_s=st.sampled_from([0.0, 1e-6]), work_s=st.sampled_from([0.0, 1e-8]))
+def test_a_batch_ends_by_the_first_due_token_whatever_attention_costs(
+    situation: tuple[list[Seq], dict[str, Duty]], context_s: float, work_s: float
+) -> None:
+    seqs, duties = situation
+    cost = StepCost(COST.pieces, context_s, work_s)
+    plan = compose(seqs, duties, Moment(0.0, cost, 4096))
+    decodes = [s for s in seqs if s.prefill_left == 0 and is_promised(s, duties)]
+    alone_s = cost.predict(
+        len(decodes), seqs=len(decodes), context_tokens=sum(s.computed_tokens for s in decodes)
+    )
+    kept = [duties[s.work_id] for s in decodes if duties[s.work_id].tpot_s > alone_s]
+    if not kept:
+        return
+    allowed_s = max(min(duty.due_s for duty in kept), min(duty.tpot_s for duty in kept) / 2)
+    inside = [seq for seq in seqs if seq.work_id not in plan.skip]
+    batch_s = cost.predict(
+        sum(tokens_of(plan, s) for s in inside),
+        seqs=len(inside),
+        context_tokens=sum(s.computed_tokens for s in inside if s.prefill_left == 0),
+        prefill_work=sum(
+            tokens_of(plan, s) * (s.computed_tokens + tokens_of(plan, s) / 2) for s in inside if s.prefill_left
+        ),
+    )
+    assert batch_s <= max(allowed_s, alone_s) + 1e-9
+
+
+def test_the_first_due_token_caps_the_batch_and_slack_may_be_spent() -> None:
     seqs = [decoding("tight"), decoding("loose"), waiting("prompt", 5000)]
-    duties = {
-        "tight": promise("tight", due_s=10.0, tpot_s=0.05),
-        "loose": promise("loose", due_s=10.0, tpot_s=0.1),
-        "prompt": promise("prompt", due_s=3.0, said=False),
-    }
-    plan = compose_decode(seqs, duties, 0.0, COST, 4096)
-    assert plan.chunk_tokens["prompt"] == COST.tokens_in(0.05) - 2
-    plan = compose_decode(seqs[1:], duties, 0.0, COST, 4096)
-    assert plan.chunk_tokens["prompt"] == COST.tokens_in(0.1) - 1
+    for tight_due_s in (0.05, 0.08, 0.2):
+        duties = {
+            "tight": promise("tight", due_s=tight_due_s, tpot_s=0.05),
+            "loose": promise("loose", due_s=10.0, tpot_s=0.1),
+            "prompt": promise("prompt", due_s=3.0, said=False),
+        }
+        plan = compose(seqs, duties, Moment(0.0, COST, 4096))
+        assert plan.chunk_tokens["prompt"] == COST.tokens_in(tight_due_s) - 1
+        assert plan.skip == {"loose"}
 
 
-def test_a_token_that_is_due_soon_shrinks_the_batch_by_half_at_most() -> None:
+def test_a_loose_token_waits_only_while_a_prefill_needs_its_slot() -> None:
+    duties = {"loose": promise("loose", due_s=10.0, tpot_s=0.1), "tight": promise("tight", 0.05, 0.05)}
+    decodes = [decoding("loose"), decoding("tight")]
+    assert compose(decodes, duties, NOW).skip == frozenset()
+    duties["prompt"] = promise("prompt", 5.0, said=False)
+    assert compose([*decodes, waiting("prompt", 5000)], duties, NOW).skip == {"loose"}
+    assert compose([*decodes, waiting("prompt", 30)], duties, NOW).skip == frozenset(), "there is room for all"
+
+
+def test_nothing_is_held_back_while_memory_binds() -> None:
+    duties = {"loose": promise("loose", due_s=10.0, tpot_s=0.1), "tight": promise("tight", 0.05, 0.05)}
+    duties |= {key: promise(key, 5.0, said=False) for key in ("prompt", "blocked")}
+    seqs = [decoding("loose"), decoding("tight"), waiting("prompt", 5000)]
+    blocked = Seq("blocked", 400, 0, 0, running=False, blocked=True)
+    assert "loose" not in compose([*seqs, blocked], duties, NOW).skip
+
+
+def test_tokens_that_would_crowd_the_next_batch_are_made_ahead() -> None:
+    """All are due at once, and more than a batch holds: some go now, though the next batch is soon enough."""
+    cost = StepCost.line(25e-3, 1e-3)  # a batch of 50 ms holds 25
+    duties = {f"d{i}": promise(f"d{i}", 0.1, 0.1) for i in range(40)}
+    duties |= {"tight": promise("tight", 0.05, 0.05), "prompt": promise("prompt", 9.0, said=False)}
+    seqs = [*(decoding(f"d{i}") for i in range(40)), decoding("tight"), waiting("prompt", 5000)]
+    plan = compose(seqs, duties, Moment(0.0, cost, 512))
+    ahead = sum(1 for key in plan.chunk_tokens if key.startswith("d"))
+    assert ahead >= 15
+
+
+def test_a_batch_ends_by_the_deadline_of_a_prompt_that_ends_in_it() -> None:
+    seqs = [waiting("soon", 500), waiting("later", 5000)]
+    duties = {"soon": promise("soon", 0.1, said=False), "later": promise("later", 5.0, said=False)}
+    plan = compose(seqs, duties, LARGE)
+    assert plan.chunk_tokens == {"soon": 500, "later": COST.tokens_in(0.1) - 500}
+
+
+def test_a_prompt_whose_deadline_is_lost_lets_the_others_go_first() -> None:
+    seqs = [waiting("lost", 500), waiting("kept", 500)]
+    duties = {"lost": promise("lost", 0.01, said=False), "kept": promise("kept", 0.1, said=False)}
+    plan = compose(seqs, duties, NOW)
+    assert plan.order[0] == "kept"
+    assert plan.chunk_tokens["kept"] == 500
+
+
+def test_a_token_that_is_due_soon_shrinks_the_batch_by_half_of_its_pace_at_most() -> None:
     seqs = [decoding("a"), waiting("prompt", 5000)]
-    for gap_s, allowed_s in ((0.2, 0.1), (0.08, 0.08), (0.01, 0.05), (-3.0, 0.05)):
+    for gap_s, allowed_s in ((0.2, 0.2), (0.08, 0.08), (0.01, 0.05), (-3.0, 0.05)):
         duties = {"a": promise("a", due_s=gap_s), "prompt": promise("prompt", 3.0, said=False)}
-        plan = compose_decode(seqs, duties, 0.0, COST, 4096)
+        plan = compose(seqs, duties, LARGE)
         assert plan.chunk_tokens["prompt"] == COST.tokens_in(allowed_s) - 1
 
 
 def test_a_pace_that_nothing_could_keep_does_not_stop_prefills() -> None:
     seqs = [decoding("lost"), waiting("prompt", 5000)]
     duties = {"lost": promise("lost", 1.0, tpot_s=0.01), "prompt": promise("prompt", 3.0, said=False)}
-    assert compose_decode(seqs, duties, 0.0, COST, 512).chunk_tokens["prompt"] == 511
+    assert compose(seqs, duties, NOW).chunk_tokens["prompt"] == 511
 
 
-@pytest.mark.parametrize("compose", BOTH)
-def test_prefills_are_poured_earliest_deadline_first(compose: Compose) -> None:
+def test_prefills_are_poured_earliest_deadline_first() -> None:
     seqs = [waiting("late", 300), waiting("free", 300), waiting("soon", 300)]
     duties = {"late": promise("late", 5.0, said=False), "soon": promise("soon", 1.0, said=False)}
-    plan = compose(seqs, duties, 0.0, COST, MAX_BATCH_TOKENS)
+    plan = compose(seqs, duties, NOW)
     assert plan.chunk_tokens == {"soon": 300, "late": 212}
     assert plan.order == ("soon", "late", "free")
     assert plan.skip == {"free"}
 
 
-@pytest.mark.parametrize("compose", BOTH)
-def test_best_effort_gets_what_is_left_in_the_order_in_which_it_came(compose: Compose) -> None:
+def test_best_effort_gets_what_is_left_in_the_order_in_which_it_came() -> None:
     seqs = [waiting("second", 300), decoding("said"), waiting("third", 300), waiting("first", 100)]
     duties = {"first": promise("first", 1.0, said=False), "third": Duty("third", 0.0, 0.0, best_effort=True)}
-    plan = compose(seqs, duties, 0.0, COST, MAX_BATCH_TOKENS)
+    plan = compose(seqs, duties, NOW)
     assert plan.chunk_tokens == {"first": 100, "said": 1, "second": 300, "third": 111}
 
 
 def test_no_crumbs_of_a_prompt_but_for_its_end() -> None:
     first = promise("first", 1.0, said=False)
-    plan = compose_prefill([waiting("first", 505), waiting("second", 300)], {"first": first}, 0.0, COST, 512)
+    plan = compose([waiting("first", 505), waiting("second", 300)], {"first": first}, NOW)
     assert plan.skip == {"second"}
-    plan = compose_prefill([waiting("first", 505), waiting("second", 7)], {"first": first}, 0.0, COST, 512)
+    plan = compose([waiting("first", 505), waiting("second", 7)], {"first": first}, NOW)
     assert plan.chunk_tokens == {"first": 505, "second": 7}
 
 
 def test_drafts_are_verified_with_what_prefills_leave() -> None:
     seqs = [decoding("a", drafts=4), decoding("b", drafts=4), waiting("prompt", 500)]
-    duties = {key: promise(key, 10.0, tpot_s=1.0) for key in ("a", "b")}
+    duties = {key: promise(key, 1.0, tpot_s=1.0) for key in ("a", "b")}
     duties["prompt"] = promise("prompt", 20.0, said=False)
-    assert compose_decode(seqs[:2], duties, 0.0, COST, MAX_BATCH_TOKENS).depth == {"a": 4, "b": 4}
-    plan = compose_decode(seqs, duties, 0.0, COST, 508)
+    assert compose(seqs[:2], duties, NOW).depth == {"a": 4, "b": 4}
+    plan = compose(seqs, duties, Moment(0.0, COST, 508))
     assert plan.chunk_tokens == {"a": 5, "b": 3, "prompt": 500}
     assert plan.depth == {"a": 4, "b": 2}
+    assert plan.draft_tokens is None
 
 
-@pytest.mark.parametrize("compose", BOTH)
-def test_best_effort_makes_way_for_a_promise_that_was_blocked(compose: Compose) -> None:
+def test_a_planned_depth_is_kept_before_prefills_are_poured() -> None:
+    seqs = [decoding("deep", drafts=4), decoding("plain", drafts=4), waiting("prompt", 5000)]
+    duties = {
+        "deep": Duty("deep", 0.0, 1.0, 1.0, depth=3),
+        "plain": Duty("plain", 0.0, 1.0, 1.0, depth=1),
+        "prompt": promise("prompt", 20.0, said=False),
+    }
+    plan = compose(seqs, duties, NOW)
+    assert plan.depth == {"deep": 2, "plain": 0}
+    assert plan.chunk_tokens == {"deep": 3, "plain": 1, "prompt": 508}
+    assert plan.draft_tokens == 2
+
+
+def test_best_effort_makes_way_for_a_promise_that_was_blocked() -> None:
     blocked = Seq("promised", 400, 0, 0, running=False, blocked=True)
     seqs = [decoding("early"), decoding("late"), blocked, waiting("behind", 300)]
     duties = {"promised": promise("promised", 1.0, said=False), "early": promise("early", 9.0)}
-    plan = compose(seqs, duties, 0.0, COST, MAX_BATCH_TOKENS)
+    plan = compose(seqs, duties, NOW)
     assert plan.preempt == ("late",)
     assert plan.chunk_tokens["promised"] == 400
     assert plan.chunk_tokens["behind"] == 300, "what the blocked one may not use again is not lost"
     duties["late"] = promise("late", 9.0)
-    assert compose(seqs, duties, 0.0, COST, MAX_BATCH_TOKENS).preempt == ()
+    assert compose(seqs, duties, NOW).preempt == ()
     seqs[2] = waiting("promised", 400)
     del duties["late"]
-    assert compose(seqs, duties, 0.0, COST, MAX_BATCH_TOKENS).preempt == ()
+    assert compose(seqs, duties, NOW).preempt == ()
 
 
 def test_a_pulled_prompt_goes_with_the_decodes() -> None:
     pulled = Seq("pulled", 400, 399, 0, running=False)
-    duties = {"pulled": promise("pulled", 0.01, said=False), "prompt": promise("prompt", 0.0, said=False)}
-    plan = compose_decode([waiting("prompt", 5000), pulled], duties, 0.0, COST, MAX_BATCH_TOKENS)
+    duties = {"pulled": promise("pulled", 0.01, said=False), "prompt": promise("prompt", 9.0, said=False)}
+    plan = compose([waiting("prompt", 5000), pulled], duties, NOW)
     assert plan.order[0] == "pulled"
     assert plan.chunk_tokens["pulled"] == 1

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine import messages
+from engine.cost import Piece, StepCost
 from engine.errors import ProtocolError
 from engine.messages import VERSION, Message, decode, encode
 
@@ -30,7 +31,21 @@ def _strategy(kind: type[Any]) -> st.SearchStrategy[Any]:
     return st.builds(kind, **{name: _values(hints[name]) for name in names})
 
 
+_terms = st.floats(0.0, 1e3)
+_pieces = st.builds(Piece, _terms, st.floats(1e-9, 1e3), _terms)
+_costs = st.builds(
+    StepCost,
+    st.lists(_pieces, min_size=1, max_size=3).map(tuple),
+    _terms,
+    _terms,
+    _terms,
+    drift=st.floats(0.1, 9),
+)
+
+
 def _values(hint: Any) -> st.SearchStrategy[Any]:
+    if hint is StepCost:
+        return _costs
     if isinstance(hint, type) and (dataclasses.is_dataclass(hint) or issubclass(hint, msgspec.Struct)):
         return _strategy(hint)
     if hint is float:

@@ -388,10 +388,10 @@ def test_an_idle_node_forgets_that_it_was_slow(serve: Serve) -> None:
     client.send(submit("r", max_tokens=60))
     client.stream("r")
     slow = coordinator.report(is_idle)
-    assert slow.cost_base_s > 3 * slow.idle_base_s
+    assert slow.cost.drift > 3 * slow.idle_cost.drift
     served.put_clock_forward(60.0)
-    rested = coordinator.report(lambda report: report.cost_base_s < 1.1 * report.idle_base_s)
-    assert rested.cost_per_token_s == pytest.approx(rested.idle_per_token_s, rel=0.1)
+    rested = coordinator.report(lambda report: report.cost.drift < 1.1 * report.idle_cost.drift)
+    assert rested.cost.predict(100) == pytest.approx(rested.idle_cost.predict(100), rel=0.1)
 
 
 # ---- what fails ------------------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ from transformers import AutoTokenizer
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
 from engine.base import BatchPlan, Engine, Seq, Work
-from engine.batch import Duty, compose_decode
+from engine.batch import Duty, Moment
+from engine.batch import compose as compose_batch
 from engine.cost import StepCost
 from engine.errors import MissingHook, RequestError
 from engine.models import make_model
@@ -214,7 +215,7 @@ def test_a_promise_gets_the_slots_and_the_memory_of_best_effort(
     duties = {"promised": Duty("promised", first_token_due_s=0.0, tpot_s=1.0)}
 
     def compose(seqs: Sequence[Seq]) -> BatchPlan:
-        return compose_decode(seqs, duties, 0.0, StepCost(1e-3, 1e-5), 128)
+        return compose_batch(seqs, duties, Moment(0.0, StepCost.line(1e-3, 1e-5), 128))
 
     best_effort = works()[:SLOTS]
     drive = Drive(engine, compose).submit(*best_effort)

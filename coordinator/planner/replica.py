@@ -1,0 +1,194 @@
+"""From a node's own account to an admission problem: what it has promised, and who asks to be let in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from coordinator.planner.instance import Decode, Instance, Newcomer, Prefill, Tier
+from coordinator.planner.lengths import KnownLengths, LengthDistribution, Lengths
+from coordinator.planner.memory import Resident, outlook
+from engine.cost import StepCost
+from engine.messages import WorkState
+from engine.request import WorkKind
+
+MOST_TIERS = 8  # paces beyond are rounded down to the next one of these many
+THETA = 0.7  # of the time that accepted tokens give on average: they come at random (paper's rule, corrected)
+TOLERANCE = 0.05  # of the decode time so far: later than that a promise is broken (the scoring rule)
+ONE_TOKEN: LengthDistribution = KnownLengths().lengths("", 0, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """What a node can do, and what it has taken on.
+
+    `age_s`: since it said so. `step_s`: what a batch in flight may still take. `margin`: for model error, of
+    what steps take. `max_depth`: most tokens of a verify; 1 where nothing is drafted.
+    """
+
+    cost: StepCost
+    max_batch_tokens: int
+    kv_tokens: int
+    block_tokens: int
+    max_seqs: int
+    works: Sequence[WorkState] = ()
+    age_s: float = 0.0
+    step_s: float = 0.0
+    margin: float = 0.0
+    max_depth: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Asking:
+    """Who asks: `tokens` of its prompt are to be computed here within `left_s`, `cached_tokens` have KV here.
+
+    `tpot_s` is None where it decodes elsewhere. `sequences` of the same are let in together or not at all.
+    """
+
+    id: str
+    tokens: int
+    cached_tokens: int
+    left_s: float
+    tpot_s: float | None
+    max_tokens: int
+    class_name: str
+    sequences: int = 1
+
+
+def to_instance(replica: Replica, asking: Asking, lengths: Lengths) -> Instance:
+    """The admission problem of `asking` on `replica`. What is broken already is no promise any more."""
+    cost = replace(replica.cost, drift=replica.cost.drift * (1 + replica.margin))
+    shift_s = replica.age_s + (replica.step_s if replica.works else 0.0)
+    promised = [work for work in replica.works if not work.best_effort]
+    decoding = [
+        work for work in promised if work.kind is not WorkKind.PREFILL and work.prefill_left_tokens == 0
+    ]
+    computing = [work for work in promised if work.prefill_left_tokens > 0]
+    names = _tiers([*(work.tpot_s for work in promised), *([] if asking.tpot_s is None else [asking.tpot_s])])
+    floor_s = cost.predict(
+        len(decoding) + 1, seqs=len(decoding), context_tokens=sum(map(_context_tokens, decoding))
+    )
+    chances = _acceptance(decoding, names)
+    decodes = []
+    late = 0
+    for work in decoding:
+        due_s = _due_left_s(work) - shift_s
+        if due_s < -max(work.tpot_s, TOLERANCE * work.output_tokens * work.tpot_s):
+            late += 1
+        else:
+            due_s = max(due_s, floor_s)
+            decodes.append(Decode(_name(work), names[work.tpot_s], due_s, _context_tokens(work)))
+    prefills = []
+    for work in computing:
+        left_s = work.first_token_left_s - shift_s
+        tokens = work.prefill_left_tokens + 1
+        cached = work.prompt_tokens + work.output_tokens - tokens
+        if left_s >= cost.prefill_alone_s(cached + tokens, replica.max_batch_tokens, max(cached, 0)):
+            tier = None if work.kind is WorkKind.PREFILL else names[work.tpot_s]
+            prefills.append(Prefill(_name(work), tokens, left_s, tier, max(cached, 0)))
+    residents = [_resident(work, lengths, shift_s) for work in promised]
+    view = outlook(residents, [_newcomer_resident(asking, lengths)], replica.kv_tokens, replica.block_tokens)
+    newcomer = Newcomer(
+        id=asking.id,
+        tokens=max(asking.tokens, 1),
+        deadline_s=max(asking.left_s - shift_s, 0.0),
+        tier=None if asking.tpot_s is None else names[asking.tpot_s],
+        kv_tokens=view.charges[0],
+        cached_tokens=asking.cached_tokens,
+    )
+    asked = [_numbered(newcomer, index) for index in range(asking.sequences)]
+    return Instance(
+        cost=cost,
+        max_batch_tokens=replica.max_batch_tokens,
+        tiers=tuple(Tier(name, tpot_s, chances.get(name)) for tpot_s, name in _distinct(names)),
+        decodes=tuple(decodes),
+        prefills=tuple(prefills),
+        newcomers=tuple(asked),
+        free_kv=view.free,
+        free_seqs=max(replica.max_seqs - len(promised), 0),
+        late_seqs=late,
+        max_depth=replica.max_depth,
+        theta=THETA,
+    )
+
+
+def expected_residence_s(asking: Asking, lengths: Lengths) -> float:
+    """How long it is likely to decode; 0 where it decodes elsewhere."""
+    if asking.tpot_s is None:
+        return 0.0
+    known = lengths.lengths(asking.class_name, asking.tokens + asking.cached_tokens, asking.max_tokens)
+    return known.mean_remaining() * asking.tpot_s
+
+
+def _numbered(newcomer: Newcomer, index: int) -> Newcomer:
+    if index == 0:
+        return newcomer
+    return Newcomer(
+        f"{newcomer.id}/{index}",
+        newcomer.tokens,
+        newcomer.deadline_s,
+        newcomer.tier,
+        newcomer.kv_tokens,
+        newcomer.value,
+        newcomer.cached_tokens,
+    )
+
+
+def _tiers(paces_s: Iterable[float]) -> dict[float, str]:
+    """A tier for each pace. Too many are rounded down, to steps of equal ratio: a promise gets no looser."""
+    distinct = sorted(set(paces_s))
+    if len(distinct) <= MOST_TIERS:
+        return {pace_s: f"{pace_s * 1e3:g} ms" for pace_s in distinct}
+    ratio = (distinct[-1] / distinct[0]) ** (1 / MOST_TIERS)
+    names = {}
+    for pace_s in distinct:
+        step = min(int(math.log(pace_s / distinct[0]) / math.log(ratio) + 1e-9), MOST_TIERS - 1)
+        names[pace_s] = f"{distinct[0] * ratio**step * 1e3:g} ms"
+    return names
+
+
+def _acceptance(works: Sequence[WorkState], names: dict[float, str]) -> dict[str, float]:
+    """Mean chance that a drafted token is right, by tier."""
+    seen: dict[str, list[float]] = {}
+    for work in works:
+        if work.acceptance is not None:
+            seen.setdefault(names[work.tpot_s], []).append(work.acceptance)
+    return {name: sum(chances) / len(chances) for name, chances in seen.items()}
+
+
+def _distinct(names: dict[float, str]) -> list[tuple[float, str]]:
+    """(pace, name) of each tier, the pace of a rounded one being the tightest it stands for."""
+    paces: dict[str, float] = {}
+    for pace_s, name in names.items():
+        paces[name] = min(paces.get(name, math.inf), pace_s)
+    return [(pace_s, name) for name, pace_s in paces.items()]
+
+
+def _name(work: WorkState) -> str:
+    return f"{work.request_id}#{work.attempt}"
+
+
+def _context_tokens(work: WorkState) -> int:
+    return work.prompt_tokens + work.output_tokens
+
+
+def _due_left_s(work: WorkState) -> float:
+    return work.first_token_left_s if work.next_due_left_s is None else work.next_due_left_s
+
+
+def _resident(work: WorkState, lengths: Lengths, shift_s: float) -> Resident:
+    starts_s = max(work.first_token_left_s - shift_s, 0.0) if work.output_tokens == 0 else 0.0
+    if work.kind is WorkKind.PREFILL:
+        return Resident(work.prompt_tokens, 0, 1.0, ONE_TOKEN, starts_s)
+    known = lengths.lengths(work.class_name, work.prompt_tokens, max(work.max_tokens, 1))
+    return Resident(work.prompt_tokens, work.output_tokens, work.tpot_s, known, starts_s)
+
+
+def _newcomer_resident(asking: Asking, lengths: Lengths) -> Resident:
+    prompt_tokens = asking.tokens + asking.cached_tokens
+    starts_s = max(asking.left_s, 0.0)
+    if asking.tpot_s is None:
+        return Resident(prompt_tokens, 0, 1.0, ONE_TOKEN, starts_s)
+    known = lengths.lengths(asking.class_name, prompt_tokens, max(asking.max_tokens, 1))
+    return Resident(prompt_tokens, 0, asking.tpot_s, known, starts_s)
