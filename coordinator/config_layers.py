@@ -36,6 +36,25 @@ def shipped_configs() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
+def find_profile(path_or_name: str | None, model: str) -> Path | None:
+    """The file of a step profile; without a name, the one that ships for `model`, if one does.
+
+    Raises ValueError if the name is of neither.
+    """
+    folder = Path(configs.__path__[0]) / "profiles"
+    if path_or_name is None:
+        shipped = folder / f"{model}.json"
+        return shipped if "/" not in model and shipped.exists() else None
+    for path in (Path(path_or_name), folder / f"{path_or_name}.json"):
+        if path.is_file():
+            return path.resolve()
+    names = ", ".join(sorted(path.stem for path in folder.glob("*.json")))
+    raise ValueError(
+        f"there is no such file, and no profile of that name ships ({names} do); "
+        "`slosserve profile run` and `slosserve profile fit` make one"
+    )
+
+
 def find_config(path_or_name: str | Path) -> Path:
     """A file as it is, or a shipped configuration by its name. Raises ConfigError if there is neither."""
     path = Path(path_or_name)

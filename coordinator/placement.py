@@ -17,7 +17,7 @@ from coordinator.planner.lengths import Lengths
 from coordinator.planner.loss import loss_s
 from coordinator.planner.replica import Asking, expected_residence_s, to_instance
 from coordinator.prefixes import PrefixDirectory
-from engine.messages import NodeAddress, NodeLoad, Place, Placed, WorkState
+from engine.messages import NodeAddress, Place, Placed, WorkState
 from engine.request import RoleName, WorkKind
 from kv_transfer.base import Link
 
@@ -235,22 +235,6 @@ def _ask(node: NodeMirror, asking: Asking, knowledge: Knowledge, now_s: float) -
     plan = solve(instance)
     left_out = plan.deferred.get(asking.id) or next(iter(plan.deferred.values()), "")
     return Decision(node.name, instance, plan), left_out
-
-
-def place_best_effort(nodes: Sequence[NodeLoad], *, one_node: bool) -> tuple[NodeLoad | None, NodeLoad] | None:
-    """Where a request without a promise goes: the least loaded pair, or node. None if nobody can serve it."""
-    by_role = {
-        role: min((node for node in nodes if node.role is role), key=lambda node: node.requests, default=None)
-        for role in RoleName
-    }
-    mixed, prefill, decode = by_role[RoleName.MIXED], by_role[RoleName.PREFILL], by_role[RoleName.DECODE]
-    if decode is None:
-        return None if mixed is None else (None, mixed)
-    paired = prefill if not one_node else None
-    busiest = max(decode.requests, 0 if paired is None else paired.requests)
-    if mixed is not None and mixed.requests <= busiest:
-        return None, mixed
-    return paired, decode
 
 
 def _accept(request: Place, chosen: Candidate, verdict: str, judged: dict[str, str], now_s: float) -> Placed:

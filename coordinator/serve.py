@@ -23,6 +23,7 @@ from coordinator.cluster import NodeRef, connect, list_nodes, start_node
 from coordinator.config import ClusterConfig
 from coordinator.decider import Decider
 from coordinator.endpoint.links import ADDRESS_FILE
+from coordinator.planner.admission import warm_up
 from coordinator.service import Coordinator
 from engine.errors import SlosserveError
 from engine.request import RoleName
@@ -55,6 +56,7 @@ def node_spec(config: ClusterConfig, name: str, run_dir: Path) -> dict[str, Any]
         "host": LOOPBACK if (config.ray.address or "").startswith(LOOPBACK) else None,
         "log": str(run_dir / "logs" / f"{name}.log"),
         "roles": ROLES,
+        "step_profile": None if config.step_profile is None else str(config.step_profile),
         "max_waiting": config.endpoint.max_waiting,
         "peer_silent_s": config.timeouts.endpoint_silent_s,
         "clock_skew_s": config.clock_skew_s.get(name, 0.0),
@@ -123,7 +125,7 @@ async def serve(run_dir: Path) -> None:
     names = node_names(config)
     coordinator.expect(names)
     serving = asyncio.create_task(coordinator.run())
-    await asyncio.to_thread(nodes.connect)
+    await asyncio.gather(asyncio.to_thread(warm_up), asyncio.to_thread(nodes.connect))
     await asyncio.gather(*(_start(nodes, coordinator, name, role) for name, role in names.items()))
     say("links", state="measuring")
     while not coordinator.ready:

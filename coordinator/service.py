@@ -18,11 +18,11 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from coordinator.best_effort import place_best_effort
 from coordinator.decider import Decider, Promotion
 from coordinator.links import MeasuredLinks
 from coordinator.mirror import NodeMirror
 from coordinator.peer import Peer
-from coordinator.placement import place_best_effort
 from coordinator.pools import PoolNode, plan_flips, sizes
 from coordinator.scorecard import Scorecard
 from engine.cost import StepCost

@@ -117,6 +117,7 @@ class StepReport:
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     preempted: int = 0
+    prefill_kv_tokens: int = 0  # KV that prefill chunks read, of what was computed before
 
 
 @dataclass(frozen=True, slots=True)

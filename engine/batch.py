@@ -69,6 +69,7 @@ class _Pour:
         self.tokens = 0
         self.context_tokens = 0
         self.prefill_work = 0.0
+        self.prefill_kv_tokens = 0
 
     def seconds(self) -> float:
         """How long the batch takes as it is."""
@@ -77,6 +78,7 @@ class _Pour:
             seqs=len(self.order),
             context_tokens=self.context_tokens,
             prefill_work=self.prefill_work,
+            prefill_kv_tokens=self.prefill_kv_tokens,
         )
 
     def spare_tokens(self) -> int:
@@ -88,6 +90,7 @@ class _Pour:
             seqs=len(self.order),
             context_tokens=self.context_tokens,
             prefill_work=self.prefill_work,
+            prefill_kv_tokens=self.prefill_kv_tokens,
         )
         return min(self.room, within - self.tokens)
 
@@ -123,11 +126,12 @@ class _Pour:
             self.limit_s = left_s
         crumb = chunk < min(needed, MIN_CHUNK_TOKENS)
         if chunk > 0 and not (crumb and self.order):
-            before = (self.tokens, self.room, self.prefill_work)
+            before = (self.tokens, self.room, self.prefill_work, self.prefill_kv_tokens)
             self._take(seq, chunk)
             self.prefill_work += chunk * (seq.computed_tokens + chunk / 2)
+            self.prefill_kv_tokens += seq.computed_tokens
             if seq.blocked:  # so far it has used none: others are in the batch as if it were not
-                self.tokens, self.room, self.prefill_work = before
+                self.tokens, self.room, self.prefill_work, self.prefill_kv_tokens = before
 
     def _chunk_in(self, seconds: float, seq: Seq) -> int:
         return self.cost.chunk_in(
@@ -137,6 +141,7 @@ class _Pour:
             seqs=len(self.order),
             context_tokens=self.context_tokens,
             prefill_work=self.prefill_work,
+            prefill_kv_tokens=self.prefill_kv_tokens,
         )
 
     def _take(self, seq: Seq, tokens: int) -> None:

@@ -174,6 +174,7 @@ class StepCost:
             context_tokens=report.decode_context_tokens,
             prefill_work=report.prefill_work,
             draft_steps=draft_steps,
+            prefill_kv_tokens=report.prefill_kv_tokens,
         )
 
     def scaled(self, factor: float) -> StepCost:

@@ -121,6 +121,7 @@ class _Step:
     decode_seqs: int = 0
     decode_context_tokens: int = 0
     prefill_work: float = 0.0
+    prefill_kv_tokens: int = 0
     drafted_tokens: int = 0
     preempted: int = 0
 
@@ -134,6 +135,7 @@ class _Step:
             self.decode_context_tokens += computed_tokens
         else:
             self.prefill_work += new_tokens * (computed_tokens + new_tokens / 2)
+            self.prefill_kv_tokens += computed_tokens
 
     def report(self, seconds: float, accepted_tokens: int) -> StepReport:
         """The finished step."""
@@ -147,6 +149,7 @@ class _Step:
             drafted_tokens=self.drafted_tokens,
             accepted_tokens=accepted_tokens,
             preempted=self.preempted,
+            prefill_kv_tokens=self.prefill_kv_tokens,
         )
 
 

@@ -29,6 +29,7 @@ from vllm.v1.engine.parallel_sampling import ParentRequest
 from vllm.v1.metrics.loggers import StatLoggerManager
 from vllm.v1.metrics.stats import IterationStats
 
+from coordinator.best_effort import place_best_effort
 from coordinator.config import ClusterConfig
 from coordinator.endpoint.context import RequestContext, current
 from coordinator.endpoint.features import ServedBy, served_by
@@ -37,7 +38,6 @@ from coordinator.endpoint.links import CoordinatorLink, NodeLinks
 from coordinator.endpoint.metrics import EndpointMetrics
 from coordinator.endpoint.slo import XARGS_FIELDS, read_asked, to_slo
 from coordinator.endpoint.text_client import TextEngineClient
-from coordinator.placement import place_best_effort
 from engine.base import Output
 from engine.cost import StepCost
 from engine.errors import NoCapacity, RequestError, SlosserveError

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from coordinator.planner import labels
-from coordinator.planner.instance import Instance, Newcomer, Prefill
+from coordinator.planner.instance import Instance, Newcomer, Prefill, Tier
 from engine.cost import StepCost
 from engine.speculation import TierLoad, allowed_s, choose_depths, expected_tokens
 
@@ -107,6 +107,10 @@ class Problem:
         if len(decodes):
             np.minimum.at(self.active_s, tiers, np.maximum(due_s - self.period_s[tiers], 0.0))
         self.full_s = full
+        nobody = np.zeros(count)
+        length_s = float(min([full, *self.period_s[self.running > 0]]))
+        held = labels.capacity(length_s, self.line, self.load, self.period_s, nobody, self.tier_s, nobody)
+        self.chunk_tokens = max(held, 1.0)
         ends_s = [one.deadline_s for one in instance.prefills] + [one.deadline_s for one in instance.newcomers]
         horizon_s = max(ends_s, default=0.0)
         horizon_s += 2 * max([full, *self.period_s]) if count else full
@@ -159,7 +163,13 @@ class Problem:
         """Tokens of a prompt, attention counted as tokens: the sum of chunk * (kv + chunk / 2) telescopes."""
         work = prompt.tokens * (prompt.cached_tokens + prompt.tokens / 2)
         attention_s = cost.per_prefill_work_s * cost.drift * work
+        attention_s += cost.per_prefill_kv_token_s * cost.drift * self._read_tokens(prompt)
         return float(prompt.tokens + np.ceil(attention_s / self.steepest_s))
+
+    def _read_tokens(self, prompt: Prefill | Newcomer) -> float:
+        """KV tokens that its chunks read: each reads what is there before it. Chunks as the paces now allow."""
+        later = np.ceil(prompt.tokens / self.chunk_tokens) - 1
+        return float(prompt.cached_tokens * (later + 1) + self.chunk_tokens * later * (later + 1) / 2)
 
     def search(self, modes: np.ndarray[Any, Any], lower: float = -1.0, limit: int = SEARCH_LABELS) -> Found:
         """Run the search with each item dropped, mandatory or optional."""
@@ -228,6 +238,12 @@ def solve(instance: Instance, *, why: bool = True) -> Plan:
         return Plan(False, (), {one.id: reason for one in instance.newcomers}, 0.0, True, "none", 0)
     found, method, exact = _choose(problem, promised)
     return _plan(problem, found, method, exact, why=why)
+
+
+def warm_up() -> None:
+    """Compile the search, or load it from the cache (seconds), before the first request asks."""
+    asking = Newcomer("warm-up", 100, 1.0, "pace", (100,))
+    solve(Instance(StepCost.line(0.01, 1e-4), 512, (Tier("pace", 0.05),), newcomers=(asking,)))
 
 
 def _choose(problem: Problem, promised: Found) -> tuple[Found, str, bool]:

@@ -13,7 +13,6 @@ time a call than the same code in Python.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 from numba import njit
@@ -413,13 +412,3 @@ def _dominates(one, two, val, pb, seqs, counts, mem, w, tight):  # type: ignore[
             if mem[one, k] > mem[two, k] or w[one, k] < w[two, k]:
                 return False
     return True
-
-
-def warm_up() -> None:
-    """Compile (or load from the cache) before the first request asks."""
-    from coordinator.planner.admission import solve
-    from coordinator.planner.instance import Instance, Newcomer, Tier
-    from engine.cost import StepCost
-
-    newcomer: Any = Newcomer("warm-up", 100, 1.0, "pace", (100,))
-    solve(Instance(StepCost.line(0.01, 1e-4), 512, (Tier("pace", 0.05),), newcomers=(newcomer,)))

@@ -1,9 +1,10 @@
 """KV memory over time, while output lengths are unknown: what is free for newcomers, and what each would take.
 
 A request that is alive holds its prompt and the tokens made so far; it ends at a random length. What is
-promised fits if `mean + z * sd` of the KV held is at most the capacity at every time that matters. So that the
-planner can add, sd is replaced by its tangent, `sqrt(a)/2 + variance/(2 sqrt(a))`: never below it (the root is
-concave), a sum over requests, and equal to it where the variance is the `a` that is expected.
+promised fits if `mean + z * sd` of the KV held is at most the capacity at every time that matters. That is made
+linear, so that the planner can add: free KV is what the running leave, and a newcomer's charge is its mean and
+what it adds to `z * sd` beside the running alone, never over all it could hold. The root is concave, so charges
+add up to no less than the joint need. (A burst on an empty replica is charged too much: it takes some calls.)
 
 `z` starts where, on the first halves of the traces of benchmarks.lengths, at most 1 % of promises were broken
 for want of memory on each; then `next_z` follows what happens. It is well below the 2.3 of 1 % at one moment:
@@ -89,22 +90,11 @@ def outlook(
     sure = run_mean + z * np.sqrt(run_variance) >= run_most
     run_mean, run_variance = np.where(sure, run_most, run_mean), np.where(sure, 0.0, run_variance)
     usable_tokens = capacity_tokens - capacity_tokens % block_tokens
-    around = _expected_variance(usable_tokens - run_mean, run_variance, mean[count:], variance[count:])
-    slope = np.divide(z / 2, np.sqrt(around), out=np.zeros_like(around), where=around > 0)
-    left = usable_tokens - run_mean - z / 2 * np.sqrt(around) - slope * run_variance
-    charge = np.minimum(mean[count:] + slope * variance[count:], most[count:])
-    free = np.minimum.reduceat(left, first_cell)
-    charge = np.maximum.reduceat(charge, first_cell, axis=1)
+    run_sd = np.sqrt(run_variance)
+    free = np.minimum.reduceat(usable_tokens - run_mean - z * run_sd, first_cell)
+    added = z * (np.sqrt(run_variance + variance[count:]) - run_sd)
+    charge = np.maximum.reduceat(np.minimum(mean[count:] + added, most[count:]), first_cell, axis=1)
     return Outlook(_intervals(free, cell_ends_s, first_cell), _whole(charge))
-
-
-def _expected_variance(left: Floats, run_variance: Floats, mean: Floats, variance: Floats) -> Floats:
-    """[cells] variance with those let in that fit by their means, at least one: where the line is drawn."""
-    if not len(mean):
-        return run_variance
-    share = np.clip(left / np.maximum(mean.sum(axis=0), 1.0), 1 / len(mean), 1.0)
-    expected: Floats = run_variance + share * variance.sum(axis=0)
-    return expected
 
 
 def free_kv(

@@ -34,8 +34,7 @@ from benchmarks.planner_speed import (
     time_compose,
 )
 from benchmarks.planner_value import CASES, ORDERS, Case, best_subset, compare, draw_overloads, in_order
-from coordinator.planner.admission import Problem, solve
-from coordinator.planner.labels import warm_up
+from coordinator.planner.admission import Problem, solve, warm_up
 
 SEED = 3
 SMALL = Shape(running=6, newcomers=4, tiers=2, memory_tight=True)

@@ -29,6 +29,7 @@ def test_every_table_is_scored_and_drawn(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     results = json.loads(out.read_text(encoding="utf-8"))
     assert [table["name"] for table in results["tables"]] == ["a", "noisy"]
+    assert (results["tables"][0]["rows"], results["tables"][0]["held_out_rows"]) == (100, 20)
     assert results["tables"][0]["r2"] > 0.97
     assert not results["targets"]["median_error"]["met"]
     assert {path.name for path in (tmp_path / "out" / "steps").iterdir()} == {"a.png", "noisy.png"}

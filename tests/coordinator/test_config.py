@@ -169,3 +169,13 @@ def test_configuration_is_read_only() -> None:
     config = load_config("laptop")
     with pytest.raises(ValidationError):
         config.model = "other"
+
+
+def test_a_step_profile_is_found_by_name_by_path_or_by_the_model() -> None:
+    assert load_config(None, {"model": "tiny"}).step_profile is not None
+    assert load_config(None, {"model": "some/model"}).step_profile is None
+    named = load_config(None, {"model": "some/model", "engine.step_profile": "scale"}).step_profile
+    assert named is not None
+    assert named.name == "scale.json"
+    with pytest.raises(ConfigError, match=r"engine\.step_profile: there is no such file.*scale, tiny"):
+        load_config(None, {"engine.step_profile": "nowhere.json"})

@@ -7,8 +7,9 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coordinator.best_effort import place_best_effort
 from coordinator.mirror import NodeMirror
-from coordinator.placement import Knowledge, place_best_effort
+from coordinator.placement import Knowledge
 from coordinator.placement import place as place_and_explain
 from coordinator.planner.lengths import LearnedLengths
 from coordinator.prefixes import PrefixDirectory

@@ -25,7 +25,7 @@ from tests.planner.step_search import FOUND, UNDECIDED, enough_time, search
 HORIZON_TPOTS = 3
 
 
-EFFORT = 50_000_000  # comparisons of states in one search; beyond it the answer is Undecided
+EFFORT = 20_000_000  # comparisons of states in one search; beyond it the answer is Undecided
 
 
 class Undecided(Exception):
@@ -64,7 +64,19 @@ def feasible(case: Case, accepted: Iterable[str]) -> bool:
     if _plainly_infeasible(case, ids):
         return False
     newcomers = [job for job in case.newcomers if job.id in ids]
-    return any(_searched(case, newcomers, starts) for starts in _earliest_starts(case, newcomers))
+    searches = [_rows(case, newcomers, starts) for starts in _earliest_starts(case, newcomers)]
+    for effort in (EFFORT // 1000, EFFORT // 20, EFFORT):
+        open_ = []
+        for rows in searches:
+            answers = [search(*rows, True, effort), search(*rows, False, effort)]
+            if FOUND in answers:
+                return True
+            if answers[1] == UNDECIDED:
+                open_.append(rows)
+        if not open_:
+            return False
+        searches = open_
+    raise Undecided(f"more than {EFFORT} comparisons")
 
 
 def _plainly_infeasible(case: Case, ids: frozenset[str]) -> bool:
@@ -76,16 +88,6 @@ def _plainly_infeasible(case: Case, ids: frozenset[str]) -> bool:
         return True
     rows = _rows(case, newcomers, (0,) * len(newcomers))
     return not enough_time(*rows[:-1])
-
-
-def _searched(case: Case, newcomers: list[Job], starts: tuple[int, ...]) -> bool:
-    rows = _rows(case, newcomers, starts)
-    answer = search(*rows, True, EFFORT)
-    if answer != FOUND:
-        answer = search(*rows, False, EFFORT)
-    if answer == UNDECIDED:
-        raise Undecided(f"more than {EFFORT} comparisons")
-    return bool(answer == FOUND)
 
 
 def _rows(case: Case, newcomers: list[Job], starts: tuple[int, ...]) -> tuple[Any, ...]:
