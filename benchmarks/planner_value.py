@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.mixes import SCENARIOS, Mix, overload
-from coordinator.planner.admission import Plan, Problem, solve, take_in_order
+from coordinator.planner.admission import Plan, Problem, solve
 from coordinator.planner.instance import Instance
 
 BURST = (4, 16)
@@ -102,7 +102,7 @@ def in_order(instance: Instance, name: str) -> float:
     promised = problem.feasible(())
     if promised is None:
         return 0.0
-    return max(take_in_order(problem, ORDERS[name](problem), promised).value, 0.0)
+    return max(problem.take_in_order(ORDERS[name](problem), promised).value, 0.0)
 
 
 def best_subset(instance: Instance) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from coordinator.planner.memory import OVERFLOW_Z, next_z
 from coordinator.planner.replica import Replica
 from engine.messages import Report, WorkState
 from engine.request import RoleName, WorkKind, work_id
@@ -37,10 +38,14 @@ class NodeMirror:
     report: Report | None = None
     reported_s: float = 0.0
     state: str = "starting"
+    overflow_z: float = OVERFLOW_Z
     placed: dict[str, Placement] = field(default_factory=dict)
 
     def take_report(self, report: Report, now_s: float) -> None:
         """Adopt the node's own account; placements that it shows are no longer ours to count."""
+        if self.report is not None and self.report.boot_id == report.boot_id:
+            overflowed = report.promises_preempted - self.report.promises_preempted
+            self.overflow_z = next_z(self.overflow_z, 0, overflowed)
         self.report = report
         self.reported_s = now_s
         self.role = report.role
@@ -53,7 +58,9 @@ class NodeMirror:
         }
 
     def place(self, state: WorkState, now_s: float) -> None:
-        """Count a placement until a report shows it."""
+        """Count a placement until a report shows it. Every promise lets the reserve of memory shrink a bit."""
+        if not state.best_effort:
+            self.overflow_z = next_z(self.overflow_z, 1, 0)
         grace_s = PAIR_GRACE_S if state.kind is WorkKind.DECODE else PLACED_GRACE_S
         self.placed[work_id(state.request_id, state.attempt)] = Placement(state, now_s, now_s + grace_s)
 
@@ -101,6 +108,7 @@ class NodeMirror:
             cost=report.cost,
             margin=min(report.cost_margin, MOST_MARGIN),
             max_depth=report.info.max_draft_tokens + 1,
+            overflow_z=self.overflow_z,
             max_batch_tokens=report.info.max_batch_tokens,
             kv_tokens=report.info.num_blocks * report.info.block_size,
             block_tokens=report.info.block_size,

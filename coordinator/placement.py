@@ -215,16 +215,16 @@ def _judge_pair(
     assert decode.report is not None
     transfer_s = link.transfer_s(request.prompt_tokens * prefill.report.info.kv_bytes_per_token)
     decode_step_s = decode.report.cost.predict(len(decode.report.works) + 1)
-    decoding = replace(whole, tokens=1, cached_tokens=max(request.prompt_tokens - 1, 0))
-    at_decode, reason = _ask(decode, decoding, knowledge, now_s)
-    if reason:
-        return Candidate(prefill, decode, f"{decode.name}: {reason}", decisions=(at_decode,))
     left_s = request.first_token_left_s - transfer_s - decode_step_s
     prefilling = replace(whole, left_s=left_s, tpot_s=None)
     at_prefill, reason = _ask(prefill, prefilling, knowledge, now_s)
+    if reason:
+        return Candidate(prefill, decode, f"{prefill.name}: {reason}", decisions=(at_prefill,))
+    decoding = replace(whole, tokens=1, cached_tokens=max(request.prompt_tokens - 1, 0))
+    at_decode, reason = _ask(decode, decoding, knowledge, now_s)
     decisions = (at_prefill, at_decode)
     if reason:
-        return Candidate(prefill, decode, f"{prefill.name}: {reason}", decisions=decisions)
+        return Candidate(prefill, decode, f"{decode.name}: {reason}", decisions=decisions)
     loss = loss_s(at_prefill.instance, 0.0)
     loss += loss_s(at_decode.instance, expected_residence_s(decoding, knowledge.lengths))
     return Candidate(prefill, decode, "", loss, decisions)

@@ -11,6 +11,7 @@ lacks them.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
@@ -94,6 +95,16 @@ class _Pour:
         )
         return min(self.room, within - self.tokens)
 
+    def decode_all(self, seqs: Sequence[Seq]) -> None:
+        """The next token of each, without drafts, while there is room."""
+        inside = [seq.work_id for seq in seqs[: self.room]]
+        self.order += inside
+        self.chunk.update(dict.fromkeys(inside, 1))
+        self.depth.update(dict.fromkeys(inside, 0))
+        self.tokens += len(inside)
+        self.room -= len(inside)
+        self.context_tokens += sum([seq.computed_tokens for seq in seqs[: len(inside)]])
+
     def decode(self, seq: Seq, depth: int | None) -> None:
         """Its next token, if the batch has room, and the drafts that were planned for it."""
         if self.room > 0:
@@ -113,10 +124,10 @@ class _Pour:
         self.room -= drafts
         return drafts
 
-    def prefill(self, seq: Seq, left_s: float = math.inf) -> None:
+    def prefill(self, seq: Seq, left_s: float = math.inf) -> bool:
         """A chunk of what it still needs. A crumb only if that ends the prompt, or the batch were empty.
 
-        Where it ends in this batch, the batch ends within `left_s` if it can.
+        Where it ends in this batch, the batch ends within `left_s` if it can. Returns whether it got all.
         """
         needed = seq.prefill_left + 1
         chunk = min(needed, self.room)
@@ -132,6 +143,8 @@ class _Pour:
             self.prefill_kv_tokens += seq.computed_tokens
             if seq.blocked:  # so far it has used none: others are in the batch as if it were not
                 self.tokens, self.room, self.prefill_work, self.prefill_kv_tokens = before
+                return True
+        return chunk == needed
 
     def _chunk_in(self, seconds: float, seq: Seq) -> int:
         return self.cost.chunk_in(
@@ -176,7 +189,7 @@ def compose(seqs: Sequence[Seq], duties: Mapping[str, Duty], moment: Moment) -> 
     decodes: list[tuple[float, Seq, Duty]] = []
     prefills: list[tuple[float, Seq]] = []
     spare: list[Seq] = []
-    blocked = promise_blocked = False
+    planned = drafted = blocked = promise_blocked = False
     for seq in seqs:
         duty = duties.get(seq.work_id)
         blocked = blocked or seq.blocked
@@ -184,41 +197,71 @@ def compose(seqs: Sequence[Seq], duties: Mapping[str, Duty], moment: Moment) -> 
             spare.append(seq)
             continue
         promise_blocked = promise_blocked or seq.blocked
-        if seq.prefill_left == 0:
-            decodes.append((duty.due_s, seq, duty))
+        due_s = duty.next_token_due_s
+        if due_s is None:
+            due_s = duty.first_token_due_s
+        if seq.prompt_tokens + seq.output_tokens - seq.computed_tokens <= 1:
+            decodes.append((due_s, seq, duty))
+            planned = planned or duty.depth is not None
+            drafted = drafted or seq.drafts > 0
         else:
-            prefills.append((duty.due_s, seq))
+            prefills.append((due_s, seq))
     decodes.sort(key=_due)
     prefills.sort(key=_due)
 
     pour = _Pour(moment)
     limit_s, next_s = _bounds(decodes, moment)
     due = _due_decodes(decodes, now_s + limit_s, next_s, moment) if prefills and not blocked else len(decodes)
-    for _, seq, duty in decodes[:due]:
-        pour.decode(seq, duty.depth)
+    _pour_decodes(pour, decodes[:due], drafted=drafted)
     pour.limit_s = limit_s
-    kept: list[Seq] = []
-    lost: list[Seq] = []
-    for due_s, seq in prefills:
-        left = seq.prompt_tokens + seq.output_tokens
-        alone_s = moment.cost.prefill_alone_s(left, moment.max_batch_tokens, seq.computed_tokens)
-        if now_s + alone_s > due_s:
-            lost.append(seq)
-        else:
-            kept.append(seq)
-            pour.prefill(seq, due_s - now_s)
+    kept, lost = _pour_prefills(pour, prefills, moment)
     if due < len(decodes):
-        for _, seq, duty in decodes[due : due + max(pour.spare_tokens(), 0)]:
-            pour.decode(seq, duty.depth)
-    _verify(pour, [seq for _, seq, duty in decodes if duty.depth is None])
+        _pour_decodes(pour, decodes[due : due + max(pour.spare_tokens(), 0)], drafted=drafted)
+    if drafted:
+        _verify(pour, [seq for _, seq, duty in decodes if duty.depth is None])
     for seq in lost:
         pour.prefill(seq)
     _pour_spare(pour, spare)
 
-    ranked = [*(seq for _, seq, _ in decodes), *kept, *lost, *spare]
+    ranked = [*[seq for _, seq, _ in decodes], *kept, *lost, *spare]
+    draft_tokens = _draft_tokens(decodes) if planned else None
+    give_way = _give_way(spare) if promise_blocked else ()
+    return pour.plan(ranked, give_way, moment.max_batch_tokens, draft_tokens)
+
+
+def _pour_decodes(pour: _Pour, decodes: Sequence[tuple[float, Seq, Duty]], *, drafted: bool) -> None:
+    if not drafted:
+        pour.decode_all([seq for _, seq, _ in decodes])
+        return
+    for _, seq, duty in decodes:
+        pour.decode(seq, duty.depth)
+
+
+def _pour_prefills(
+    pour: _Pour, prefills: Sequence[tuple[float, Seq]], moment: Moment
+) -> tuple[list[Seq], list[Seq]]:
+    """Promised prompts, earliest deadline first, until one does not get all that it needs.
+
+    Returns them without, and then those whose deadline could not be met even alone: they wait for the others.
+    """
+    kept: list[Seq] = []
+    lost: list[Seq] = []
+    full = False
+    for due_s, seq in prefills:
+        left_s = due_s - moment.now_s
+        known = seq.prompt_tokens + seq.output_tokens
+        if left_s < moment.cost.prefill_alone_s(known, moment.max_batch_tokens, seq.computed_tokens):
+            lost.append(seq)
+            continue
+        kept.append(seq)
+        full = full or not pour.prefill(seq, left_s)
+    return kept, lost
+
+
+def _draft_tokens(decodes: Sequence[tuple[float, Seq, Duty]]) -> int | None:
+    """How many to draft for the next batch: as the deepest verify needs, if a depth is planned for all."""
     depths = [duty.depth for _, _, duty in decodes]
-    drafts = None if not depths or None in depths else max(depth for depth in depths if depth is not None) - 1
-    return pour.plan(ranked, _give_way(spare) if promise_blocked else (), moment.max_batch_tokens, drafts)
+    return None if None in depths else max(depth for depth in depths if depth is not None) - 1
 
 
 def _verify(pour: _Pour, decodes: Sequence[Seq]) -> None:
@@ -235,8 +278,7 @@ def _pour_spare(pour: _Pour, spare: Sequence[Seq]) -> None:
     if not spare:
         return
     decodes = [seq for seq in spare if seq.prefill_left == 0]
-    for seq in decodes[: max(pour.spare_tokens(), 0)]:
-        pour.decode(seq, None)
+    pour.decode_all(decodes[: max(pour.spare_tokens(), 0)])
     for seq in spare:
         if seq.prefill_left > 0:
             pour.prefill(seq)
@@ -256,7 +298,7 @@ def _bounds(decodes: Sequence[tuple[float, Seq, Duty]], moment: Moment) -> tuple
     """
     if not decodes:
         return math.inf, math.inf
-    context = sum(seq.computed_tokens for _, seq, _ in decodes)
+    context = sum([seq.computed_tokens for _, seq, _ in decodes])
     alone_s = moment.cost.predict(len(decodes), seqs=len(decodes), context_tokens=context)
     pace_s = first_due_s = math.inf
     for due_s, _, duty in decodes:
@@ -275,6 +317,6 @@ def _due_decodes(
     """
     if next_s == math.inf:
         return len(decodes)
-    due = sum(1 for due_s, _, _ in decodes if due_s < end_s + next_s)
-    after = sum(1 for due_s, _, _ in decodes[due:] if due_s < end_s + 2 * next_s)
+    due = bisect_left(decodes, end_s + next_s, key=_due)
+    after = bisect_left(decodes, end_s + 2 * next_s, key=_due) - due
     return due + max(after - moment.cost.tokens_in(next_s), 0) if after else due

@@ -189,6 +189,7 @@ class Report:
     pulls: list[Pull]
     cost: StepCost
     idle_cost: StepCost
+    promises_preempted: int  # since it started, for want of memory
     cost_margin: float  # nine of ten steps lately took at most (1 + this) times what `cost` says
     steps: int
     step_s: float

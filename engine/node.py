@@ -115,6 +115,7 @@ class Node:
         self._steps = 0
         self._step_s: float | None = None
         self._local_prefills = 0
+        self._promises_preempted = 0
         self._rested_s = clock()
         self._next_upkeep_s = 0.0
         self._stopping = threading.Event()
@@ -300,6 +301,9 @@ class Node:
         now_s = self._clock()
         here = [(seq, self._promises[seq.work_id]) for seq in seqs if seq.work_id in self._promises]
         for seq, promise in here:
+            if promise.running and not seq.running and not promise.duty.best_effort:
+                promise.running = False
+                self._promises_preempted += 1
             if promise.submit.handoff is None or promise.pull is not None:
                 promise.prefill_left = seq.prefill_left
         if len(seqs) == 1 and seqs[0].running and not seqs[0].blocked:
@@ -472,6 +476,7 @@ class Node:
             pulls=list(self._recent_pulls),
             cost=self._cost,
             idle_cost=self._idle_cost,
+            promises_preempted=self._promises_preempted,
             cost_margin=self._residuals.margin(MARGIN_QUANTILE),
             steps=self._steps,
             step_s=self._step_s or 0.0,

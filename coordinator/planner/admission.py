@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,9 +20,10 @@ from engine.cost import StepCost
 from engine.speculation import TierLoad, allowed_s, choose_depths, expected_tokens
 
 SEARCHED_NEWCOMERS = 16  # with 3 tiers or more; what is beyond goes greedily
-SEARCHED_NEWCOMERS_FEW_TIERS = 32
+SEARCHED_NEWCOMERS_FEW_TIERS = 20
 LOOKED_AT_NEWCOMERS = 512  # of one call; the rest is deferred unseen, so that any call ends
 SEARCH_LABELS = 1 << 14
+SEARCH_LABELS_OF_MANY = 1 << 12  # above 16 newcomers: keeps a call below 10 ms, for less than 1 % of the value
 CHECK_LABELS = 1 << 11
 
 DEFERRED_UNSEEN = f"more than {LOOKED_AT_NEWCOMERS} newcomers in one call: not looked at"
@@ -155,9 +156,25 @@ class Problem:
         self.newcomers = np.flatnonzero(self.kinds == labels.NEWCOMER)
         asked = self.kv[self.newcomers].sum(axis=0)
         self.tight = bool((asked > self.kv_free).any())
-        weight = self.values / np.maximum(self.tokens, 1e-9)
-        self.by_budget = _by_weight(self.newcomers, weight)
-        self.by_memory = _by_weight(self.newcomers, self.values / np.maximum(self.kv[:, -1], 1e-9))
+        bound_k = self._bound_interval(asked)
+        self._bounds = (
+            _by_weight(self.newcomers, self.values / np.maximum(self.tokens, 1e-9)),
+            _by_weight(self.newcomers, self.values / np.maximum(self.kv[:, bound_k], 1e-9)),
+            bound_k,
+        )
+        self._fixed = (
+            self.line, self.load, self.full_s,
+            self.period_s, self.slots, self.running, self.active_s, self.tier_s, self.joined_s,
+            self.due_s, self.due_slots,
+            self.kinds, self.deadlines_s, self.tokens, self.tiers, self.values, self.kv,
+        )  # fmt: skip
+        self._memory = (self.kv_from_s, self.kv_free, self.tight, instance.free_seqs)
+
+    def _bound_interval(self, asked: np.ndarray[Any, Any]) -> int:
+        """The interval where most is asked for what is free, of those that no start of a newcomer can miss."""
+        last_s = float(self.deadlines_s[self.newcomers].max()) if len(self.newcomers) else 0.0
+        certain = [k for k in range(len(asked) - 1) if self.kv_from_s[k + 1] >= last_s]
+        return max([*certain, len(asked) - 1], key=lambda k: float(asked[k] / max(self.kv_free[k], 1.0)))
 
     def work_tokens(self, cost: StepCost, prompt: Prefill | Newcomer) -> float:
         """Tokens of a prompt, attention counted as tokens: the sum of chunk * (kv + chunk / 2) telescopes."""
@@ -173,15 +190,17 @@ class Problem:
 
     def search(self, modes: np.ndarray[Any, Any], lower: float = -1.0, limit: int = SEARCH_LABELS) -> Found:
         """Run the search with each item dropped, mandatory or optional."""
-        value, budget_left, made, overflow, rows = labels.search(
-            self.line, self.load, self.full_s,
-            self.period_s, self.slots, self.running, self.active_s, self.tier_s, self.joined_s,
-            self.due_s, self.due_slots,
-            self.kinds, self.deadlines_s, self.tokens, self.tiers, self.values, self.kv, modes,
-            self.kv_from_s, self.kv_free, self.tight,
-            self.instance.free_seqs, lower, self.by_budget, self.by_memory, limit,
+        return Found(*labels.search(*self._fixed, modes, *self._memory, lower, *self._bounds, limit))
+
+    def take_in_order(self, order: Sequence[int], begun: Found) -> Found:
+        """Take newcomers in this order, each if it fits beside those taken."""
+        newcomers = set(self.newcomers.tolist())
+        modes = self.modes(mandatory=[item for item in begun.items() if item in newcomers])
+        found = labels.take_in_order(
+            np.array(order, dtype=np.int64), modes, tuple(begun),
+            *self._fixed, *self._memory, *self._bounds, CHECK_LABELS,
         )  # fmt: skip
-        return Found(value, budget_left, made, overflow, rows)
+        return Found(*found)
 
     def modes(self, mandatory: Iterable[int] = (), optional: Iterable[int] = ()) -> np.ndarray[Any, Any]:
         """What the search may do: what was promised is mandatory, newcomers are dropped unless named."""
@@ -208,8 +227,7 @@ class Problem:
         return [int(item) for item in _by_weight(self.newcomers, density)]
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
+class Found(NamedTuple):
     """What a search found: its value (-1: nothing fits) and a row per item taken, as `labels.search` has it."""
 
     value: float
@@ -259,27 +277,17 @@ def _choose(problem: Problem, promised: Found) -> tuple[Found, str, bool]:
     dense = problem.by_density()[:LOOKED_AT_NEWCOMERS]
     few_tiers = len(problem.instance.tiers) < 3
     searched = dense[: SEARCHED_NEWCOMERS_FEW_TIERS if few_tiers else SEARCHED_NEWCOMERS]
-    greedy = take_in_order(problem, searched, promised)
-    found = problem.search(problem.modes(optional=searched), lower=greedy.value)
-    best = found if found.value > greedy.value else greedy
-    exact = not found.overflow and len(searched) == len(newcomers)
+    greedy = problem.take_in_order(searched, promised)
+    optional = problem.modes(optional=searched)
+    found = problem.search(optional, greedy.value, CHECK_LABELS)
+    if found.overflow:
+        many = len(newcomers) > SEARCHED_NEWCOMERS
+        found = problem.search(optional, greedy.value, SEARCH_LABELS_OF_MANY if many else SEARCH_LABELS)
+    best = found if found.value > greedy.value else greedy._replace(made=found.made)
     if len(searched) == len(newcomers):
-        return best, "search", exact
-    rest = take_in_order(problem, dense[len(searched) :], best)
-    return rest, "search and greedy", False
-
-
-def take_in_order(problem: Problem, order: Sequence[int], begun: Found) -> Found:
-    """Take newcomers in this order, each if it fits beside those taken."""
-    newcomers = set(problem.newcomers.tolist())
-    taken = [item for item in begun.items() if item in newcomers]
-    found = begun
-    for item in order:
-        beside = problem.feasible([*taken, item])
-        if beside is not None:
-            taken.append(item)
-            found = beside
-    return found
+        return best, "search", not found.overflow
+    rest = problem.take_in_order(dense[len(searched) :], best)
+    return rest._replace(made=found.made), "search and greedy", False
 
 
 def _plan(problem: Problem, found: Found, method: str, exact: bool, *, why: bool) -> Plan:

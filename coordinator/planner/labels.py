@@ -114,11 +114,12 @@ def search(  # type: ignore[no-untyped-def]
     due_s, due_slots,  # [E], [E + 1] tokens of running decodes, by due time, and their running sum
     kinds, deadlines_s, tokens, tiers, values, kv, modes,  # [I], kv: [I, K] items, by deadline
     kv_from_s, kv_free, tight,  # [K] memory intervals
-    free_seqs, lower, by_budget, by_memory, limit,
+    free_seqs, lower, by_budget, by_memory, bound_k, limit,
 ):  # fmt: skip
     """Best value over the optional items (-1: none), and the decisions that give it. At most `limit` labels.
 
-    Labels that cannot beat `lower` are left out. Returns the value, budget left, how many labels there were,
+    Labels that cannot beat `lower` are left out; `bound_k` is a memory interval in which every optional item
+    holds its KV, whenever it starts. Returns the value, budget left, how many labels there were,
     whether some were lost for want of room, and a row per item taken, in order: item, ending, start interval,
     time before and after, length and number of whole batches.
     """
@@ -206,8 +207,8 @@ def search(  # type: ignore[no-untyped-def]
                 budget += max(last_s - t[label], 0.0) / length_s * rate + 1.0
                 most = _most_by(by_budget, item, modes, tokens, values, budget)
                 if tight and val[label] + most > lower + 1e-12:
-                    room = kv_free[K - 1] - mem[label, K - 1]
-                    most = min(most, _most_by(by_memory, item, modes, kv[:, K - 1], values, room))
+                    room = kv_free[bound_k] - mem[label, bound_k]
+                    most = min(most, _most_by(by_memory, item, modes, kv[:, bound_k], values, room))
                 if val[label] + most <= lower + 1e-12:
                     continue
                 following[kept] = label
@@ -397,6 +398,38 @@ def search(  # type: ignore[no-untyped-def]
     if best < 0:
         return -1.0, 0.0, made, overflow, rows
     return val[best], pb[best], made, overflow, rows
+
+
+@njit(cache=True, nogil=True)
+def take_in_order(  # type: ignore[no-untyped-def]
+    order, modes, begun,
+    line, load, full_s,
+    period_s, slots, running, active_s, tier_s, joined_s,
+    due_s, due_slots,
+    kinds, deadlines_s, tokens, tiers, values, kv,
+    kv_from_s, kv_free, tight,
+    free_seqs, by_budget, by_memory, bound_k, limit,
+):  # fmt: skip
+    """Take items in this order, each if it fits beside those taken: what `modes` makes mandatory, and more.
+
+    `begun`: the search of `modes` as given. Returns the search of what was taken. Changes `modes`.
+    """
+    found = begun
+    for item in order:
+        modes[item] = MANDATORY
+        beside = search(
+            line, load, full_s,
+            period_s, slots, running, active_s, tier_s, joined_s,
+            due_s, due_slots,
+            kinds, deadlines_s, tokens, tiers, values, kv, modes,
+            kv_from_s, kv_free, tight,
+            free_seqs, -1.0, by_budget, by_memory, bound_k, limit,
+        )  # fmt: skip
+        if beside[0] < 0:
+            modes[item] = DROPPED
+        else:
+            found = beside
+    return found
 
 
 @njit(cache=True, nogil=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from coordinator.planner.instance import Decode, Instance, Newcomer, Prefill, Tier
 from coordinator.planner.lengths import KnownLengths, LengthDistribution, Lengths
-from coordinator.planner.memory import Resident, outlook
+from coordinator.planner.memory import OVERFLOW_Z, Resident, outlook
 from engine.cost import StepCost
 from engine.messages import WorkState
 from engine.request import WorkKind
@@ -24,7 +24,8 @@ class Replica:
     """What a node can do, and what it has taken on.
 
     `age_s`: since it said so. `step_s`: what a batch in flight may still take. `margin`: for model error, of
-    what steps take. `max_depth`: most tokens of a verify; 1 where nothing is drafted.
+    what steps take. `max_depth`: most tokens of a verify; 1 where nothing is drafted. `overflow_z`: deviations
+    of the KV need that are kept free.
     """
 
     cost: StepCost
@@ -37,6 +38,7 @@ class Replica:
     step_s: float = 0.0
     margin: float = 0.0
     max_depth: int = 1
+    overflow_z: float = OVERFLOW_Z
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +90,13 @@ def to_instance(replica: Replica, asking: Asking, lengths: Lengths) -> Instance:
             tier = None if work.kind is WorkKind.PREFILL else names[work.tpot_s]
             prefills.append(Prefill(_name(work), tokens, left_s, tier, max(cached, 0)))
     residents = [_resident(work, lengths, shift_s) for work in promised]
-    view = outlook(residents, [_newcomer_resident(asking, lengths)], replica.kv_tokens, replica.block_tokens)
+    view = outlook(
+        residents,
+        [_newcomer_resident(asking, lengths)],
+        replica.kv_tokens,
+        replica.block_tokens,
+        replica.overflow_z,
+    )
     newcomer = Newcomer(
         id=asking.id,
         tokens=max(asking.tokens, 1),

@@ -133,7 +133,7 @@ def test_a_promise_that_cannot_be_kept_is_refused_with_429_when_asked_to(cluster
     headers = refusal.value.response.headers
     assert int(headers["retry-after"]) >= 1
     assert headers["x-slosserve-reason"] == "slo_unattainable"
-    assert "late by" in str(refusal.value)
+    assert "cannot end within" in str(refusal.value)
 
 
 def test_a_promise_that_cannot_be_kept_is_deferred_when_not(cluster: Client) -> None:

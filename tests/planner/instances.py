@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from hypothesis import strategies as st
 
@@ -113,6 +114,39 @@ def draw_case(draw: Draw) -> Case:
     )
 
 
+def seeded_grid_case(seed: int) -> Case:
+    return draw_grid_case(random.Random(seed).randint)
+
+
+@st.composite
+def grid_cases(draw: st.DrawFn) -> Case:
+    return draw_grid_case(lambda low, high: draw(st.integers(low, high)))
+
+
+def draw_grid_case(draw: Draw) -> Case:
+    """One tier, every deadline on the grid of its TPOT, equal values, ample memory: what Moore-Hodgson solves."""
+    base, rate = draw(2, 6), draw(4, 8)
+    tpot = draw(base + 4, 30)
+    room = (tpot - base) * rate
+    others = [Runner(f"d{i}", "only", tpot + draw(0, tpot)) for i in range(1, draw(1, 4))]
+    promised = [
+        Job(f"p{i}", draw(1, room // 3), tpot * draw(1, 6), "only") for i in range(max(0, draw(-1, 2)))
+    ]
+    newcomers = [
+        Job(f"n{i}", draw(1, 2 * room if draw(0, 1) else room), tpot * draw(1, 6), "only")
+        for i in range(draw(1, 8))
+    ]
+    return Case(
+        base=base,
+        rate=rate,
+        max_batch_tokens=room + rate * draw(0, 20),
+        tpots=(("only", tpot),),
+        runners=(Runner("d0", "only", tpot), *others),
+        promised=tuple(promised),
+        newcomers=tuple(newcomers),
+    )
+
+
 def _tpots(draw: Draw, base: int) -> tuple[tuple[str, int], ...]:
     left = [tpot for tpot in TPOTS if tpot > base + 2]
     return tuple((f"tier{i}", left.pop(draw(0, len(left) - 1))) for i in range(draw(1, 3)))
@@ -138,7 +172,7 @@ def _tier(draw: Draw, tpots: Sequence[tuple[str, int]]) -> str | None:
     return tpots[draw(0, len(tpots) - 1)][0] if draw(0, 4) else None
 
 
-def _newcomers_and_memory(draw: Draw, tpots: Sequence[tuple[str, int]], rate: int) -> dict:
+def _newcomers_and_memory(draw: Draw, tpots: Sequence[tuple[str, int]], rate: int) -> dict[str, Any]:
     starts = [0]
     tight = draw(0, 1)
     if tight:
