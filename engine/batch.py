@@ -11,15 +11,17 @@ lacks them.
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from operator import itemgetter
 
 from engine.base import BatchPlan, Seq
 from engine.cost import StepCost
 
 MIN_CHUNK_TOKENS = 16  # smaller chunks cost more in attention to what is computed than they bring
+ROUNDING_S = 1e-9
 CATCH_UP = 0.5  # a batch shrinks to this part of the pace, no further, when a token is late
 
 _due = itemgetter(0)
@@ -94,6 +96,24 @@ class _Pour:
             prefill_kv_tokens=self.prefill_kv_tokens,
         )
         return min(self.room, within - self.tokens)
+
+    def fitting(self, seqs: Sequence[Seq]) -> int:
+        """How many of these decodes, from the first, end in time when they join what is there."""
+        most = min(len(seqs), max(self.room, 0))
+        if self.limit_s == math.inf or not most:
+            return most
+        contexts = list(accumulate(seq.computed_tokens for seq in seqs[:most]))
+
+        def seconds(count: int) -> float:
+            return self.cost.predict(
+                self.tokens + count,
+                seqs=len(self.order) + count,
+                context_tokens=self.context_tokens + contexts[count - 1],
+                prefill_work=self.prefill_work,
+                prefill_kv_tokens=self.prefill_kv_tokens,
+            )
+
+        return bisect_right(range(1, most + 1), self.limit_s + ROUNDING_S, key=seconds)
 
     def decode_all(self, seqs: Sequence[Seq]) -> None:
         """The next token of each, without drafts, while there is room."""
@@ -210,13 +230,17 @@ def compose(seqs: Sequence[Seq], duties: Mapping[str, Duty], moment: Moment) -> 
     prefills.sort(key=_due)
 
     pour = _Pour(moment)
-    limit_s, next_s = _bounds(decodes, moment)
-    due = _due_decodes(decodes, now_s + limit_s, next_s, moment) if prefills and not blocked else len(decodes)
+    pour.limit_s, next_s = _bounds(decodes, moment)
+    due = len(decodes)
+    if prefills and not blocked:
+        due = _due_decodes(decodes, now_s + pour.limit_s, next_s, moment)
+    must = bisect_right(decodes, now_s + pour.limit_s + ROUNDING_S, key=_due)
+    due = min(due, max(must, pour.fitting([seq for _, seq, _ in decodes])))
     _pour_decodes(pour, decodes[:due], drafted=drafted)
-    pour.limit_s = limit_s
     kept, lost = _pour_prefills(pour, prefills, moment)
     if due < len(decodes):
-        _pour_decodes(pour, decodes[due : due + max(pour.spare_tokens(), 0)], drafted=drafted)
+        ahead = pour.fitting([seq for _, seq, _ in decodes[due:]])
+        _pour_decodes(pour, decodes[due : due + ahead], drafted=drafted)
     if drafted:
         _verify(pour, [seq for _, seq, duty in decodes if duty.depth is None])
     for seq in lost:
@@ -278,7 +302,7 @@ def _pour_spare(pour: _Pour, spare: Sequence[Seq]) -> None:
     if not spare:
         return
     decodes = [seq for seq in spare if seq.prefill_left == 0]
-    pour.decode_all(decodes[: max(pour.spare_tokens(), 0)])
+    pour.decode_all(decodes[: pour.fitting(decodes)])
     for seq in spare:
         if seq.prefill_left > 0:
             pour.prefill(seq)
@@ -300,12 +324,14 @@ def _bounds(decodes: Sequence[tuple[float, Seq, Duty]], moment: Moment) -> tuple
         return math.inf, math.inf
     context = sum([seq.computed_tokens for _, seq, _ in decodes])
     alone_s = moment.cost.predict(len(decodes), seqs=len(decodes), context_tokens=context)
-    pace_s = first_due_s = math.inf
+    least_s = moment.cost.predict(1, seqs=1, context_tokens=decodes[0][1].computed_tokens)
+    limit_s = pace_s = math.inf
     for due_s, _, duty in decodes:
         if duty.tpot_s > alone_s:
-            first_due_s = min(first_due_s, due_s)
             pace_s = min(pace_s, duty.tpot_s)
-    return max(first_due_s - moment.now_s, CATCH_UP * pace_s), pace_s
+            left_s = due_s - moment.now_s
+            limit_s = min(limit_s, left_s if left_s >= least_s - ROUNDING_S else CATCH_UP * duty.tpot_s)
+    return limit_s, pace_s
 
 
 def _due_decodes(

@@ -25,6 +25,7 @@ LOOKED_AT_NEWCOMERS = 512  # of one call; the rest is deferred unseen, so that a
 SEARCH_LABELS = 1 << 14
 SEARCH_LABELS_OF_MANY = 1 << 12  # above 16 newcomers: keeps a call below 10 ms, for less than 1 % of the value
 CHECK_LABELS = 1 << 11
+EXPLAINED_NEWCOMERS = 64  # deferred ones into which it is looked why; each takes a few checks
 
 DEFERRED_UNSEEN = f"more than {LOOKED_AT_NEWCOMERS} newcomers in one call: not looked at"
 
@@ -110,7 +111,9 @@ class Problem:
         self.full_s = full
         nobody = np.zeros(count)
         length_s = float(min([full, *self.period_s[self.running > 0]]))
-        held = labels.capacity(length_s, self.line, self.load, self.period_s, nobody, self.tier_s, nobody)
+        held = labels.capacity(
+            length_s, length_s, self.line, self.load, self.period_s, nobody, self.tier_s, nobody
+        )
         self.chunk_tokens = max(held, 1.0)
         ends_s = [one.deadline_s for one in instance.prefills] + [one.deadline_s for one in instance.newcomers]
         horizon_s = max(ends_s, default=0.0)
@@ -128,17 +131,12 @@ class Problem:
         for at, prefill in enumerate(instance.prefills):
             tokens = self.work_tokens(cost, prefill)
             rows.append((prefill.deadline_s, labels.PREFILL, at, self.tier_of[prefill.tier], tokens, 0.0, none))
-        joined_context = np.zeros(len(instance.tiers))
-        joined = np.zeros(len(instance.tiers))
         for at, newcomer in enumerate(instance.newcomers):
             tier = self.tier_of[newcomer.tier]
             tokens = self.work_tokens(cost, newcomer)
             rows.append(
                 (newcomer.deadline_s, labels.NEWCOMER, at, tier, tokens, newcomer.value, newcomer.kv_tokens)
             )
-            if tier >= 0:
-                joined[tier] += 1
-                joined_context[tier] += newcomer.tokens + newcomer.cached_tokens
         rows.sort(key=lambda row: row[:3])
         self.rows = rows
         self.deadlines_s = np.array([row[0] for row in rows], dtype=float)
@@ -148,6 +146,12 @@ class Problem:
         self.tokens = np.array([row[4] for row in rows], dtype=float)
         self.values = np.array([row[5] for row in rows], dtype=float)
         self.kv = np.array([row[6] for row in rows], dtype=float).reshape(len(rows), intervals)
+        joined, joined_context = np.zeros(len(instance.tiers)), np.zeros(len(instance.tiers))
+        for prompt in self._prompts():
+            tier = self.tier_of[prompt.tier]
+            if tier >= 0:
+                joined[tier] += 1
+                joined_context[tier] += prompt.tokens + prompt.cached_tokens
         self.joined_s = cost.drift * (
             cost.per_seq_s + cost.per_context_token_s * joined_context / np.maximum(joined, 1)
         )
@@ -168,6 +172,7 @@ class Problem:
             self.due_s, self.due_slots,
             self.kinds, self.deadlines_s, self.tokens, self.tiers, self.values, self.kv,
         )  # fmt: skip
+        self.check_labels = max(CHECK_LABELS, 2 * labels.BEAM * len(rows))
         self._memory = (self.kv_from_s, self.kv_free, self.tight, instance.free_seqs)
 
     def _bound_interval(self, asked: np.ndarray[Any, Any]) -> int:
@@ -175,6 +180,9 @@ class Problem:
         last_s = float(self.deadlines_s[self.newcomers].max()) if len(self.newcomers) else 0.0
         certain = [k for k in range(len(asked) - 1) if self.kv_from_s[k + 1] >= last_s]
         return max([*certain, len(asked) - 1], key=lambda k: float(asked[k] / max(self.kv_free[k], 1.0)))
+
+    def _prompts(self) -> list[Prefill | Newcomer]:
+        return [*self.instance.prefills, *self.instance.newcomers]
 
     def work_tokens(self, cost: StepCost, prompt: Prefill | Newcomer) -> float:
         """Tokens of a prompt, attention counted as tokens: the sum of chunk * (kv + chunk / 2) telescopes."""
@@ -198,7 +206,7 @@ class Problem:
         modes = self.modes(mandatory=[item for item in begun.items() if item in newcomers])
         found = labels.take_in_order(
             np.array(order, dtype=np.int64), modes, tuple(begun),
-            *self._fixed, *self._memory, *self._bounds, CHECK_LABELS,
+            *self._fixed, *self._memory, *self._bounds, self.check_labels,
         )  # fmt: skip
         return Found(*found)
 
@@ -211,7 +219,7 @@ class Problem:
 
     def feasible(self, items: Iterable[int]) -> Found | None:
         """The plan that takes exactly these newcomers; None if there is none."""
-        found = self.search(self.modes(mandatory=items), limit=CHECK_LABELS)
+        found = self.search(self.modes(mandatory=items), limit=self.check_labels)
         return found if found.value >= 0 else None
 
     def by_density(self) -> list[int]:
@@ -298,10 +306,13 @@ def _plan(problem: Problem, found: Found, method: str, exact: bool, *, why: bool
         if item in left_out:
             left_out.discard(item)
             starts[instance.newcomers[problem.position[item]].id] = int(start)
-    deferred = {}
+    deferred: dict[str, str] = {}
+    unseen = set(problem.by_density()[LOOKED_AT_NEWCOMERS:])
     for at in sorted(left_out):
         newcomer = instance.newcomers[problem.position[at]]
-        deferred[newcomer.id] = _why(problem, at, method) if why else "does not fit"
+        looked_into = why and len(deferred) < EXPLAINED_NEWCOMERS
+        reason = _why(problem, at) if looked_into else "it does not fit beside those admitted"
+        deferred[newcomer.id] = DEFERRED_UNSEEN if at in unseen else reason
     return Plan(
         kept=True,
         admitted=tuple(starts),
@@ -317,11 +328,8 @@ def _plan(problem: Problem, found: Found, method: str, exact: bool, *, why: bool
     )
 
 
-def _why(problem: Problem, item: int, method: str) -> str:
+def _why(problem: Problem, item: int) -> str:
     """What a deferred newcomer lacks, found by asking what it would take for it alone to fit."""
-    unseen = len(problem.newcomers) > LOOKED_AT_NEWCOMERS and method == "search and greedy"
-    if unseen and item not in problem.by_density()[:LOOKED_AT_NEWCOMERS]:
-        return DEFERRED_UNSEEN
     if problem.instance.free_seqs < 1:
         return "no free sequence slot"
     if problem.feasible([item]) is not None:

@@ -25,18 +25,20 @@ EPS_S = 1e-9
 EPS_TOKENS = 1e-6
 TICK_S = 1e-11  # times are rounded to it, so that equal times compare equal
 HASH_SIZE = 4096  # a power of two
+BEAM = 128  # labels that go on from an item that must be taken
 
 
 @njit(cache=True, nogil=True)
-def capacity(seconds, line, load, period_s, counts, tier_s, joined_s):  # type: ignore[no-untyped-def]
+def capacity(seconds, share_s, line, load, period_s, counts, tier_s, joined_s):  # type: ignore[no-untyped-def]
     """Time2BS: most tokens of a batch that takes `seconds` beside the decodes that are there (a float, whole).
 
+    Decodes take part in a share `share_s / period` of such batches, at most in each.
     line: [P, 2] base and seconds per token of each piece; load: most tokens, tokens for late ones; tier_s: [T]
     seconds that a step costs beyond its tokens for the running decodes of a tier, joined_s for one that joined.
     """
     left_s = seconds
     for tier in range(len(period_s)):
-        share = min(1.0, seconds / period_s[tier])
+        share = min(1.0, share_s / period_s[tier])
         left_s -= (tier_s[tier] + counts[tier] * joined_s[tier]) * share
     tokens = load[0]
     for piece in range(line.shape[0]):
@@ -45,9 +47,9 @@ def capacity(seconds, line, load, period_s, counts, tier_s, joined_s):  # type: 
 
 
 @njit(cache=True, nogil=True)
-def net_budget(seconds, line, load, period_s, slots, counts, tier_s, joined_s):  # type: ignore[no-untyped-def]
+def net_budget(seconds, share_s, line, load, period_s, slots, counts, tier_s, joined_s):  # type: ignore[no-untyped-def]
     """B(x, n): what a batch of `seconds` holds beside the joined decodes, at their fluid rate. Can be < 0."""
-    tokens = capacity(seconds, line, load, period_s, counts, tier_s, joined_s)
+    tokens = capacity(seconds, share_s, line, load, period_s, counts, tier_s, joined_s)
     joined = 0.0
     for tier in range(len(period_s)):
         joined += counts[tier] * slots[tier] * seconds / period_s[tier]
@@ -81,7 +83,7 @@ def _sustainable(full_s, line, load, period_s, slots, counts, running, tier_s, j
     for tier in range(len(period_s)):
         tokens += (counts[tier] + running[tier]) * slots[tier] * length_s / period_s[tier]
     return (
-        capacity(length_s, line, load, period_s, counts, tier_s, joined_s) + EPS_TOKENS >= tokens
+        capacity(length_s, length_s, line, load, period_s, counts, tier_s, joined_s) + EPS_TOKENS >= tokens
         or tokens == 0.0
     )
 
@@ -136,7 +138,7 @@ def search(  # type: ignore[no-untyped-def]
     parent = np.empty(limit, np.int64)
     item_of = np.empty(limit, np.int64)
     ending = np.empty(limit, np.int8)
-    start_of = np.empty(limit, np.int8)
+    start_of = np.empty(limit, np.int16)
     dead = np.empty(limit, np.bool_)
     chain = np.empty(limit, np.int64)
     heads = np.empty(HASH_SIZE, np.int64)
@@ -164,7 +166,7 @@ def search(  # type: ignore[no-untyped-def]
                 kinds[candidate] == ACTIVATE or modes[candidate] == DROPPED or not 0 < end_s < first_due_s
             ):
                 continue
-            held = capacity(end_s, line, load, period_s, nobody, tier_s, joined_s)
+            held = capacity(end_s, end_s + length_s, line, load, period_s, nobody, tier_s, joined_s)
             if held >= _needed(end_s + length_s, due_s, due_slots) and made < limit:
                 t[made], pb[made] = _round(end_s), held
                 for k in range(K):
@@ -182,6 +184,7 @@ def search(  # type: ignore[no-untyped-def]
         current[label] = label
     alive = made
     following = np.empty(limit, np.int64)
+    ranks = np.empty(limit)
     row = np.zeros(max(T, 1), np.int64)
 
     for item in range(I):
@@ -202,7 +205,9 @@ def search(  # type: ignore[no-untyped-def]
                 label = current[place]
                 # ---- bound: budget and memory until the last deadline, the rest taken in part
                 length_s = _length(full_s, period_s, counts[label], active)
-                rate = net_budget(length_s, line, load, period_s, slots, nobody, tier_s, joined_s) + 1.0
+                rate = (
+                    net_budget(length_s, length_s, line, load, period_s, slots, nobody, tier_s, joined_s) + 1.0
+                )
                 budget = pb[label] - _needed(last_s, due_s, due_slots)
                 budget += max(last_s - t[label], 0.0) / length_s * rate + 1.0
                 most = _most_by(by_budget, item, modes, tokens, values, budget)
@@ -230,7 +235,7 @@ def search(  # type: ignore[no-untyped-def]
             if kinds[item] == NEWCOMER and seqs[label] + 1 > free_seqs:
                 continue
             length_s = _length(full_s, period_s, counts[label], active)
-            each = net_budget(length_s, line, load, period_s, slots, counts[label], tier_s, joined_s)
+            each = net_budget(length_s, length_s, line, load, period_s, slots, counts[label], tier_s, joined_s)
             batches = max(0, math.floor((deadline_s - at_s) / length_s + EPS_S))
             end_s = at_s + batches * length_s
             # ---- what is due before the next batch ends must be covered by each batch on the way
@@ -267,7 +272,9 @@ def search(  # type: ignore[no-untyped-def]
                 if way == SHORT:
                     if rest_s <= EPS_S or (activation and not tightens):
                         break
-                    short = net_budget(rest_s, line, load, period_s, slots, counts[label], tier_s, joined_s)
+                    short = net_budget(
+                        rest_s, rest_s + length_s, line, load, period_s, slots, counts[label], tier_s, joined_s
+                    )
                     if short <= 0:
                         break
                     gained += short
@@ -370,8 +377,23 @@ def search(  # type: ignore[no-untyped-def]
             if not dead[label]:
                 following[on] = label
                 on += 1
-        for place in range(on):
-            current[place] = following[place]
+        if not optional and on > BEAM:
+            # ---- too many ways to have taken what must be taken: those with most budget at one time go on
+            overflow = True
+            for place in range(on):
+                label = following[place]
+                length_s = _length(full_s, period_s, counts[label], active)
+                each = net_budget(
+                    length_s, length_s, line, load, period_s, slots, counts[label], tier_s, joined_s
+                )
+                ranks[place] = pb[label] - t[label] / length_s * each
+            best_first = np.argsort(-ranks[:on])
+            for place in range(BEAM):
+                current[place] = following[best_first[place]]
+            on = BEAM
+        else:
+            for place in range(on):
+                current[place] = following[place]
         alive = on
         if activation:
             active[tier] = True

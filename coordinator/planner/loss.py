@@ -30,7 +30,14 @@ def budget_rate(problem: Problem, *, joined: bool) -> float:
     length_s = float(min([problem.full_s, *problem.period_s[counts > 0]]))
     nobody = counts * 0
     tokens = capacity(
-        length_s, problem.line, problem.load, problem.period_s, nobody, problem.tier_s, problem.joined_s
+        length_s,
+        length_s,
+        problem.line,
+        problem.load,
+        problem.period_s,
+        nobody,
+        problem.tier_s,
+        problem.joined_s,
     )
     decodes = float((counts * problem.slots * length_s / problem.period_s).sum()) if len(counts) else 0.0
     return (float(tokens) - decodes) / length_s

@@ -92,6 +92,16 @@ def test_many_newcomers_are_answered_and_the_answer_says_that_it_is_not_exact() 
     assert set(plan.admitted) | set(plan.deferred) == {one.id for one in newcomers}
 
 
+@pytest.mark.parametrize("count", [100, 300])
+def test_any_number_of_promises_that_fit_is_kept_and_of_newcomers_admitted(count: int) -> None:
+    line = StepCost.line(0.016, 8.5e-5)
+    prefills = [Prefill(f"p{index}", 10, 5 + 0.037 * index) for index in range(count)]
+    idle = Instance(line, 2048, (TIGHT, LOOSE))
+    assert solve(replace(idle, prefills=prefills)).kept
+    newcomers = [Newcomer(one.id, one.tokens, one.deadline_s, None, (0,)) for one in prefills]
+    assert len(solve(replace(idle, newcomers=newcomers)).admitted) == count
+
+
 def test_more_than_can_be_looked_at_are_deferred_with_that_reason() -> None:
     newcomers = [asks(f"n{index}", 400, 0.2) for index in range(admission.LOOKED_AT_NEWCOMERS + 5)]
     plan = solve(replace(EMPTY, newcomers=newcomers))
@@ -112,7 +122,7 @@ def test_the_planner_and_the_batches_agree_on_what_a_batch_holds(
     """PB* and the batches on the nodes come from one step-time model."""
     problem = Problem(Instance(cost, most, ()))
     nothing = np.zeros(0)
-    held = capacity(seconds, problem.line, problem.load, nothing, nothing, nothing, nothing)
+    held = capacity(seconds, seconds, problem.line, problem.load, nothing, nothing, nothing, nothing)
     assert held == pytest.approx(min(cost.tokens_in(seconds), most), abs=1)
 
 
