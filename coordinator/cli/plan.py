@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 MAX_FILE_BYTES = 64 << 20
-EXPLAINED_NEWCOMERS = 512  # beyond, why each one was deferred would take longer than the answer
 
 
 def plan(
@@ -40,7 +39,7 @@ def plan(
     from coordinator.planner.admission import solve
     from coordinator.planner.replay import replay
 
-    decided = solve(problem, why=len(problem.newcomers) <= EXPLAINED_NEWCOMERS)
+    decided = solve(problem)
     answer = document.answer(decided, replay(problem, decided) if batches else None)
     if not table:
         typer.echo(_as_text(answer))

@@ -17,6 +17,7 @@ from engine.messages import (
     Deltas,
     LinksProbed,
     ProbeLinks,
+    Promote,
     Release,
     Report,
     RoleSet,
@@ -24,7 +25,7 @@ from engine.messages import (
     Submit,
 )
 from engine.node import LEASE_WAIT_S, NO_CREDIT
-from engine.request import Pace, RoleName, WorkKind
+from engine.request import BEST_EFFORT, Pace, RoleName, WorkKind
 from kv_transfer.base import PeerAddress, TransferError
 from kv_transfer.fake import Faults
 from tests.engine.scripted_engine import BLOCK_TOKENS, COST, STEP_S
@@ -392,6 +393,32 @@ def test_an_idle_node_forgets_that_it_was_slow(serve: Serve) -> None:
     served.put_clock_forward(60.0)
     rested = coordinator.report(lambda report: report.cost.drift < 1.1 * report.idle_cost.drift)
     assert rested.cost.predict(100) == pytest.approx(rested.idle_cost.predict(100), rel=0.1)
+
+
+# ---- soft admission --------------------------------------------------------------------------------------
+
+
+def test_best_effort_that_is_promised_after_all_is_a_promise_from_then_on(serve: Serve) -> None:
+    served = serve()
+    served.engine.slots = 0  # it waits
+    client, coordinator = served.client("endpoint"), served.coordinator()
+    client.send(submit("r", pace=BEST_EFFORT, class_name="chatbot"))
+    assert the_work(coordinator.report(lambda report: bool(report.works))).best_effort
+    client.send(Promote("r", 1, Pace(first_token_left_s=3.0, tpot_s=0.2)))
+    promised = the_work(coordinator.report(lambda report: not the_work(report).best_effort))
+    assert promised.first_token_left_s == pytest.approx(3.0, abs=1.0)
+    assert (promised.tpot_s, promised.class_name) == (0.2, "chatbot")
+
+
+def test_a_promise_that_comes_after_the_first_token_changes_nothing(serve: Serve) -> None:
+    served = serve()
+    client, coordinator = served.client("endpoint"), served.coordinator()
+    client.send(submit("r", max_tokens=LONG, pace=BEST_EFFORT))
+    coordinator.report(lambda report: bool(report.works) and the_work(report).output_tokens > 0)
+    client.send(Promote("r", 1, Pace(first_token_left_s=3.0, tpot_s=0.2)))
+    client.send(Promote("never-heard-of", 1, Pace(first_token_left_s=3.0, tpot_s=0.2)))
+    steps = coordinator.report().steps
+    assert the_work(coordinator.report(lambda report: report.steps > steps + 50)).best_effort
 
 
 # ---- what fails ------------------------------------------------------------------------------------------

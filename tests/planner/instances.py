@@ -74,7 +74,9 @@ class Case:
             max_batch_tokens=self.max_batch_tokens,
             tiers=tuple(Tier(name, tpot * TICK_S) for name, tpot in self.tpots),
             decodes=tuple(Decode(each.id, each.tier, each.due * TICK_S) for each in self.runners),
-            prefills=tuple(Prefill(job.id, job.tokens, job.deadline * TICK_S, job.tier) for job in self.promised),
+            prefills=tuple(
+                Prefill(job.id, job.tokens, job.deadline * TICK_S, job.tier) for job in self.promised
+            ),
             newcomers=tuple(
                 Newcomer(job.id, job.tokens, job.deadline * TICK_S, job.tier, job.kv, float(job.value))
                 for job in self.newcomers
@@ -129,9 +131,7 @@ def draw_grid_case(draw: Draw) -> Case:
     tpot = draw(base + 4, 30)
     room = (tpot - base) * rate
     others = [Runner(f"d{i}", "only", tpot + draw(0, tpot)) for i in range(1, draw(1, 4))]
-    promised = [
-        Job(f"p{i}", draw(1, room // 3), tpot * draw(1, 6), "only") for i in range(max(0, draw(-1, 2)))
-    ]
+    promised = [Job(f"p{i}", draw(1, room // 3), tpot * draw(1, 6), "only") for i in range(max(0, draw(-1, 2)))]
     newcomers = [
         Job(f"n{i}", draw(1, 2 * room if draw(0, 1) else room), tpot * draw(1, 6), "only")
         for i in range(draw(1, 8))

@@ -71,7 +71,9 @@ def accepted_sets(case: Case) -> set[frozenset[str]]:
 
 def _items(case: Case) -> list[Item]:
     activations = [
-        Item(at, ACTIVATION, i, name) for i, (name, _) in enumerate(case.tpots) if (at := _active_from(case, name))
+        Item(at, ACTIVATION, i, name)
+        for i, (name, _) in enumerate(case.tpots)
+        if (at := _active_from(case, name))
     ]
     promised = [Item(job.deadline, PROMISED, i, job.tier, job) for i, job in enumerate(case.promised)]
     newcomers = [Item(job.deadline, NEWCOMER, i, job.tier, job) for i, job in enumerate(case.newcomers)]
@@ -153,9 +155,7 @@ def _taken(case: Case, item: Item, label: Label) -> Iterator[Label]:
             continue
         taken = replace(after, left=usable - charged)
         if item.kind == NEWCOMER:
-            taken = replace(
-                taken, held=_held(label, item.job, start), accepted=(*label.accepted, item.job.id)
-            )
+            taken = replace(taken, held=_held(label, item.job, start), accepted=(*label.accepted, item.job.id))
         fits = all(used <= free for used, (_, free) in zip(taken.held, case.free_kv, strict=True))
         if fits and len(taken.accepted) <= case.free_seqs:
             yield taken

@@ -141,11 +141,11 @@ def _fits(case: Case, newcomers: list[Job], starts: tuple[int, ...]) -> bool:
 def _steady(case: Case, newcomers: list[Job]) -> bool:
     """The longest batches that the fastest tier allows hold a token per TPOT of every decode."""
     tpots = dict(case.tpots)
-    tiers = [job.tier for job in (*case.promised, *newcomers) if job.tier] + [each.tier for each in case.runners]
+    tiers = [job.tier for job in (*case.promised, *newcomers) if job.tier] + [
+        each.tier for each in case.runners
+    ]
     if not tiers:
         return True
     length = min(case.longest, *(tpots[tier] for tier in tiers))
     whole = lcm(*tpots.values())
     return sum(length * whole // tpots[tier] for tier in tiers) <= case.cap(length) * whole
-
-

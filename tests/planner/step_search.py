@@ -89,7 +89,9 @@ def search(  # type: ignore[no-untyped-def]
                         row = stack[depth]
                         row[:] = state
                         row[0] = end
-                        if _apply(row, begin, soon, spare, counts, until, tpots, offsets, deadlines, starts, blocked):
+                        if _apply(
+                            row, begin, soon, spare, counts, until, tpots, offsets, deadlines, starts, blocked
+                        ):
                             depth += 1
                     if not _advance(counts, low, high):
                         break
