@@ -1,7 +1,8 @@
 """Placement: for one request, which replica or which prefill/decode pair, or best effort, or a refusal.
 
 Every candidate is put to the planner. Of those that can keep the promise without breaking an earlier one, the
-one that loses least takes the request; of those that lose about the same, the least loaded.
+one that loses least takes the request; of those that lose about the same, the least loaded; of those one
+where no KV has to move.
 """
 
 from __future__ import annotations
@@ -113,8 +114,10 @@ def place(
     return _accept(request, fallback, "best_effort", judged, now_s), candidates
 
 
-def _preference(candidate: Candidate) -> tuple[int, int]:
-    return math.ceil(math.log(max(candidate.loss_s, 1e-6), SAME_LOSS)), candidate.load
+def _preference(candidate: Candidate) -> tuple[int, int, bool]:
+    """The least loss, then the least load, then no KV to move."""
+    loss = math.ceil(math.log(max(candidate.loss_s, 1e-6), SAME_LOSS))
+    return loss, candidate.load, candidate.prefill is not None
 
 
 def _no_capacity(request: Place) -> Placed:
@@ -225,7 +228,7 @@ def _judge_pair(
     decisions = (at_prefill, at_decode)
     if reason:
         return Candidate(prefill, decode, f"{decode.name}: {reason}", decisions=decisions)
-    loss = loss_s(at_prefill.instance, 0.0)
+    loss = transfer_s + loss_s(at_prefill.instance, 0.0)
     loss += loss_s(at_decode.instance, expected_residence_s(decoding, knowledge.lengths))
     return Candidate(prefill, decode, "", loss, decisions)
 

@@ -39,13 +39,15 @@ def test_what_was_never_decided_cannot_be_explained(cluster: Client) -> None:
     assert "cmpl-nothing" in answer.text
 
 
-def test_a_follow_up_call_is_placed_where_its_kv_is(cluster: Client) -> None:
+def test_a_follow_up_call_is_a_small_prompt_where_its_kv_is(cluster: Client) -> None:
     slo = {"ttft_ms": 5000, "tpot_ms": 500}
     story = "a session with a long memory " * 60
     first = cluster.complete(story, max_tokens=4, slo=slo)
     assert first.headers["x-slosserve-placement"] == "prefill-0>decode-0"
     time.sleep(REPORT_LAG_S)
     second = cluster.complete(story + "and one more thing", max_tokens=4, slo=slo)
-    assert second.headers["x-slosserve-placement"] == "decode-0"
-    told = cluster.get(f"/requests/{second.headers['x-slosserve-request-id']}")
-    assert told["outcome"] == "completed"
+    explained = cluster.get(f"/explain/{second.headers['x-slosserve-request-id']}")
+    alone = next(one for one in explained["candidates"] if one["name"] == "decode-0")
+    assert alone["feasible"]
+    (asked,) = alone["decisions"][0]["instance"]["newcomers"]
+    assert 0 < asked["tokens"] < asked["cached_tokens"]

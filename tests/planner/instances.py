@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hypothesis import strategies as st
@@ -34,7 +34,7 @@ class Runner:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A prefill of `tokens` by tick `deadline`: a promised one, or a newcomer with a value and KV by interval."""
+    """A prefill of `tokens` by tick `deadline`: promised, or a newcomer with a value and KV by interval."""
 
     id: str
     tokens: int
@@ -116,6 +116,39 @@ def draw_case(draw: Draw) -> Case:
     )
 
 
+def seeded_saturated_case(seed: int) -> Case:
+    """Of this seed, a problem whose running decodes alone take most of every batch."""
+    return draw_saturated_case(random.Random(seed).randint)
+
+
+def draw_saturated_case(draw: Draw) -> Case:
+    """Few tokens a batch, many running decodes that come due in bunches, up to 4 newcomers, ample memory."""
+    base, rate = draw(2, 8), (1, 2, 4, 8)[draw(0, 3)]
+    tpots = _tpots(draw, base)
+    aligned = draw(0, 1)
+    runners = []
+    for i in range(draw(1, 6)):
+        name, tpot = tpots[draw(0, len(tpots) - 1)]
+        slack = draw(1, 2 * tpot) if draw(0, 3) == 0 else 0
+        runners.append(Runner(f"d{i}", name, (tpot if aligned else draw(base + 1, tpot)) + slack))
+    jobs = [Job(f"n{i}", draw(1, 5 * rate), draw(base + 1, 60), _tier(draw, tpots)) for i in range(draw(1, 4))]
+    longest = (12, 18, 24, 40, 60)[draw(0, 4)]
+    return Case(base, rate, (longest - base) * rate, tpots, tuple(runners), (), tuple(jobs))
+
+
+def at_the_edge(case: Case, accepts: Callable[[Case], bool]) -> Case:
+    """The case with each newcomer in turn as long as it may be for all to be accepted, as all are at first."""
+    for i, job in enumerate(case.newcomers):
+        fits, too_long = job.tokens, job.tokens + 100 * case.rate
+        while too_long - fits > 1:
+            middle = (fits + too_long) // 2
+            jobs = (*case.newcomers[:i], replace(job, tokens=middle), *case.newcomers[i + 1 :])
+            fits, too_long = (middle, too_long) if accepts(replace(case, newcomers=jobs)) else (fits, middle)
+        longest = replace(job, tokens=fits)
+        case = replace(case, newcomers=(*case.newcomers[:i], longest, *case.newcomers[i + 1 :]))
+    return case
+
+
 def seeded_grid_case(seed: int) -> Case:
     return draw_grid_case(random.Random(seed).randint)
 
@@ -126,7 +159,7 @@ def grid_cases(draw: st.DrawFn) -> Case:
 
 
 def draw_grid_case(draw: Draw) -> Case:
-    """One tier, every deadline on the grid of its TPOT, equal values, ample memory: what Moore-Hodgson solves."""
+    """What Moore-Hodgson solves: one tier, deadlines on the grid of its TPOT, equal values, ample memory."""
     base, rate = draw(2, 6), draw(4, 8)
     tpot = draw(base + 4, 30)
     room = (tpot - base) * rate

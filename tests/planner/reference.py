@@ -189,7 +189,7 @@ def _length(case: Case, label: Label) -> int:
 
 
 def _budget(case: Case, label: Label, length: int) -> int:
-    """Tokens of a batch less what the joined decodes take of it at their rate, rounded down; may be negative."""
+    """Tokens of a batch less what joined decodes take of it at their rate, rounded down; may be negative."""
     share, whole = _fluid(case, label.joined, length)
     return (case.cap(length) * whole - share) // whole
 

@@ -12,7 +12,7 @@ from then on a necessary condition only: the most efficient steady batch holds w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import combinations, product
 from math import lcm
 from typing import Any
@@ -23,8 +23,6 @@ from tests.planner.instances import Case, Job
 from tests.planner.step_search import FOUND, UNDECIDED, enough_time, search
 
 HORIZON_TPOTS = 3
-
-
 EFFORT = 20_000_000  # comparisons of states in one search; beyond it the answer is Undecided
 
 
@@ -33,7 +31,27 @@ class Undecided(Exception):
 
 
 def best(case: Case, known: int = 0) -> int:
-    """The most value of a set that is feasible; 0 too if the promised alone are not."""
+    """The most value of a set that is feasible; 0 too if the promised alone are not. Raises Undecided.
+
+    `known`: a value that some feasible set is known to have, so that only better ones are searched.
+    """
+    return _most_value(case, known, lambda ids: feasible(case, ids))
+
+
+def at_most(case: Case, known: int = 0) -> int:
+    """No less than `best`: a set whose search is given up counts as feasible."""
+
+    def possibly(ids: frozenset[str]) -> bool:
+        try:
+            return feasible(case, ids)
+        except Undecided:
+            return True
+
+    return _most_value(case, known, possibly)
+
+
+def _most_value(case: Case, known: int, accepts: Callable[[frozenset[str]], bool]) -> int:
+    """Over subsets, the most valuable first; what holds a refused set is refused too."""
     worth = {job.id: job.value for job in case.newcomers}
     sets = [frozenset(ids) for n in range(len(worth), 0, -1) for ids in combinations(worth, n)]
     sets.sort(key=lambda ids: -sum(worth[each] for each in ids))
@@ -44,7 +62,7 @@ def best(case: Case, known: int = 0) -> int:
             return known
         if any(smaller <= ids for smaller in refused):
             continue
-        if feasible(case, ids):
+        if accepts(ids):
             return value
         refused.append(_smallest_refused(case, ids))
     return known

@@ -52,16 +52,15 @@ def search(  # type: ignore[no-untyped-def]
         for j in range(jobs):
             if state[1 + j] > 0:
                 last = min(last, deadlines[j])
-        for tier in range(tpots.size):
-            for d in range(offsets[tier], offsets[tier + 1]):
-                if not blocked[d]:
-                    last = min(last, state[d])
+        for d in range(1 + jobs, width):
+            if not blocked[d]:
+                last = min(last, state[d])
         for end in range(state[0] + shortest, last + 1):
             soon = end + shortest  # what is due before it cannot wait for the next batch
             if not _forced(state, soon, until, tpots, offsets, blocked, low, high):
                 continue
             for pick in range(-1, jobs):
-                begin = state[0] if pick < 0 else starts[pick]
+                begin = state[0] if pick < 0 else starts[pick]  # at once, or when some KV may be held
                 if pick >= 0 and (begin <= state[0] or state[1 + pick] == 0 or end - begin < shortest):
                     continue
                 room = min((end - begin - base) * rate, most_tokens)
@@ -70,25 +69,17 @@ def search(  # type: ignore[no-untyped-def]
                 for j in range(jobs):
                     if starts[j] <= begin:
                         open_tokens += state[1 + j]
-                for tier in range(tpots.size):
-                    counts[tier] = low[tier]
+                counts[:] = low
                 while True:
-                    decoding = counts.sum()
-                    full, fewest = True, True
-                    for tier in range(tpots.size):
-                        full = full and counts[tier] == high[tier]
-                        fewest = fewest and counts[tier] == low[tier]
-                    spare = room - decoding
-                    # Left-over room though a decode could use it, or nothing that a shorter batch does not do:
-                    # never better.
-                    useful = spare >= 0 and (full or spare <= open_tokens) and (full or fewest or not narrow)
-                    useful = useful and decoding + min(spare, open_tokens) > shorter
-                    if useful and not _out_of_order(state, counts, tpots, offsets, blocked):
+                    if _useful(counts, low, high, room, shorter, open_tokens, narrow) and not _out_of_order(
+                        state, counts, tpots, offsets, blocked
+                    ):
                         if depth == stack.shape[0]:
                             stack = _grown(stack)
                         row = stack[depth]
                         row[:] = state
                         row[0] = end
+                        spare = room - counts.sum()
                         if _apply(
                             row, begin, soon, spare, counts, until, tpots, offsets, deadlines, starts, blocked
                         ):
@@ -139,6 +130,20 @@ def enough_time(state, base, rate, most_tokens, until, tpots, offsets, deadlines
 
 
 @njit(cache=True)
+def _useful(counts, low, high, room, shorter, open_tokens, narrow):  # type: ignore[no-untyped-def]
+    """Neither too many tokens, nor room left that a decode could use, nor what a shorter batch does as well."""
+    decoding, full, fewest = 0, True, True
+    for tier in range(counts.size):
+        decoding += counts[tier]
+        full = full and counts[tier] == high[tier]
+        fewest = fewest and counts[tier] == low[tier]
+    spare = room - decoding
+    if spare < 0 or decoding + min(spare, open_tokens) <= shorter:
+        return False
+    return (full or spare <= open_tokens) and (full or fewest or not narrow)
+
+
+@njit(cache=True)
 def _advance(counts, low, high):  # type: ignore[no-untyped-def]
     """The next choice of counts between the bounds; False after the last."""
     for tier in range(counts.size):
@@ -151,13 +156,7 @@ def _advance(counts, low, high):  # type: ignore[no-untyped-def]
 
 @njit(cache=True)
 def _done(state, jobs, until):  # type: ignore[no-untyped-def]
-    for j in range(jobs):
-        if state[1 + j] > 0:
-            return False
-    for d in range(1 + jobs, state.size):
-        if state[d] <= until:
-            return False
-    return True
+    return np.all(state[1 : 1 + jobs] == 0) and np.all(state[1 + jobs :] > until)
 
 
 @njit(cache=True)
@@ -221,9 +220,10 @@ def _out_of_order(state, counts, tpots, offsets, blocked):  # type: ignore[no-un
         if passed < 0:
             continue
         for other in range(tpots.size):
-            if tpots[other] > tpots[tier] and counts[other] > 0:
-                if _nth(state, offsets[other], offsets[other + 1], counts[other] - 1, blocked) >= passed:
-                    return True
+            if tpots[other] <= tpots[tier] or counts[other] == 0:
+                continue
+            if _nth(state, offsets[other], offsets[other + 1], counts[other] - 1, blocked) >= passed:
+                return True
     return False
 
 

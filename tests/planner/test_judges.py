@@ -117,7 +117,7 @@ def test_a_batch_holds_one_token_of_a_decode_and_takes_its_base() -> None:
 
 
 def test_bunched_tokens_after_the_last_deadline_count() -> None:
-    # 2 tokens a batch of 10 ticks; the three decodes need 1.92. One token more, and the bunch before 70 is late.
+    # 2 tokens a batch of 10 ticks; the decodes need 1.92. With one token more the bunch before 70 is late.
     case = Case(
         base=8,
         rate=1,
@@ -165,7 +165,7 @@ def test_moore_and_hodgson_agree_with_every_plan() -> None:
 
 
 def test_random_problems_are_overloaded_and_of_every_kind() -> None:
-    drawn = [seeded_case(seed) for seed in range(300)]
+    drawn = [seeded_case(seed) for seed in range(150)]
     assert {len(case.tpots) for case in drawn} == {1, 2, 3}
     assert {len(case.free_kv) for case in drawn} == {1, 2, 3}
     assert max(len(case.newcomers) for case in drawn) == 8
