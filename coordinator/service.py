@@ -324,7 +324,12 @@ class Coordinator:
     def _place(self, peer: bytes, message: Place) -> Placed:
         try:
             links = self._links.by_name()
-            return self._decider.place(message, peer, self._mirrors, links, time.monotonic())
+            placed = self._decider.place(message, peer, self._mirrors, links, time.monotonic())
+            if message.class_name is not None and placed.verdict != "admitted":
+                logger.info(
+                    "%s (%s) %s: %s", placed.request_id, message.class_name, placed.verdict, placed.reason
+                )
+            return placed
         except Exception:
             # An endpoint waits for this answer: an error of ours must not look like a coordinator that is gone.
             logger.exception("placing %s", message.request_id)

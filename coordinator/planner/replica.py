@@ -61,7 +61,8 @@ class Asking:
 def to_instance(replica: Replica, asking: Asking, lengths: Lengths) -> Instance:
     """The admission problem of `asking` on `replica`. What is broken already is no promise any more."""
     cost = replace(replica.cost, drift=replica.cost.drift * (1 + replica.margin))
-    shift_s = replica.age_s + (replica.step_s if replica.works else 0.0)
+    start_s = replica.step_s if replica.works else 0.0  # a plan begins when the batch in flight ends
+    shift_s = replica.age_s + start_s
     promised = [work for work in replica.works if not work.best_effort]
     decoding = [
         work for work in promised if work.kind is not WorkKind.PREFILL and work.prefill_left_tokens == 0
@@ -100,7 +101,7 @@ def to_instance(replica: Replica, asking: Asking, lengths: Lengths) -> Instance:
     newcomer = Newcomer(
         id=asking.id,
         tokens=max(asking.tokens, 1),
-        deadline_s=max(asking.left_s - shift_s, 0.0),
+        deadline_s=max(asking.left_s - start_s, 0.0),
         tier=None if asking.tpot_s is None else names[asking.tpot_s],
         kv_tokens=view.charges[0],
         cached_tokens=asking.cached_tokens,
