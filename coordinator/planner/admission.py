@@ -118,7 +118,9 @@ class Problem:
         ends_s = [one.deadline_s for one in instance.prefills] + [one.deadline_s for one in instance.newcomers]
         horizon_s = max(ends_s, default=0.0)
         horizon_s += 2 * max([full, *self.period_s]) if count else full
-        self.due_s, self.due_slots = _dues(due_s, self.period_s[tiers], self.slots[tiers], horizon_s)
+        self.horizon_s = float(horizon_s)
+        until_s = self.horizon_s + full  # the last batch there must cover what is due before its successor ends
+        self.due_s, self.due_slots = _dues(due_s, self.period_s[tiers], self.slots[tiers], until_s)
 
     def _items(self, cost: StepCost) -> None:
         instance = self.instance
@@ -169,7 +171,7 @@ class Problem:
         self._fixed = (
             self.line, self.load, self.full_s,
             self.period_s, self.slots, self.running, self.active_s, self.tier_s, self.joined_s,
-            self.due_s, self.due_slots,
+            self.due_s, self.due_slots, self.horizon_s,
             self.kinds, self.deadlines_s, self.tokens, self.tiers, self.values, self.kv,
         )  # fmt: skip
         self.check_labels = max(CHECK_LABELS, 2 * labels.BEAM * len(rows))

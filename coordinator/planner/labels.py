@@ -113,7 +113,7 @@ def _most_by(order, first, modes, sizes, values, budget):  # type: ignore[no-unt
 def search(  # type: ignore[no-untyped-def]
     line, load, full_s,  # cost
     period_s, slots, running, active_s, tier_s, joined_s,  # [T] tiers
-    due_s, due_slots,  # [E], [E + 1] tokens of running decodes, by due time, and their running sum
+    due_s, due_slots, horizon_s,  # [E], [E + 1] tokens of running decodes until then, and their running sum
     kinds, deadlines_s, tokens, tiers, values, kv, modes,  # [I], kv: [I, K] items, by deadline
     kv_from_s, kv_free, tight,  # [K] memory intervals
     free_seqs, lower, by_budget, by_memory, bound_k, limit,
@@ -403,7 +403,19 @@ def search(  # type: ignore[no-untyped-def]
     best = -1
     for place in range(alive):
         label = current[place]
-        if best < 0 or val[label] > val[best] + 1e-12:
+        if best >= 0 and val[label] <= val[best] + 1e-12:
+            continue
+        # ---- what comes due in bunches after the last decision must be covered as well
+        length_s = _length(full_s, period_s, counts[label], active)
+        each = net_budget(length_s, length_s, line, load, period_s, slots, counts[label], tier_s, joined_s)
+        covered = True
+        batch = 1
+        while t[label] + batch * length_s <= horizon_s + EPS_S:
+            if pb[label] + batch * each < _needed(t[label] + (batch + 1) * length_s, due_s, due_slots):
+                covered = False
+                break
+            batch += 1
+        if covered:
             best = label
     steps = 0
     label = best
@@ -427,7 +439,7 @@ def take_in_order(  # type: ignore[no-untyped-def]
     order, modes, begun,
     line, load, full_s,
     period_s, slots, running, active_s, tier_s, joined_s,
-    due_s, due_slots,
+    due_s, due_slots, horizon_s,
     kinds, deadlines_s, tokens, tiers, values, kv,
     kv_from_s, kv_free, tight,
     free_seqs, by_budget, by_memory, bound_k, limit,
@@ -442,7 +454,7 @@ def take_in_order(  # type: ignore[no-untyped-def]
         beside = search(
             line, load, full_s,
             period_s, slots, running, active_s, tier_s, joined_s,
-            due_s, due_slots,
+            due_s, due_slots, horizon_s,
             kinds, deadlines_s, tokens, tiers, values, kv, modes,
             kv_from_s, kv_free, tight,
             free_seqs, -1.0, by_budget, by_memory, bound_k, limit,

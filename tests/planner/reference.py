@@ -104,7 +104,8 @@ def _initial(case: Case) -> Iterator[Label]:
 
 def _survivors(case: Case, items: list[Item], index: int, label: Label) -> Iterator[Label]:
     if index == len(items):
-        yield label
+        if _covers_the_rest(case, label):
+            yield label
         return
     item = items[index]
     if item.kind == NEWCOMER:
@@ -112,6 +113,18 @@ def _survivors(case: Case, items: list[Item], index: int, label: Label) -> Itera
     for arrived in _ways(case, item, label):
         for taken in _taken(case, item, arrived):
             yield from _survivors(case, items, index + 1, taken)
+
+
+def _covers_the_rest(case: Case, label: Label) -> bool:
+    """Whole batches until twice the longest pace after the last deadline cover what comes due in bunches."""
+    deadlines = [job.deadline for job in (*case.promised, *case.newcomers)]
+    until = max(deadlines, default=0) + 2 * max(case.longest, *(tpot for _, tpot in case.tpots))
+    length = _length(case, label)
+    while label.at + length <= until:
+        label = _after(case, label, label.at, label.at + length, _budget(case, label, length))
+        if label.left < _needed(case, label.at + length):
+            return False
+    return True
 
 
 def _ways(case: Case, item: Item, label: Label) -> Iterator[Label]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import pytest
 from hypothesis import given, settings
 
 from coordinator.planner.admission import Plan, solve
@@ -95,7 +94,6 @@ def test_no_case_is_found_in_which_moore_and_hodgson_do_better(case: Case) -> No
     assert (plan.value if plan.kept else -1) == moore_hodgson.most_admitted(case)
 
 
-@pytest.mark.xfail(strict=True, reason="what comes due in bunches after the last deadline is not looked at")
 def test_bunched_tokens_after_the_last_deadline_count() -> None:
     # 2 tokens a batch of 10 ticks, and 9 of the running decodes until tick 60: one more, and a tenth is late.
     case = Case(
