@@ -272,13 +272,16 @@ def _pour_prefills(
     lost: list[Seq] = []
     full = False
     for due_s, seq in prefills:
+        if full:
+            kept.append(seq)
+            continue
         left_s = due_s - moment.now_s
         known = seq.prompt_tokens + seq.output_tokens
         if left_s < moment.cost.prefill_alone_s(known, moment.max_batch_tokens, seq.computed_tokens):
             lost.append(seq)
             continue
         kept.append(seq)
-        full = full or not pour.prefill(seq, left_s)
+        full = not pour.prefill(seq, left_s)
     return kept, lost
 
 

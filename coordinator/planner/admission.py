@@ -19,8 +19,7 @@ from coordinator.planner.instance import Instance, Newcomer, Prefill, Tier
 from engine.cost import StepCost
 from engine.speculation import TierLoad, allowed_s, choose_depths, expected_tokens
 
-SEARCHED_NEWCOMERS = 16  # with 3 tiers or more; what is beyond goes greedily
-SEARCHED_NEWCOMERS_FEW_TIERS = 20
+SEARCHED_NEWCOMERS = 16  # what is beyond goes greedily
 LOOKED_AT_NEWCOMERS = 512  # of one call; the rest is deferred unseen, so that any call ends
 SEARCH_LABELS = 1 << 14
 SEARCH_LABELS_OF_MANY = 1 << 12  # above 16 newcomers: keeps a call below 10 ms, for less than 1 % of the value
@@ -139,6 +138,15 @@ class Problem:
             rows.append(
                 (newcomer.deadline_s, labels.NEWCOMER, at, tier, tokens, newcomer.value, newcomer.kv_tokens)
             )
+        asked = np.array([one.kv_tokens for one in instance.newcomers], dtype=float).reshape(-1, intervals)
+        self.kv_free = np.array([free.tokens for free in instance.free_kv], dtype=float)
+        self.tight = bool((asked.sum(axis=0) > self.kv_free).any())
+        if self.tight:
+            rows += [
+                (free.at_s, labels.MEMORY, at, -1, 0.0, 0.0, none)
+                for at, free in enumerate(instance.free_kv)
+                if at > 0
+            ]
         rows.sort(key=lambda row: row[:3])
         self.rows = rows
         self.deadlines_s = np.array([row[0] for row in rows], dtype=float)
@@ -158,11 +166,8 @@ class Problem:
             cost.per_seq_s + cost.per_context_token_s * joined_context / np.maximum(joined, 1)
         )
         self.kv_from_s = np.array([free.at_s for free in instance.free_kv], dtype=float)
-        self.kv_free = np.array([free.tokens for free in instance.free_kv], dtype=float)
         self.newcomers = np.flatnonzero(self.kinds == labels.NEWCOMER)
-        asked = self.kv[self.newcomers].sum(axis=0)
-        self.tight = bool((asked > self.kv_free).any())
-        bound_k = self._bound_interval(asked)
+        bound_k = self._bound_interval(asked.sum(axis=0))
         self._bounds = (
             _by_weight(self.newcomers, self.values / np.maximum(self.tokens, 1e-9)),
             _by_weight(self.newcomers, self.values / np.maximum(self.kv[:, bound_k], 1e-9)),
@@ -215,6 +220,7 @@ class Problem:
     def modes(self, mandatory: Iterable[int] = (), optional: Iterable[int] = ()) -> np.ndarray[Any, Any]:
         """What the search may do: what was promised is mandatory, newcomers are dropped unless named."""
         modes = np.where(self.kinds == labels.NEWCOMER, labels.DROPPED, labels.MANDATORY)
+        modes[self.kinds == labels.MEMORY] = labels.OPTIONAL
         modes[list(mandatory)] = labels.MANDATORY
         modes[list(optional)] = labels.OPTIONAL
         return modes
@@ -285,8 +291,7 @@ def _choose(problem: Problem, promised: Found) -> tuple[Found, str, bool]:
     if len(newcomers) == 1:
         return promised, "search", True
     dense = problem.by_density()[:LOOKED_AT_NEWCOMERS]
-    few_tiers = len(problem.instance.tiers) < 3
-    searched = dense[: SEARCHED_NEWCOMERS_FEW_TIERS if few_tiers else SEARCHED_NEWCOMERS]
+    searched = dense[:SEARCHED_NEWCOMERS]
     greedy = problem.take_in_order(searched, promised)
     optional = problem.modes(optional=searched)
     found = problem.search(optional, greedy.value, CHECK_LABELS)

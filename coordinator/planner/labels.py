@@ -17,7 +17,8 @@ import math
 import numpy as np
 from numba import njit
 
-ACTIVATE, PREFILL, NEWCOMER = 0, 1, 2  # kinds of items: a running tier begins to bind, promised, asking
+# Kinds of items: a running tier begins to bind, promised, asking, memory comes free (a batch may end there).
+ACTIVATE, PREFILL, NEWCOMER, MEMORY = 0, 1, 2, 3
 DROPPED, MANDATORY, OPTIONAL = 0, 1, 2  # what a search may do with an item
 SKIPPED, WHOLE, SHORT = 0, 1, 2  # how the stretch before an item ended: after whole batches, or a short one
 
@@ -135,6 +136,7 @@ def search(  # type: ignore[no-untyped-def]
     mem = np.empty((limit, K))
     w = np.empty((limit, K))
     stretch = np.empty((limit, 2))
+    began = np.empty(limit)
     parent = np.empty(limit, np.int64)
     item_of = np.empty(limit, np.int64)
     ending = np.empty(limit, np.int8)
@@ -176,6 +178,7 @@ def search(  # type: ignore[no-untyped-def]
         val[label], seqs[label], code[label] = 0.0, 0, 0
         parent[label], item_of[label], ending[label], start_of[label] = -1, -1, SKIPPED, 0
         counts[label, :] = 0
+        began[label] = 0.0 if t[label] > 0 else -1.0
         mem[label, :] = 0.0
         dead[label] = False
 
@@ -185,6 +188,7 @@ def search(  # type: ignore[no-untyped-def]
     alive = made
     following = np.empty(limit, np.int64)
     ranks = np.empty(limit)
+    since = np.zeros(K)
     row = np.zeros(max(T, 1), np.int64)
 
     for item in range(I):
@@ -196,7 +200,7 @@ def search(  # type: ignore[no-untyped-def]
         last_s = 0.0
         if optional:
             for other in range(item, I):
-                if modes[other] == OPTIONAL:
+                if modes[other] == OPTIONAL and kinds[other] == NEWCOMER:
                     last_s = max(last_s, deadlines_s[other])
         heads[:] = -1
         kept = 0
@@ -282,6 +286,18 @@ def search(  # type: ignore[no-untyped-def]
                     if pb[label] + gained < _needed(deadline_s + length_s, due_s, due_slots):
                         break
                 due = _needed(until_s + after_s, due_s, due_slots)
+                for k in range(1, K if tight else 0):
+                    # ---- of batches that begin when interval k has; what ran before them is credited once
+                    from_s = kv_from_s[k] - EPS_S
+                    first = max(0, math.ceil((from_s - at_s) / length_s))
+                    since[k] = max(batches - first, 0) * each
+                    if first < batches and (first > 0 or began[label] < from_s):
+                        since[k] += _needed(at_s + (first + 1) * length_s, due_s, due_slots)
+                    if way == SHORT and end_s >= from_s:
+                        since[k] += gained - batches * each
+                        before_s = at_s + (batches - 1) * length_s if batches > 0 else began[label]
+                        if before_s < from_s:
+                            since[k] += _needed(until_s, due_s, due_slots)
                 starts = 1
                 if tight and kinds[item] == NEWCOMER:
                     starts = K
@@ -291,15 +307,7 @@ def search(  # type: ignore[no-untyped-def]
                     # ---- budget of batches that began when its memory was there
                     usable = pb[label] + gained
                     if start > 0:
-                        since = 0
-                        for batch in range(batches - 1, -1, -1):
-                            if at_s + batch * length_s < kv_from_s[start] - EPS_S:
-                                break
-                            since += 1
-                        later = w[label, start] + since * each
-                        if way == SHORT and end_s >= kv_from_s[start] - EPS_S:
-                            later += gained - batches * each
-                        usable = min(usable, later)
+                        usable = min(usable, w[label, start] + since[start])
                     left = usable - tokens[item] - ahead
                     if left < due:
                         continue
@@ -328,17 +336,12 @@ def search(  # type: ignore[no-untyped-def]
                         mem[child, k] = mem[label, k]
                         if kinds[item] == NEWCOMER and k >= start:
                             mem[child, k] += kv[item, k]
-                        if tight:
-                            since = 0
-                            for batch in range(batches - 1, -1, -1):
-                                if at_s + batch * length_s < kv_from_s[k] - EPS_S:
-                                    break
-                                since += 1
-                            w[child, k] = w[label, k] + since * each
-                            if way == SHORT and end_s >= kv_from_s[k] - EPS_S:
-                                w[child, k] += gained - batches * each
-                        else:
-                            w[child, k] = 0.0
+                        w[child, k] = w[label, k] + since[k] if tight else 0.0
+                    began[child] = began[label]
+                    if way == SHORT:
+                        began[child] = end_s
+                    elif batches > 0:
+                        began[child] = at_s + (batches - 1) * length_s
                     stretch[child, 0], stretch[child, 1] = length_s, batches
                     parent[child], item_of[child] = label, item
                     ending[child], start_of[child] = way, start
@@ -349,10 +352,14 @@ def search(  # type: ignore[no-untyped-def]
                     while other_label >= 0:
                         same = not dead[other_label] and code[other_label] == child_code
                         if same and abs(t[other_label] - t[child]) < TICK_S / 2:
-                            if _dominates(other_label, child, val, pb, seqs, counts, mem, w, tight):
+                            if _dominates(
+                                other_label, child, val, pb, seqs, counts, mem, w, began, kv_from_s, tight
+                            ):
                                 worse = True
                                 break
-                            if _dominates(child, other_label, val, pb, seqs, counts, mem, w, tight):
+                            if _dominates(
+                                child, other_label, val, pb, seqs, counts, mem, w, began, kv_from_s, tight
+                            ):
                                 dead[other_label] = True
                         other_label = chain[other_label]
                     if worse:
@@ -467,7 +474,7 @@ def take_in_order(  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _dominates(one, two, val, pb, seqs, counts, mem, w, tight):  # type: ignore[no-untyped-def]
+def _dominates(one, two, val, pb, seqs, counts, mem, w, began, kv_from_s, tight):  # type: ignore[no-untyped-def]
     """Whether label `one` is at least as good as `two` for every future (same counts, same time)."""
     if val[one] < val[two] or pb[one] < pb[two] or seqs[one] > seqs[two]:
         return False
@@ -478,4 +485,6 @@ def _dominates(one, two, val, pb, seqs, counts, mem, w, tight):  # type: ignore[
         for k in range(mem.shape[1]):
             if mem[one, k] > mem[two, k] or w[one, k] < w[two, k]:
                 return False
+            if began[one] >= kv_from_s[k] - EPS_S > began[two]:
+                return False  # it has had its credit for what ran before interval k
     return True

@@ -12,7 +12,7 @@ from math import lcm
 
 from tests.planner.instances import Case, Job
 
-ACTIVATION, PROMISED, NEWCOMER = range(3)
+ACTIVATION, PROMISED, NEWCOMER, MEMORY = range(4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +40,7 @@ class Label:
     joined: tuple[str, ...] = ()
     active: frozenset[str] = frozenset()
     accepted: tuple[str, ...] = ()
+    began: int = -1  # the last batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,9 @@ def _items(case: Case) -> list[Item]:
     ]
     promised = [Item(job.deadline, PROMISED, i, job.tier, job) for i, job in enumerate(case.promised)]
     newcomers = [Item(job.deadline, NEWCOMER, i, job.tier, job) for i, job in enumerate(case.newcomers)]
-    return sorted(activations + promised + newcomers, key=lambda item: (item.at, item.kind, item.position))
+    memory = [Item(at, MEMORY, k, None) for k, (at, _) in enumerate(case.free_kv) if k and _tight(case)]
+    items = activations + promised + newcomers + memory
+    return sorted(items, key=lambda item: (item.at, item.kind, item.position))
 
 
 def _active_from(case: Case, tier: str) -> int | None:
@@ -95,8 +98,9 @@ def _initial(case: Case) -> Iterator[Label]:
     if first_due >= length:
         yield plain
         return
-    deadlines = [job.deadline for job in (*case.promised, *case.newcomers) if 0 < job.deadline < first_due]
-    for end in (first_due, *deadlines):
+    deadlines = [job.deadline for job in (*case.promised, *case.newcomers)]
+    cuts = deadlines + [at for at, _ in case.free_kv if _tight(case)]
+    for end in (first_due, *(cut for cut in cuts if 0 < cut < first_due)):
         label = replace(_after(case, plain, 0, end, case.cap(end)), at=end)
         if label.left >= _needed(case, end + length):
             yield label
@@ -108,7 +112,7 @@ def _survivors(case: Case, items: list[Item], index: int, label: Label) -> Itera
             yield label
         return
     item = items[index]
-    if item.kind == NEWCOMER:
+    if item.kind in (NEWCOMER, MEMORY):
         yield from _survivors(case, items, index + 1, label)
     for arrived in _ways(case, item, label):
         for taken in _taken(case, item, arrived):
@@ -191,9 +195,10 @@ def _held(label: Label, job: Job, start: int) -> tuple[int, ...]:
 def _after(case: Case, label: Label, begin: int, end: int, tokens: int) -> Label:
     """One more batch, from `begin` to `end`."""
     since = tuple(
-        sum_ + (tokens if begin >= at else 0) for sum_, (at, _) in zip(label.since, case.free_kv, strict=True)
+        sum_ + ((tokens + (_needed(case, end) if label.began < at else 0)) if begin >= at else 0)
+        for sum_, (at, _) in zip(label.since, case.free_kv, strict=True)
     )
-    return replace(label, at=end, left=label.left + tokens, since=since)
+    return replace(label, at=end, left=label.left + tokens, since=since, began=begin)
 
 
 def _length(case: Case, label: Label) -> int:

@@ -101,10 +101,10 @@ def test_the_most_value_is_chosen_not_the_most_requests() -> None:
     assert step_oracle.best(cheaper) == 4
 
 
-def test_the_oracle_finds_what_the_family_leaves_out() -> None:
-    # Idle until memory comes free, then a batch of 15 ticks: whole batches of 25 start at 0 and at 25.
+def test_a_batch_may_begin_when_memory_comes_free() -> None:
+    # A batch that ends at 20, then one of 15 ticks: whole batches of 25 would start at 0 and at 25.
     case = asking(replace(BARE, free_kv=((0, 10), (20, 50))), Job("n", 80, 35, None, 1, (50, 50)))
-    assert reference.best(case) == reference.Best(0, (), True)
+    assert reference.best(case) == reference.Best(1, ("n",), True)
     assert step_oracle.best(case) == 1
 
 
