@@ -145,7 +145,7 @@ class PlannerConfig(Section):
     """
 
     max_deferred: Positive = 256
-    explained: Positive = 512
+    explained: Positive = 256
 
 
 class TimeoutsConfig(Section):

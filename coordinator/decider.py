@@ -22,7 +22,7 @@ from engine.prefix import PREFIX_BLOCK_TOKENS
 from engine.request import Pace, WorkKind
 from kv_transfer.base import Link
 
-ASKED_AGAIN_A_TURN = 16  # deferred requests, the oldest first
+ASKED_AGAIN_A_TURN = 4  # deferred requests: each takes milliseconds, and placements wait for them
 BEST_EFFORT_CLASS = "none"
 
 
@@ -47,7 +47,8 @@ class Promotion:
 class Decider:
     """Decides for the coordinator, which gives it its mirrors and the time. Does no I/O."""
 
-    def __init__(self, max_deferred: int, remembered: int) -> None:
+    def __init__(self, max_deferred: int, remembered: int, *, prefix_caching: bool = True) -> None:
+        self._caching = prefix_caching
         self.deferred = DeferredQueue(max_deferred)
         self._lengths = LearnedLengths()
         self._prefixes = PrefixDirectory()
@@ -63,11 +64,16 @@ class Decider:
         now_s: float,
     ) -> Placed:
         """Where a request goes. One with a promise to hope for waits for it, while there is room to wait."""
+        waited = request.request_id in self.deferred
+        self.deferred.forget(request.request_id)
+        for mirror in mirrors.values():
+            mirror.forget(request.request_id, request.attempt - 1)
         placed, candidates = place(request, mirrors.values(), self._knowledge(links), now_s)
         if request.class_name is None:
             return placed
-        if placed.verdict == "best_effort":
-            if self.deferred.full:
+        if placed.verdict == "best_effort" and request.sequences == 1:
+            self.deferred.purge(now_s)
+            if self.deferred.full and not waited:
                 _take_back(placed, mirrors)
                 placed = Placed(
                     request.request_id,
@@ -89,9 +95,7 @@ class Decider:
         """Deferred requests that can be promised now, where they are. Their mirrors count them from now on."""
         knowledge = self._knowledge(links)
         promotions = []
-        for asked, deferred in enumerate(self.deferred.due(now_s)):
-            if asked >= ASKED_AGAIN_A_TURN:
-                break
+        for deferred in self.deferred.next(now_s, ASKED_AGAIN_A_TURN):
             promotion = self._ask_again(deferred, mirrors, knowledge, now_s)
             if promotion is not None:
                 promotions.append(promotion)
@@ -109,7 +113,8 @@ class Decider:
         state = at.state_of(deferred.request.request_id, deferred.request.attempt)
         if state is None:
             return None  # on its way there, or handed on: the next report tells
-        if state.output_tokens > 0:
+        handed_on = state.kind is WorkKind.PREFILL and state.prefill_left_tokens == 0
+        if state.output_tokens > 0 or handed_on:
             self.deferred.forget(deferred.request.request_id)
             return None
         left_s = deferred.until_s - now_s
@@ -120,12 +125,14 @@ class Decider:
         if not candidate.feasible:
             return None
         self.deferred.forget(request.request_id)
+        first_left_s = left_s - candidate.handoff_s
         promised = replace(state, best_effort=False, first_token_left_s=left_s)
-        at.place(promised, now_s)
+        at.place(replace(promised, first_token_left_s=first_left_s), now_s)
         if prefill is not None:
             target.place(replace(promised, kind=WorkKind.DECODE, prefill_left_tokens=0), now_s)
-        self._remember(Explained(request, replace(placed, verdict="admitted", reason=""), [candidate]))
-        pace = Pace(left_s, request.tpot_s)
+        admitted = replace(placed, verdict="admitted", reason=f"deferred at first: {placed.reason}")
+        self._remember(Explained(request, admitted, [candidate]))
+        pace = Pace(first_left_s, request.tpot_s)
         return Promotion(deferred, at.name, Promote(request.request_id, request.attempt, pace))
 
     def finished(self, finished: Finished, mirrors: Mapping[str, NodeMirror]) -> None:
@@ -137,7 +144,7 @@ class Decider:
             name = finished.class_name or BEST_EFFORT_CLASS
             observe = self._lengths.observe if finished.ended_itself else self._lengths.observe_at_least
             observe(name, finished.prompt_tokens, finished.output_tokens)
-        for node in finished.nodes:
+        for node in finished.nodes if self._caching and finished.output_tokens > 0 else ():
             report = None if node not in mirrors else mirrors[node].report
             if report is not None:
                 kv_tokens = report.info.num_blocks * report.info.block_size
@@ -171,8 +178,15 @@ class Decider:
         return Knowledge(self._lengths, links, self._prefixes)
 
     def _remember(self, explained: Explained) -> None:
-        self._explained[explained.request.request_id] = explained
-        self._explained.move_to_end(explained.request.request_id)
+        chosen = [one.node for one in (explained.placed.prefill, explained.placed.decode) if one is not None]
+        kept = [
+            # Whole problems are kept of the candidate that was taken; of the others, what became of them.
+            one if one.name == ">".join(chosen) else replace(one, decisions=())
+            for one in explained.candidates
+        ]
+        for request_id in (explained.request.request_id, *explained.request.siblings):
+            self._explained[request_id] = replace(explained, candidates=kept)
+            self._explained.move_to_end(request_id)
         while len(self._explained) > self._remembered:
             self._explained.popitem(last=False)
 

@@ -6,7 +6,6 @@ makes room. Their number is bounded; none is dropped in silence.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from engine.messages import Place, Placed
@@ -30,6 +29,7 @@ class DeferredQueue:
     def __init__(self, bound: int) -> None:
         self.bound = bound
         self._waiting: dict[str, Deferred] = {}
+        self._turn = 0
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -47,10 +47,19 @@ class DeferredQueue:
         """It is over, promised, or has begun to speak."""
         self._waiting.pop(request_id, None)
 
-    def due(self, now_s: float) -> Iterator[Deferred]:
-        """Those that a promise could still help, oldest first. The others are let go: they stay best effort."""
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._waiting
+
+    def purge(self, now_s: float) -> None:
+        """Let go of those that a promise comes too late for: they stay best effort."""
         for request_id, deferred in list(self._waiting.items()):
             if now_s > deferred.until_s - GIVE_UP_S:
                 del self._waiting[request_id]
-            else:
-                yield deferred
+
+    def next(self, now_s: float, most: int) -> list[Deferred]:
+        """Whom to ask about now, oldest first. Where there are more, a turn goes on where the last ended."""
+        self.purge(now_s)
+        waiting = list(self._waiting.values())
+        start = self._turn if self._turn < len(waiting) else 0
+        self._turn = start + most
+        return waiting[start : start + most]

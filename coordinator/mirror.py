@@ -39,6 +39,7 @@ class NodeMirror:
     reported_s: float = 0.0
     state: str = "starting"
     overflow_z: float = OVERFLOW_Z
+    paces_s: set[float] = field(default_factory=set)
     placed: dict[str, Placement] = field(default_factory=dict)
 
     def take_report(self, report: Report, now_s: float) -> None:
@@ -47,19 +48,21 @@ class NodeMirror:
             overflowed = report.promises_preempted - self.report.promises_preempted
             self.overflow_z = next_z(self.overflow_z, 0, overflowed)
         self.report = report
-        self.reported_s = now_s
+        self.reported_s = now_s - report.age_s
         self.role = report.role
         self.state = "ready"
-        seen = {work_id(work.request_id, work.attempt) for work in report.works}
+        self.paces_s = {work.tpot_s for work in report.works if not work.best_effort}
+        reported = {work_id(work.request_id, work.attempt): work for work in report.works}
         self.placed = {
             key: placement
             for key, placement in self.placed.items()
-            if key not in seen and now_s < placement.until_s
+            if not _shows(reported.get(key), placement.state) and now_s < placement.until_s
         }
 
     def place(self, state: WorkState, now_s: float) -> None:
         """Count a placement until a report shows it. Every promise lets the reserve of memory shrink a bit."""
         if not state.best_effort:
+            self.paces_s.add(state.tpot_s)
             self.overflow_z = next_z(self.overflow_z, 1, 0)
         grace_s = PAIR_GRACE_S if state.kind is WorkKind.DECODE else PLACED_GRACE_S
         self.placed[work_id(state.request_id, state.attempt)] = Placement(state, now_s, now_s + grace_s)
@@ -79,16 +82,18 @@ class NodeMirror:
     @property
     def requests(self) -> int:
         """Requests here, and on their way here."""
-        return len(self.placed) + (0 if self.report is None else len(self.report.works))
+        reported = [] if self.report is None else self.report.works
+        here = {work_id(work.request_id, work.attempt) for work in reported} if self.placed else ()
+        return len(reported) + sum(key not in here for key in self.placed)
 
     @property
     def serving(self) -> bool:
         """Whether work can be placed here."""
         return self.state == "ready" and self.report is not None
 
-    def serves_pace(self, tpot_s: float) -> bool:
-        """Whether a promise at this pace, or a tighter one, is kept here already."""
-        return any(work.tpot_s <= tpot_s and not work.best_effort for work in self.works)
+    def welcomes_pace(self, tpot_s: float) -> bool:
+        """Whether a promise at this pace tightens nothing: one as tight is kept here already, or none is."""
+        return not self.paces_s or min(self.paces_s) <= tpot_s
 
     @property
     def works(self) -> list[WorkState]:
@@ -117,3 +122,8 @@ class NodeMirror:
             age_s=now_s - self.reported_s,
             step_s=report.step_s,
         )
+
+
+def _shows(reported: WorkState | None, placed: WorkState) -> bool:
+    """Whether a report shows a placement. One from before a promotion still says best effort."""
+    return reported is not None and (placed.best_effort or not reported.best_effort)

@@ -45,6 +45,8 @@ class Candidate:
     reason: str = ""
     loss_s: float = math.inf
     decisions: tuple[Decision, ...] = ()
+    handoff_s: float = 0.0
+    cached_tokens: int = 0
 
     @property
     def feasible(self) -> bool:
@@ -93,9 +95,7 @@ def place(
     if request.class_name is None:
         fallback = min((Candidate(*way) for way in ways), key=lambda candidate: candidate.load)
         return _accept(request, fallback, "best_effort", {}, now_s), []
-    candidates = [
-        judge(request, prefill, decode, knowledge, now_s) for prefill, decode in _shortlist(request, ways)
-    ]
+    candidates = [judge(request, prefill, decode, knowledge, now_s) for prefill, decode in _shortlist(ways)]
     judged = {candidate.name: candidate.words for candidate in candidates}
     feasible = [candidate for candidate in candidates if candidate.feasible]
     if feasible:
@@ -133,21 +133,33 @@ def _no_capacity(request: Place) -> Placed:
 def _ways(
     request: Place, nodes: list[NodeMirror], knowledge: Knowledge
 ) -> list[tuple[NodeMirror | None, NodeMirror]]:
-    """All candidates: every node that does both, and every pair across the pools.
+    """The candidates: nodes that do both, and pairs across the pools, of the likeliest nodes of each pool.
 
     A decode node also serves alone what must stay on one node, everything once nobody prefills, and a follow-up
     call of which it has most of the KV: it prefills the few tokens that are new.
     """
-    prefillers = [node for node in nodes if node.role is RoleName.PREFILL]
-    decoders = [node for node in nodes if node.role is RoleName.DECODE]
+    pools = {role: [node for node in nodes if node.role is role] for role in RoleName}
+    prefillers = _likeliest(request, pools[RoleName.PREFILL], knowledge)
+    decoders = _likeliest(request, pools[RoleName.DECODE], knowledge)
+    mixed = _likeliest(request, pools[RoleName.MIXED], knowledge)
+    alone = request.one_node or not prefillers
     ways: list[tuple[NodeMirror | None, NodeMirror]] = [
-        (None, node) for node in nodes if node.role is RoleName.MIXED
+        (None, node) for node in decoders if alone or _has_most(node, request, knowledge)
     ]
+    ways += [(None, node) for node in mixed]
     if not request.one_node:
         ways += [(prefill, decode) for prefill in prefillers for decode in decoders]
-    alone = request.one_node or not prefillers
-    ways += [(None, node) for node in decoders if alone or _has_most(node, request, knowledge)]
     return ways
+
+
+def _likeliest(request: Place, nodes: list[NodeMirror], knowledge: Knowledge) -> list[NodeMirror]:
+    """Where most of the KV is; then some that keep such a pace already or keep none; then the least loaded."""
+    if len(nodes) <= MOST_CANDIDATES:
+        return nodes
+    by_load = sorted(nodes, key=lambda node: node.requests)
+    holders = [node for node in by_load if _has_most(node, request, knowledge)]
+    gathered = [node for node in by_load if node.welcomes_pace(request.tpot_s)][: MOST_CANDIDATES // 2]
+    return list({id(node): node for node in (*holders[:2], *gathered, *by_load)}.values())[:MOST_CANDIDATES]
 
 
 def _has_most(node: NodeMirror, request: Place, knowledge: Knowledge) -> bool:
@@ -156,18 +168,19 @@ def _has_most(node: NodeMirror, request: Place, knowledge: Knowledge) -> bool:
 
 
 def _shortlist(
-    request: Place, ways: Sequence[tuple[NodeMirror | None, NodeMirror]]
+    ways: Sequence[tuple[NodeMirror | None, NodeMirror]],
 ) -> Sequence[tuple[NodeMirror | None, NodeMirror]]:
-    """At most so many candidates: where the pace is served already first, then the least loaded."""
+    """At most so many candidates: one node before two, then the least loaded."""
     if len(ways) <= MOST_CANDIDATES:
         return ways
 
     def rank(way: tuple[NodeMirror | None, NodeMirror]) -> tuple[bool, int]:
         prefill, decode = way
-        tightens = not decode.serves_pace(request.tpot_s)
-        return tightens, decode.requests + (0 if prefill is None else prefill.requests)
+        return prefill is not None, decode.requests + (0 if prefill is None else prefill.requests)
 
-    return sorted(ways, key=rank)[:MOST_CANDIDATES]
+    singles = [way for way in ways if way[0] is None][: MOST_CANDIDATES // 2]
+    pairs = sorted((way for way in ways if way[0] is not None), key=rank)
+    return (singles + pairs)[:MOST_CANDIDATES] if pairs else ways[:MOST_CANDIDATES]
 
 
 def judge(
@@ -198,7 +211,7 @@ def judge(
         if reason:
             return Candidate(None, decode, reason, decisions=(decision,))
         loss = loss_s(decision.instance, expected_residence_s(whole, knowledge.lengths))
-        return Candidate(None, decode, "", loss, (decision,))
+        return Candidate(None, decode, "", loss, (decision,), cached_tokens=cached)
     return _judge_pair(request, whole, prefill, decode, knowledge, now_s)
 
 
@@ -218,8 +231,8 @@ def _judge_pair(
     assert decode.report is not None
     transfer_s = link.transfer_s(request.prompt_tokens * prefill.report.info.kv_bytes_per_token)
     decode_step_s = decode.report.cost.predict(len(decode.report.works) + 1)
-    left_s = request.first_token_left_s - transfer_s - decode_step_s
-    prefilling = replace(whole, left_s=left_s, tpot_s=None)
+    handoff_s = transfer_s + decode_step_s
+    prefilling = replace(whole, left_s=request.first_token_left_s - handoff_s, tpot_s=None)
     at_prefill, reason = _ask(prefill, prefilling, knowledge, now_s)
     if reason:
         return Candidate(prefill, decode, f"{prefill.name}: {reason}", decisions=(at_prefill,))
@@ -230,7 +243,7 @@ def _judge_pair(
         return Candidate(prefill, decode, f"{decode.name}: {reason}", decisions=decisions)
     loss = transfer_s + loss_s(at_prefill.instance, 0.0)
     loss += loss_s(at_decode.instance, expected_residence_s(decoding, knowledge.lengths))
-    return Candidate(prefill, decode, "", loss, decisions)
+    return Candidate(prefill, decode, "", loss, decisions, handoff_s, whole.cached_tokens)
 
 
 def _ask(node: NodeMirror, asking: Asking, knowledge: Knowledge, now_s: float) -> tuple[Decision, str]:
@@ -246,7 +259,7 @@ def _accept(request: Place, chosen: Candidate, verdict: str, judged: dict[str, s
         attempt=request.attempt,
         kind=WorkKind.WHOLE,
         prompt_tokens=request.prompt_tokens,
-        prefill_left_tokens=request.prompt_tokens,
+        prefill_left_tokens=max(request.prompt_tokens - chosen.cached_tokens - 1, 0),
         output_tokens=0,
         max_tokens=request.max_tokens,
         first_token_left_s=request.first_token_left_s,
@@ -255,11 +268,14 @@ def _accept(request: Place, chosen: Candidate, verdict: str, judged: dict[str, s
         class_name=request.class_name or "",
     )
     prefill = chosen.prefill
-    if prefill is None:
-        chosen.decode.place(state, now_s)
-    else:
-        prefill.place(replace(state, kind=WorkKind.PREFILL), now_s)
-        chosen.decode.place(replace(state, kind=WorkKind.DECODE, prefill_left_tokens=0), now_s)
+    for request_id in (request.request_id, *request.siblings):
+        mine = replace(state, request_id=request_id)
+        if prefill is None:
+            chosen.decode.place(mine, now_s)
+        else:
+            left_s = mine.first_token_left_s - chosen.handoff_s
+            prefill.place(replace(mine, kind=WorkKind.PREFILL, first_token_left_s=left_s), now_s)
+            chosen.decode.place(replace(mine, kind=WorkKind.DECODE, prefill_left_tokens=0), now_s)
     return Placed(
         request.request_id,
         request.attempt,
@@ -268,4 +284,6 @@ def _accept(request: Place, chosen: Candidate, verdict: str, judged: dict[str, s
         decode=NodeAddress(chosen.decode.name, chosen.decode.address),
         reason=chosen.reason,
         candidates=judged,
+        handoff_s=chosen.handoff_s,
+        cached_tokens=chosen.cached_tokens,
     )

@@ -119,7 +119,11 @@ async def serve(run_dir: Path) -> None:
         stuck_step_s=config.timeouts.stuck_step_s,
         place_s=config.timeouts.place_s,
         revive=revive,
-        decider=Decider(config.planner.max_deferred, config.planner.explained),
+        decider=Decider(
+            config.planner.max_deferred,
+            config.planner.explained,
+            prefix_caching=config.engine.enable_prefix_caching,
+        ),
     )
     _write_address(run_dir, coordinator.address)
     names = node_names(config)

@@ -33,6 +33,7 @@ class Duty:
 
     `next_token_due_s` is None until the first token. Best effort owes nothing: its times are not read.
     `depth`: tokens of a verify that were planned for it (1: none are drafted); None: what room is left.
+    `cached_tokens` of its prompt are believed to have their KV, which shows when it gets its slot.
     """
 
     work_id: str
@@ -41,6 +42,7 @@ class Duty:
     next_token_due_s: float | None = None
     best_effort: bool = False
     depth: int | None = None
+    cached_tokens: int = 0
 
     @property
     def due_s(self) -> float:
@@ -66,6 +68,7 @@ class _Pour:
         self.cost = moment.cost
         self.room = moment.max_batch_tokens
         self.limit_s = math.inf
+        self.draft_steps = 0  # of the deepest verify that is planned
         self.order: list[str] = []
         self.chunk: dict[str, int] = {}
         self.depth: dict[str, int] = {}
@@ -73,16 +76,6 @@ class _Pour:
         self.context_tokens = 0
         self.prefill_work = 0.0
         self.prefill_kv_tokens = 0
-
-    def seconds(self) -> float:
-        """How long the batch takes as it is."""
-        return self.cost.predict(
-            self.tokens,
-            seqs=len(self.order),
-            context_tokens=self.context_tokens,
-            prefill_work=self.prefill_work,
-            prefill_kv_tokens=self.prefill_kv_tokens,
-        )
 
     def spare_tokens(self) -> int:
         """Tokens of decodes that still fit."""
@@ -94,6 +87,7 @@ class _Pour:
             context_tokens=self.context_tokens,
             prefill_work=self.prefill_work,
             prefill_kv_tokens=self.prefill_kv_tokens,
+            draft_steps=self.draft_steps,
         )
         return min(self.room, within - self.tokens)
 
@@ -111,6 +105,7 @@ class _Pour:
                 context_tokens=self.context_tokens + contexts[count - 1],
                 prefill_work=self.prefill_work,
                 prefill_kv_tokens=self.prefill_kv_tokens,
+                draft_steps=self.draft_steps,
             )
 
         return bisect_right(range(1, most + 1), self.limit_s + ROUNDING_S, key=seconds)
@@ -175,6 +170,7 @@ class _Pour:
             context_tokens=self.context_tokens,
             prefill_work=self.prefill_work,
             prefill_kv_tokens=self.prefill_kv_tokens,
+            draft_steps=self.draft_steps,
         )
 
     def _take(self, seq: Seq, tokens: int) -> None:
@@ -207,7 +203,7 @@ def compose(seqs: Sequence[Seq], duties: Mapping[str, Duty], moment: Moment) -> 
     """
     now_s = moment.now_s
     decodes: list[tuple[float, Seq, Duty]] = []
-    prefills: list[tuple[float, Seq]] = []
+    prefills: list[tuple[float, Seq, Duty]] = []
     spare: list[Seq] = []
     planned = drafted = blocked = promise_blocked = False
     for seq in seqs:
@@ -225,11 +221,13 @@ def compose(seqs: Sequence[Seq], duties: Mapping[str, Duty], moment: Moment) -> 
             planned = planned or duty.depth is not None
             drafted = drafted or seq.drafts > 0
         else:
-            prefills.append((due_s, seq))
+            prefills.append((due_s, seq, duty))
     decodes.sort(key=_due)
     prefills.sort(key=_due)
 
     pour = _Pour(moment)
+    draft_tokens = _draft_tokens(decodes) if planned else None
+    pour.draft_steps = draft_tokens or 0
     pour.limit_s, next_s = _bounds(decodes, moment)
     due = len(decodes)
     if prefills and not blocked:
@@ -248,7 +246,6 @@ def compose(seqs: Sequence[Seq], duties: Mapping[str, Duty], moment: Moment) -> 
     _pour_spare(pour, spare)
 
     ranked = [*[seq for _, seq, _ in decodes], *kept, *lost, *spare]
-    draft_tokens = _draft_tokens(decodes) if planned else None
     give_way = _give_way(spare) if promise_blocked else ()
     return pour.plan(ranked, give_way, moment.max_batch_tokens, draft_tokens)
 
@@ -262,7 +259,7 @@ def _pour_decodes(pour: _Pour, decodes: Sequence[tuple[float, Seq, Duty]], *, dr
 
 
 def _pour_prefills(
-    pour: _Pour, prefills: Sequence[tuple[float, Seq]], moment: Moment
+    pour: _Pour, prefills: Sequence[tuple[float, Seq, Duty]], moment: Moment
 ) -> tuple[list[Seq], list[Seq]]:
     """Promised prompts, earliest deadline first, until one does not get all that it needs.
 
@@ -271,13 +268,14 @@ def _pour_prefills(
     kept: list[Seq] = []
     lost: list[Seq] = []
     full = False
-    for due_s, seq in prefills:
+    for due_s, seq, duty in prefills:
         if full:
             kept.append(seq)
             continue
         left_s = due_s - moment.now_s
         known = seq.prompt_tokens + seq.output_tokens
-        if left_s < moment.cost.prefill_alone_s(known, moment.max_batch_tokens, seq.computed_tokens):
+        computed = seq.computed_tokens if seq.running else max(seq.computed_tokens, duty.cached_tokens)
+        if left_s < moment.cost.prefill_alone_s(known, moment.max_batch_tokens, computed):
             lost.append(seq)
             continue
         kept.append(seq)

@@ -43,6 +43,7 @@ class Submit:
     max_tokens: int
     pace: Pace
     class_name: str = ""
+    cached_tokens: int = 0  # of the prompt: their KV is believed to be there
     cache_salt: str | None = None
     handoff: Handoff | None = None
     pull_deadline_s: float = 10.0
@@ -196,6 +197,7 @@ class Report:
     stuck_s: float
     local_prefills: int
     pid: int
+    age_s: float = 0.0  # since all this was so; set when it is sent
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +230,10 @@ class NodeAddress:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where should this go? `avoid`: nodes that declined or were lost. Seconds in `slo_*` are what is LEFT."""
+    """Where should this go? `avoid`: nodes that declined or were lost. Seconds are what is LEFT.
+
+    `siblings`: ids of the other sequences of the same request, which go the same way.
+    """
 
     request_id: str
     attempt: int
@@ -242,11 +247,16 @@ class Place:
     sequences: int = 1
     avoid: list[str] = field(default_factory=list)
     prefix_hashes: list[int] = field(default_factory=list)
+    siblings: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """The answer. `verdict`: admitted, best_effort, refused (429) or no_capacity (503)."""
+    """The answer. `verdict`: admitted, best_effort, refused (429) or no_capacity (503).
+
+    `handoff_s`: what transfer and a decode step take of the first deadline, so that a prefill for elsewhere is
+    due that much earlier. `cached_tokens` of the prompt have their KV where it is prefilled.
+    """
 
     request_id: str
     attempt: int
@@ -256,6 +266,8 @@ class Placed:
     reason: str = ""
     retry_after_s: float = 0.0
     candidates: dict[str, str] = field(default_factory=dict)
+    handoff_s: float = 0.0
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,7 +324,7 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """A question that is answered with JSON: `cluster`, `pools`."""
+    """A question that is answered with JSON: `cluster`, `explain`, ..."""
 
     call_id: int
     what: str

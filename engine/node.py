@@ -14,7 +14,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine.base import UNPLANNED, BatchPlan, Engine, EngineInfo, Output, Seq, Work
 from engine.batch import Duty, Moment
@@ -215,8 +215,16 @@ class Node:
             return
         work = _work(submit)
         due_s = now_s + submit.pace.first_token_left_s
-        duty = Duty(work.work_id, due_s, submit.pace.tpot_s, None, submit.pace.best_effort)
-        prefill_left = 0 if submit.handoff is not None else len(submit.prompt_token_ids) - 1  # as Seq counts
+        duty = Duty(
+            work.work_id,
+            due_s,
+            submit.pace.tpot_s,
+            best_effort=submit.pace.best_effort,
+            cached_tokens=submit.cached_tokens,
+        )
+        prefill_left = len(submit.prompt_token_ids) - submit.cached_tokens - 1  # as Seq counts
+        if submit.handoff is not None:
+            prefill_left = 0
         estimate = self._drafting.estimate(submit.class_name)
         drafted = Drafted(submit.class_name, submit.pace.tpot_s, len(submit.prompt_token_ids), 0.0, estimate)
         self._promises[work.work_id] = Promise(submit, peer, now_s, duty, prefill_left, drafted)
@@ -236,11 +244,17 @@ class Node:
             self._queue(peer, [failed])
 
     def _promote(self, message: Promote) -> None:
-        """What was best effort is promised now. One that is over, or has begun to speak, stays what it was."""
+        """What was best effort is promised now, also if its first token has just been said."""
         promise = self._promises.get(attempt_key(message))
-        if promise is not None and promise.duty.best_effort and promise.first_token_s is None:
-            due_s = self._clock() + message.pace.first_token_left_s
-            promise.duty = Duty(promise.duty.work_id, due_s, message.pace.tpot_s)
+        if promise is None or not promise.duty.best_effort:
+            return
+        due_s = self._clock() + message.pace.first_token_left_s
+        promise.duty = replace(
+            promise.duty, first_token_due_s=due_s, tpot_s=message.pace.tpot_s, best_effort=False
+        )
+        promise.drafted.tpot_s = message.pace.tpot_s
+        if promise.first_token_s is not None:
+            self._set_next_due(promise)
 
     def _declines(self, peer: bytes, submit: Submit) -> str | None:
         """Why this work is not taken; None if it is."""
@@ -305,8 +319,10 @@ class Node:
                 promise.running = False
                 self._promises_preempted += 1
             if promise.submit.handoff is None or promise.pull is not None:
-                promise.prefill_left = seq.prefill_left
-        if len(seqs) == 1 and seqs[0].running and not seqs[0].blocked:
+                cached = 0 if seq.running else promise.duty.cached_tokens
+                promise.prefill_left = max(seq.prefill_left - cached, 0)
+        alone = len(seqs) == 1 and seqs[0].running and not seqs[0].blocked
+        if alone and not self._drafting.on:  # what drafts were worth is learned from planned batches
             plan = UNPLANNED  # alone, it gets the whole batch under any plan
         else:
             duties = {seq.work_id: promise.duty for seq, promise in here}
@@ -368,9 +384,7 @@ class Node:
         origin_s = max(duty.first_token_due_s, promise.first_token_s)
         next_due_s = origin_s + promise.tokens * duty.tpot_s
         depth = promise.drafted.depth if self._drafting.on else None
-        promise.duty = Duty(
-            duty.work_id, duty.first_token_due_s, duty.tpot_s, next_due_s, duty.best_effort, depth
-        )
+        promise.duty = replace(duty, next_token_due_s=next_due_s, depth=depth)
 
     def _timing(self, promise: Promise, now_s: float) -> Timing:
         batched_s = promise.batched_s if promise.batched_s is not None else now_s
@@ -464,6 +478,7 @@ class Node:
 
     def _publish_report(self) -> None:
         now_s = self._clock()
+        self._socket.reported_s = time.monotonic()
         self._socket.report = Report(
             node=self.name,
             boot_id=self.boot_id,

@@ -40,6 +40,7 @@ class NodeSocket:
         os.set_blocking(self._wake_read, False)
         self._stopping = False
         self.report: Report | None = None
+        self.reported_s = 0.0
         self.step_began_s: float | None = None
         self._heard_s: dict[bytes, float] = {}
         self.rejected_messages = 0
@@ -140,4 +141,11 @@ class NodeSocket:
         if not watch.reports:
             self._router.send_multipart([peer, *encode(Alive(self._name, self._stuck_s()))])
         elif self.report is not None:
-            self._router.send_multipart([peer, *encode(replace(self.report, stuck_s=self._stuck_s()))])
+            self._router.send_multipart(
+                [
+                    peer,
+                    *encode(
+                        replace(self.report, stuck_s=self._stuck_s(), age_s=time.monotonic() - self.reported_s)
+                    ),
+                ]
+            )

@@ -242,7 +242,8 @@ class ClusterEngine(TextEngineClient):
         """
         flights = journey.flights
         questions = [flight.question() for flight in flights]
-        question = replace(questions[0], sequences=len(flights))
+        siblings = [other.request_id for other in questions[1:]]
+        question = replace(questions[0], sequences=len(flights), siblings=siblings)
         view = self._coordinator.fresh_view() if question.class_name is None else None
         way = None if view is None else place_best_effort(view.nodes, one_node=question.one_node)
         if way is None:

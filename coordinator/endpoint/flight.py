@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from engine.errors import EngineError, NoCapacity, NodeLost, Refused, RequestError, SlosserveError
@@ -168,8 +168,11 @@ class Flight:
         return True
 
     def promoted(self, attempt: int) -> None:
-        """The coordinator promises this attempt after all."""
-        if not self.over and attempt == self.attempt and self.timeline.verdict == "best_effort":
+        """The coordinator promises this attempt after all: too late where the prefill was handed on already."""
+        handed_on = self.pair and not self._prefilling
+        if self.over or handed_on or attempt != self.attempt:
+            return
+        if self.timeline.verdict == "best_effort":
             self.timeline.verdict = "admitted"
             self.timeline.events.append(f"attempt {attempt}: deferred, then admitted")
 
@@ -212,6 +215,10 @@ class Flight:
 
     def _submit(self, node: NodeAddress, kind: WorkKind, delta: Delta | None = None) -> None:
         passenger = self.passenger
+        assert self.placed is not None
+        pace = self._pace()
+        if kind is WorkKind.PREFILL:
+            pace = replace(pace, first_token_left_s=pace.first_token_left_s - self.placed.handoff_s)
         submit = Submit(
             request_id=passenger.request_id,
             attempt=self.attempt,
@@ -219,8 +226,9 @@ class Flight:
             prompt_token_ids=list(passenger.prompt_token_ids),
             sampling=passenger.sampling,
             max_tokens=passenger.max_tokens,
-            pace=self._pace(),
+            pace=pace,
             class_name="" if passenger.slo is None else passenger.slo.class_name,
+            cached_tokens=0 if kind is WorkKind.DECODE else self.placed.cached_tokens,
             cache_salt=passenger.cache_salt,
             handoff=None if delta is None else delta.handoff,
             pull_deadline_s=self._pull_deadline_s,

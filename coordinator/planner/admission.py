@@ -70,6 +70,7 @@ class Problem:
 
     def __init__(self, instance: Instance, depths: Sequence[int] | None = None) -> None:
         self.instance = instance
+        self.trimmed = False  # a plan was not found, and not all were looked at
         cost = instance.cost
         depths = [1] * len(instance.tiers) if depths is None else list(depths)
         self.depths = depths
@@ -228,6 +229,7 @@ class Problem:
     def feasible(self, items: Iterable[int]) -> Found | None:
         """The plan that takes exactly these newcomers; None if there is none."""
         found = self.search(self.modes(mandatory=items), limit=self.check_labels)
+        self.trimmed = self.trimmed or (found.value < 0 and found.overflow)
         return found if found.value >= 0 else None
 
     def by_density(self) -> list[int]:
@@ -269,7 +271,8 @@ def solve(instance: Instance, *, why: bool = True) -> Plan:
     promised = problem.feasible(())
     if promised is None:
         reason = "what was promised earlier cannot all be kept"
-        return Plan(False, (), {one.id: reason for one in instance.newcomers}, 0.0, True, "none", 0)
+        none = {one.id: reason for one in instance.newcomers}
+        return Plan(False, (), none, 0.0, not problem.trimmed, "none", 0)
     found, method, exact = _choose(problem, promised)
     return _plan(problem, found, method, exact, why=why)
 
@@ -289,7 +292,7 @@ def _choose(problem: Problem, promised: Found) -> tuple[Found, str, bool]:
         if everyone is not None:
             return everyone, "all fit", True
     if len(newcomers) == 1:
-        return promised, "search", True
+        return promised, "search", not problem.trimmed
     dense = problem.by_density()[:LOOKED_AT_NEWCOMERS]
     searched = dense[:SEARCHED_NEWCOMERS]
     greedy = problem.take_in_order(searched, promised)

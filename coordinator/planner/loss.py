@@ -28,14 +28,14 @@ def budget_rate(problem: Problem, *, joined: bool) -> float:
         if tier >= 0 and (kind == PREFILL or (kind == NEWCOMER and joined)):
             counts[tier] += 1
     length_s = float(min([problem.full_s, *problem.period_s[counts > 0]]))
-    nobody = counts * 0
+    others = counts - problem.running
     tokens = capacity(
         length_s,
         length_s,
         problem.line,
         problem.load,
         problem.period_s,
-        nobody,
+        others,
         problem.tier_s,
         problem.joined_s,
     )

@@ -16,6 +16,7 @@ from engine.request import WorkKind
 MOST_TIERS = 8  # paces beyond are rounded down to the next one of these many
 THETA = 0.7  # of the time that accepted tokens give on average: they come at random (paper's rule, corrected)
 TOLERANCE = 0.05  # of the decode time so far: later than that a promise is broken (the scoring rule)
+HORIZON_S = 60.0  # deadlines beyond are taken for this: a plan counts every token that is due before them
 ONE_TOKEN: LengthDistribution = KnownLengths().lengths("", 0, 1)
 
 
@@ -23,9 +24,9 @@ ONE_TOKEN: LengthDistribution = KnownLengths().lengths("", 0, 1)
 class Replica:
     """What a node can do, and what it has taken on.
 
-    `age_s`: since it said so. `step_s`: what a batch in flight may still take. `margin`: for model error, of
-    what steps take. `max_depth`: most tokens of a verify; 1 where nothing is drafted. `overflow_z`: deviations
-    of the KV need that are kept free.
+    `age_s`: since it said so. `step_s`: of a usual batch, as one may be in flight. `margin`: for model error,
+    a share of what steps take. `max_depth`: most tokens of a verify; 1 where nothing is drafted.
+    `overflow_z`: standard deviations of the KV need that are kept free.
     """
 
     cost: StepCost
@@ -76,18 +77,20 @@ def to_instance(replica: Replica, asking: Asking, lengths: Lengths) -> Instance:
     decodes = []
     late = 0
     for work in decoding:
-        due_s = _due_left_s(work) - shift_s
-        if due_s < -max(work.tpot_s, TOLERANCE * work.output_tokens * work.tpot_s):
+        # Whether it is late is for the report to say: since then it has made tokens that we do not know of.
+        if _due_left_s(work) < -max(work.tpot_s, TOLERANCE * work.output_tokens * work.tpot_s):
             late += 1
         else:
-            due_s = max(due_s, floor_s)
+            due_s = max(_due_left_s(work) - shift_s, floor_s)
             decodes.append(Decode(_name(work), names[work.tpot_s], due_s, _context_tokens(work)))
     prefills = []
     for work in computing:
-        left_s = work.first_token_left_s - shift_s
+        left_s = _due_left_s(work)
         tokens = work.prefill_left_tokens + 1
         cached = work.prompt_tokens + work.output_tokens - tokens
-        if left_s >= cost.prefill_alone_s(cached + tokens, replica.max_batch_tokens, max(cached, 0)):
+        alone_s = cost.prefill_alone_s(cached + tokens, replica.max_batch_tokens, max(cached, 0))
+        if left_s >= alone_s:
+            left_s = min(max(left_s - shift_s, alone_s), HORIZON_S)
             tier = None if work.kind is WorkKind.PREFILL else names[work.tpot_s]
             prefills.append(Prefill(_name(work), tokens, left_s, tier, max(cached, 0)))
     residents = [_resident(work, lengths, shift_s) for work in promised]
@@ -101,7 +104,7 @@ def to_instance(replica: Replica, asking: Asking, lengths: Lengths) -> Instance:
     newcomer = Newcomer(
         id=asking.id,
         tokens=max(asking.tokens, 1),
-        deadline_s=max(asking.left_s - start_s, 0.0),
+        deadline_s=min(max(asking.left_s - start_s, 0.0), HORIZON_S),
         tier=None if asking.tpot_s is None else names[asking.tpot_s],
         kv_tokens=view.charges[0],
         cached_tokens=asking.cached_tokens,
@@ -115,7 +118,7 @@ def to_instance(replica: Replica, asking: Asking, lengths: Lengths) -> Instance:
         prefills=tuple(prefills),
         newcomers=tuple(asked),
         free_kv=view.free,
-        free_seqs=max(replica.max_seqs - len(promised), 0),
+        free_seqs=max(replica.max_seqs - sum(not _handed_on(work) for work in promised), 0),
         late_seqs=late,
         max_depth=replica.max_depth,
         theta=THETA,
@@ -172,6 +175,11 @@ def _distinct(names: dict[float, str]) -> list[tuple[float, str]]:
     for pace_s, name in names.items():
         paces[name] = min(paces.get(name, math.inf), pace_s)
     return [(pace_s, name) for name, pace_s in paces.items()]
+
+
+def _handed_on(work: WorkState) -> bool:
+    """Whether its prefill is over and only its KV is still here, under a lease."""
+    return work.kind is WorkKind.PREFILL and work.prefill_left_tokens == 0
 
 
 def _name(work: WorkState) -> str:

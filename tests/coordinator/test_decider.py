@@ -129,6 +129,93 @@ def test_the_number_of_deferred_requests_is_bounded_and_beyond_it_a_client_is_to
     assert decider.place(asks[2], ENDPOINT, mirrors, {}, 0.0).verdict == "best_effort"
 
 
+def test_those_whose_time_is_over_leave_their_place_in_the_queue_to_others() -> None:
+    decider, mirror = Decider(2, 8), _full_node()
+    mirrors = {"m": mirror}
+    for index in range(2):
+        decider.place(replace(LATE, request_id=f"r{index}"), ENDPOINT, mirrors, {}, 0.0)
+    assert decider.place(replace(LATE, request_id="r2"), ENDPOINT, mirrors, {}, 6.0).verdict == "best_effort"
+
+
+def test_a_long_queue_is_asked_about_in_turns_and_nobody_starves() -> None:
+    decider, mirror = Decider(99, 8), _full_node()
+    mirrors = {"m": mirror}
+    asks = [replace(LATE, request_id=f"r{index}", prompt_tokens=60_000) for index in range(9)]
+    small = replace(LATE, request_id="small", prompt_tokens=100)
+    for ask in (*asks, small):
+        decider.place(ask, ENDPOINT, mirrors, {}, 0.0)
+    hopeless = [replace(_waiting(ask), prompt_tokens=60_000, prefill_left_tokens=59_999) for ask in asks]
+    _report(mirror, [*FULL[1:], *hopeless, replace(_waiting(small), prompt_tokens=100)], 0.1)
+    promoted = [one for _ in range(3) for one in decider.ask_again(mirrors, {}, 0.1)]
+    assert [one.deferred.request.request_id for one in promoted] == ["small"]
+
+
+def test_a_deferred_prefill_that_was_handed_on_is_not_promised_where_it_was() -> None:
+    decider = Decider(8, 8)
+    prefill, decode = _node("p", RoleName.PREFILL), _node("d", RoleName.DECODE, FULL)
+    mirrors = {"p": prefill, "d": decode}
+    decider.place(LATE, ENDPOINT, mirrors, FAST, 0.0)
+    _report(prefill, [replace(_waiting(LATE, 1), kind=WorkKind.PREFILL)], 0.1)
+    _report(decode, [], 0.1)
+    assert decider.ask_again(mirrors, FAST, 0.1) == []
+    assert len(decider.deferred) == 0
+
+
+def test_a_promotion_counts_until_the_node_itself_says_that_it_is_one() -> None:
+    decider, mirror = Decider(8, 8), _full_node()
+    mirrors = {"m": mirror}
+    decider.place(LATE, ENDPOINT, mirrors, {}, 0.0)
+    _report(mirror, [*FULL[1:], _waiting(LATE)], 0.1)
+    assert len(decider.ask_again(mirrors, {}, 0.1)) == 1
+    _report(mirror, [*FULL[1:], _waiting(LATE)], 0.2)  # sent before the node heard of it
+    other = replace(LATE, request_id="other")
+    assert decider.place(other, ENDPOINT, mirrors, {}, 0.2).verdict == "best_effort"
+
+
+def test_a_retry_leaves_nothing_of_the_attempt_before_it() -> None:
+    decider = Decider(8, 8)
+    nodes = {name: _node(name, RoleName.PREFILL) for name in ("p", "q")} | {"d": _node("d", RoleName.DECODE)}
+    links = {(name, "d"): replace(FAST["p", "d"], source=name) for name in ("p", "q")}
+    decider.place(LATE, ENDPOINT, nodes, links, 0.0)
+    decider.place(replace(LATE, attempt=2, avoid=["p"]), ENDPOINT, nodes, links, 0.1)
+    assert [node.requests for node in nodes.values()] == [0, 1, 1]
+
+
+def test_all_sequences_of_a_request_are_counted() -> None:
+    decider, mirror = Decider(8, 8), _node("m", RoleName.MIXED)
+    mirrors = {"m": mirror}
+    several = replace(LATE, sequences=4, siblings=["r-1", "r-2", "r-3"])
+    assert decider.place(several, ENDPOINT, mirrors, {}, 0.0).verdict == "admitted"
+    assert mirror.requests == 4
+    other = replace(LATE, request_id="other")
+    assert decider.place(other, ENDPOINT, mirrors, {}, 0.0).verdict == "best_effort"
+    assert decider.explain("r-3") is not None
+
+
+def test_a_prefill_for_elsewhere_is_due_earlier_by_what_the_handoff_takes() -> None:
+    decider = Decider(8, 8)
+    mirrors = {"p": _node("p", RoleName.PREFILL), "d": _node("d", RoleName.DECODE)}
+    placed = decider.place(LATE, ENDPOINT, mirrors, FAST, 0.0)
+    assert placed.handoff_s > 0
+    (work,) = mirrors["p"].works
+    assert work.first_token_left_s == LATE.first_token_left_s - placed.handoff_s
+    (work,) = mirrors["d"].works
+    assert work.first_token_left_s == LATE.first_token_left_s
+
+
+def test_kv_that_was_never_computed_is_not_believed_to_be_there() -> None:
+    decider, mirror = Decider(8, 8), _node("m", RoleName.MIXED)
+    mirrors = {"m": mirror}
+    hashes = list(range(16))
+    long = replace(ASK, prompt_tokens=2100, first_token_left_s=0.1, prefix_hashes=hashes)
+    cancelled = _finished(long, nodes=["m"], prefix_hashes=hashes, output_tokens=0, outcome="cancelled")
+    decider.finished(cancelled, mirrors)
+    assert decider.place(long, ENDPOINT, mirrors, {}, 0.0).verdict == "best_effort"
+    without = Decider(8, 8, prefix_caching=False)
+    without.finished(_finished(long, nodes=["m"], prefix_hashes=hashes), mirrors)
+    assert without.place(long, ENDPOINT, mirrors, {}, 0.0).verdict == "best_effort"
+
+
 def test_who_asks_to_be_refused_is_refused_and_does_not_wait() -> None:
     decider = Decider(8, 8)
     placed = decider.place(replace(LATE, may_defer=False), ENDPOINT, {"m": _full_node()}, {}, 0.0)
@@ -181,3 +268,12 @@ def test_every_decision_can_be_explained_and_the_oldest_are_forgotten() -> None:
     assert candidate["name"] == "p>d"
     assert [decision["node"] for decision in candidate["decisions"]] == ["p", "d"]
     assert candidate["decisions"][0]["instance"]["newcomers"][0]["id"] == "r2"
+
+
+def test_of_candidates_that_were_not_taken_the_words_are_kept() -> None:
+    decider = Decider(8, 2)
+    mirrors = {name: _node(name, RoleName.MIXED) for name in ("a", "b")}
+    decider.place(ASK, ENDPOINT, mirrors, {}, 0.0)
+    explained = decider.explain(ASK.request_id)
+    assert explained is not None
+    assert [bool(one["decisions"]) for one in explained["candidates"]] == [True, False]

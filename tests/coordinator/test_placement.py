@@ -282,3 +282,22 @@ def test_at_scale_the_planner_is_asked_of_few_candidates() -> None:
     placed = place(ASK, nodes, {}, 0.0)
     assert placed.verdict == "admitted"
     assert len(placed.candidates) == 8
+
+
+def test_idle_nodes_are_used_once_those_that_keep_the_pace_are_full() -> None:
+    nodes = [_node(f"m{index}", RoleName.MIXED) for index in range(16)]
+    asks = [replace(ASK, request_id=f"r{index}", first_token_left_s=100.0) for index in range(64)]
+    verdicts = {place(ask, nodes, {}, 0.0).verdict for ask in asks}
+    assert verdicts == {"admitted"}
+    assert {node.requests for node in nodes} == {4}
+
+
+def test_what_is_cached_stays_so_in_what_is_counted() -> None:
+    hashes = list(range(40))
+    prefixes = PrefixDirectory()
+    prefixes.add("m", hashes, kv_tokens=10**6)
+    node = _node("m", RoleName.MIXED)
+    ask = replace(ASK, prompt_tokens=5150, first_token_left_s=0.1, prefix_hashes=hashes)
+    placed = place(ask, [node], {}, 0.0, prefixes)
+    assert (placed.verdict, placed.cached_tokens) == ("admitted", 5120)
+    assert [work.prefill_left_tokens for work in node.works] == [29]

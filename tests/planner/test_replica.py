@@ -96,3 +96,29 @@ def test_drafts_that_nodes_report_reach_the_plan() -> None:
     instance = problem(drafted, max_depth=4)
     assert {tier.name: tier.acceptance for tier in instance.tiers} == {"50 ms": 0.8, "100 ms": None}
     assert instance.max_depth == 4
+
+
+def test_a_late_report_makes_nobody_late() -> None:
+    """Since then the node has made tokens that the report cannot know of."""
+    steady = replace(DECODING, next_due_left_s=0.03)
+    instance = problem(steady, age_s=0.3, step_s=0.03)
+    assert (len(instance.decodes), instance.late_seqs) == (1, 0)
+    promised = problem(QUEUED, age_s=0.48)
+    assert len(promised.prefills) == 1
+
+
+def test_a_promised_decode_that_was_preempted_is_a_prefill_due_with_its_next_token() -> None:
+    preempted = replace(DECODING, prefill_left_tokens=150, output_tokens=20, next_due_left_s=4.0)
+    (prefill,) = problem(preempted).prefills
+    assert (prefill.tokens, prefill.deadline_s) == (151, 4.0)
+
+
+def test_kv_under_a_lease_takes_no_slot() -> None:
+    offered = replace(QUEUED, kind=WorkKind.PREFILL, prefill_left_tokens=0)
+    assert problem(offered).free_seqs == 8
+
+
+def test_a_deadline_far_away_costs_no_more_than_a_minute() -> None:
+    replica = replace(IDLE, works=(DECODING,))
+    instance = to_instance(replica, replace(ASKING, left_s=3600.0), LENGTHS)
+    assert instance.newcomers[0].deadline_s == 60.0
