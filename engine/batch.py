@@ -96,7 +96,7 @@ class _Pour:
         most = min(len(seqs), max(self.room, 0))
         if self.limit_s == math.inf or not most:
             return most
-        contexts = list(accumulate(seq.computed_tokens for seq in seqs[:most]))
+        contexts = list(accumulate([seq.computed_tokens for seq in seqs[:most]]))
 
         def seconds(count: int) -> float:
             return self.cost.predict(
@@ -108,7 +108,9 @@ class _Pour:
                 draft_steps=self.draft_steps,
             )
 
-        return bisect_right(range(1, most + 1), self.limit_s + ROUNDING_S, key=seconds)
+        if seconds(most) <= self.limit_s + ROUNDING_S:
+            return most
+        return bisect_right(range(1, most), self.limit_s + ROUNDING_S, key=seconds)
 
     def decode_all(self, seqs: Sequence[Seq]) -> None:
         """The next token of each, without drafts, while there is room."""

@@ -22,7 +22,7 @@ from engine.speculation import TierLoad, allowed_s, choose_depths, expected_toke
 SEARCHED_NEWCOMERS = 16  # what is beyond goes greedily
 LOOKED_AT_NEWCOMERS = 512  # of one call; the rest is deferred unseen, so that any call ends
 SEARCH_LABELS = 1 << 14
-SEARCH_LABELS_OF_MANY = 1 << 12  # above 16 newcomers: keeps a call below 10 ms, for less than 1 % of the value
+SEARCH_LABELS_OF_MANY = 3 << 10  # above 16 newcomers: keeps a call below 10 ms, for less than 1 % of the value
 CHECK_LABELS = 1 << 11
 EXPLAINED_NEWCOMERS = 64  # deferred ones into which it is looked why; each takes a few checks
 

@@ -20,6 +20,7 @@ def test_a_live_decision_is_explained_and_its_problem_replays_to_the_same_answer
     assert explained["verdict"] == "admitted"
     chosen = next(one for one in explained["candidates"] if one["feasible"])
     assert chosen["loss_s"] > 0
+    assert chosen["decisions"][0]["instance"]["cost"]["per_context_token_s"] > 0, "the model's step profile"
     for decision in chosen["decisions"]:
         replayed = subprocess.run(
             [sys.executable, "-c", RUN_CLI, "plan", "--instance", "-"],
