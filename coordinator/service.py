@@ -337,7 +337,7 @@ class Coordinator:
             return Placed(message.request_id, message.attempt, "no_capacity", reason=reason, retry_after_s=1.0)
 
     def _promote(self, promotion: Promotion) -> None:
-        """Tell the node first: what it does not hear of it serves as best effort, which breaks no promise."""
+        """Tell the node first: the endpoint scores as promised what the node serves as promised."""
         request = promotion.deferred.request
         self._peers[promotion.node].send(promotion.promote)
         self._reply(promotion.deferred.endpoint, Promoted(request.request_id, request.attempt))
