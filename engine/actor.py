@@ -19,6 +19,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+from engine import batch
 from engine.base import Engine, EngineInfo, StepReport
 from engine.cost import StepCost
 from engine.errors import EngineStartError, SlosserveError
@@ -141,6 +142,7 @@ class NodeActor:
         def clock() -> float:
             return time.monotonic() + skew_s
 
+        batch.warm_up()
         cost = start_cost(engine.profile_step_times(), spec.get("step_profile"))
         roles: dict[RoleName, Role] = {RoleName(name): load(path)() for name, path in spec["roles"].items()}
         self._socket = NodeSocket(host, spec["name"], clock)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Self
 
@@ -49,7 +49,8 @@ class WorstRow:
 class StepProfile:
     """`cost` is fitted to all rows; `held_out` and `worst` are of a fit that did not see those rows.
 
-    `compared`: the same score for every form that was tried.
+    `compared`: the same score for every form that was tried. A profile of published coefficients is scored on
+    batches computed from them (engine.coefficients).
     """
 
     cost: StepCost
@@ -91,6 +92,14 @@ class StepProfile:
         """The cost on the machine that took `reports`: its shape as fitted, its speed from their median."""
         ratios = [report.seconds / self.cost.of(report) for report in reports if report.tokens > 0]
         return self.cost.scaled(statistics.median(ratios)) if ratios else self.cost
+
+    def with_host(self, host_s: float) -> Self:
+        """With what the host adds to every step, where the rows leave it out. `held_out` stays that of rows."""
+        if host_s == 0:
+            return self
+        pieces = tuple(replace(piece, base_s=piece.base_s + host_s) for piece in self.cost.pieces)
+        about = self.about | {"host_ms": f"{host_s * 1e3:g}"}
+        return replace(self, cost=replace(self.cost, pieces=pieces), about=about)
 
     def save(self, path: Path) -> None:
         """Write it as JSON."""

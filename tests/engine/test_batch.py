@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.base import BatchPlan, Seq
-from engine.batch import MIN_CHUNK_TOKENS, Duty, Moment, compose
+from engine.batch import Duty, Moment, compose
+from engine.batch_kernel import MIN_CHUNK_TOKENS
 from engine.cost import StepCost
 
 COST = StepCost.line(base_s=25e-3, per_token_s=7e-5)

@@ -1,0 +1,331 @@
+"""Algorithm 2, compiled: fills `chunk_tokens` and `verify_tokens` of rows, and the order of the next batch.
+
+`engine/batch.py` says what it does and why; this is how. All functions work on `rows` (ROW), of which `active`
+names those that can run, and on one POUR: the batch while it is filled.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import njit
+
+from engine.cost_kernel import chunk_in, predict_s, prefill_alone_s, tokens_in
+
+MIN_CHUNK_TOKENS = 16  # smaller chunks cost more in attention to what is computed than they bring
+ROUNDING_S = 1e-9
+CATCH_UP = 0.5  # a batch shrinks to this part of the pace, no further, when a token is late
+
+POUR = np.dtype(
+    [
+        ("room", np.int64),
+        ("limit_s", np.float64),
+        ("draft_steps", np.int64),  # of the deepest verify that is planned
+        ("seqs", np.int64),  # in the batch so far: the first of `order`
+        ("tokens", np.int64),
+        ("context_tokens", np.int64),
+        ("prefill_work", np.float64),
+        ("prefill_kv_tokens", np.int64),
+        ("draft_tokens", np.int64),  # to draft for the batch after this one; -1: as many as it can
+        ("gives_way", np.int64),  # row that gives up slot and memory; -1: none
+    ],
+    align=True,
+)
+
+
+@njit(cache=True, nogil=True)
+def _known(row):  # type: ignore[no-untyped-def]
+    return row.prompt_tokens + row.output_tokens
+
+
+@njit(cache=True, nogil=True)
+def _spare_tokens(pour, cost):  # type: ignore[no-untyped-def]
+    """Tokens of decodes that still fit."""
+    if pour.limit_s == math.inf:
+        return pour.room
+    within = tokens_in(
+        cost, pour.limit_s, pour.seqs, pour.context_tokens, pour.prefill_work, pour.draft_steps,
+        pour.prefill_kv_tokens,
+    )  # fmt: skip
+    return min(pour.room, within - pour.tokens)
+
+
+@njit(cache=True, nogil=True)
+def _fitting(rows, some, pour, cost):  # type: ignore[no-untyped-def]
+    """How many of these decodes, from the first, end in time when they join what is there."""
+    most = min(len(some), max(pour.room, 0))
+    if pour.limit_s == math.inf or most == 0:
+        return most
+    contexts = np.empty(most, dtype=np.int64)
+    total = 0
+    for at in range(most):
+        total += rows[some[at]].computed_tokens
+        contexts[at] = total
+
+    def too_long(count):  # type: ignore[no-untyped-def]
+        seconds = predict_s(
+            cost, pour.tokens + count, pour.seqs + count, pour.context_tokens + contexts[count - 1],
+            pour.prefill_work, pour.draft_steps, pour.prefill_kv_tokens,
+        )  # fmt: skip
+        return seconds > pour.limit_s + ROUNDING_S
+
+    if not too_long(most):
+        return most
+    low, high = 0, most  # `low` fit, `high` do not
+    while high - low > 1:
+        middle = (low + high) // 2
+        if too_long(middle):
+            high = middle
+        else:
+            low = middle
+    return low
+
+
+@njit(cache=True, nogil=True)
+def _take(rows, one, tokens, pour, order):  # type: ignore[no-untyped-def]
+    rows[one].chunk_tokens = tokens
+    order[pour.seqs] = one
+    pour.seqs += 1
+    pour.tokens += tokens
+    pour.room -= tokens
+
+
+@njit(cache=True, nogil=True)
+def _decode_all(rows, some, drafted, pour, order):  # type: ignore[no-untyped-def]
+    """The next token of each while there is room, with the drafts that were planned for it if `drafted`."""
+    for one in some:
+        if pour.room <= 0:
+            return
+        row = rows[one]
+        drafts = 0
+        if drafted and row.depth > 0:
+            drafts = min(row.drafts, row.depth - 1, pour.room - 1)
+        _take(rows, one, 1 + drafts, pour, order)
+        row.verify_tokens = drafts
+        pour.context_tokens += row.computed_tokens
+
+
+@njit(cache=True, nogil=True)
+def _verify(rows, some, planned_too, pour, cost):  # type: ignore[no-untyped-def]
+    """Drafts of decodes that are in, as many as fit; of those with a planned depth only if `planned_too`."""
+    room = 0
+    for one in some:
+        if rows[one].drafts > 0 and (planned_too or rows[one].depth == 0):
+            room = _spare_tokens(pour, cost)
+            break
+    for one in some:
+        row = rows[one]
+        if room <= 0:
+            return
+        if row.chunk_tokens == 0 or (row.depth > 0 and not planned_too):
+            continue
+        drafts = min(row.drafts, room)
+        more = drafts - row.verify_tokens
+        row.verify_tokens = drafts
+        row.chunk_tokens += more
+        pour.tokens += more
+        pour.room -= more
+        room -= more
+
+
+@njit(cache=True, nogil=True)
+def _chunk_in(seconds, row, pour, cost):  # type: ignore[no-untyped-def]
+    return chunk_in(
+        cost, seconds, row.computed_tokens, pour.tokens, pour.seqs, pour.context_tokens, pour.prefill_work,
+        pour.draft_steps, pour.prefill_kv_tokens,
+    )  # fmt: skip
+
+
+@njit(cache=True, nogil=True)
+def _prefill(rows, one, left_s, pour, cost, order):  # type: ignore[no-untyped-def]
+    """A chunk of what it still needs. A crumb only if that ends the prompt, or the batch were empty.
+
+    Where it ends in this batch, the batch ends within `left_s` if it can. Returns whether it got all.
+    """
+    row = rows[one]
+    needed = max(_known(row) - row.computed_tokens, 1)
+    chunk = min(needed, pour.room)
+    if pour.limit_s < math.inf:
+        chunk = min(chunk, _chunk_in(pour.limit_s, row, pour, cost))
+    if chunk == needed and left_s < pour.limit_s and _chunk_in(left_s, row, pour, cost) >= needed:
+        pour.limit_s = left_s
+    crumb = chunk < min(needed, MIN_CHUNK_TOKENS)
+    if chunk > 0 and not (crumb and pour.seqs > 0):
+        tokens, room = pour.tokens, pour.room
+        _take(rows, one, chunk, pour, order)
+        if row.blocked:  # so far it has used none: others are in the batch as if it were not
+            pour.tokens, pour.room = tokens, room
+            return True
+        pour.prefill_work += chunk * (row.computed_tokens + chunk / 2)
+        pour.prefill_kv_tokens += row.computed_tokens
+    return chunk == needed
+
+
+@njit(cache=True, nogil=True)
+def _bounds(rows, decodes, now_s, cost):  # type: ignore[no-untyped-def]
+    """Seconds that this batch may take, and the next one, to keep the pace of these decodes.
+
+    A pace that the decodes alone would break binds nobody: holding prefills back could not save it. One that
+    has fallen behind shrinks the batch, by half at most, so that prefills go on and it catches up.
+    """
+    limit_s = pace_s = math.inf
+    count = len(decodes)
+    if count == 0:
+        return limit_s, pace_s
+    context = 0
+    for one in decodes:
+        context += rows[one].computed_tokens
+    alone_s = predict_s(cost, count, count, context, 0.0, 0, 0)
+    least_s = predict_s(cost, 1, 1, rows[decodes[0]].computed_tokens, 0.0, 0, 0)
+    for one in decodes:
+        row = rows[one]
+        if row.tpot_s > alone_s:
+            pace_s = min(pace_s, row.tpot_s)
+            left_s = row.due_s - now_s
+            limit_s = min(limit_s, left_s if left_s >= least_s - ROUNDING_S else CATCH_UP * row.tpot_s)
+    return limit_s, pace_s
+
+
+@njit(cache=True, nogil=True)
+def _due_before(rows, decodes, at_s):  # type: ignore[no-untyped-def]
+    """How many of these decodes, which are in order of their due times, are due before `at_s`."""
+    count = 0
+    while count < len(decodes) and rows[decodes[count]].due_s < at_s:
+        count += 1
+    return count
+
+
+@njit(cache=True, nogil=True)
+def _due_decodes(rows, decodes, end_s, next_s, cost):  # type: ignore[no-untyped-def]
+    """How many, from the first, must be in this batch: their token is due before the next one could end.
+
+    And as many more as the next batch could not hold with those that are due before the one after it.
+    """
+    if next_s == math.inf:
+        return len(decodes)
+    due = _due_before(rows, decodes, end_s + next_s)
+    after = _due_before(rows, decodes, end_s + 2 * next_s) - due
+    return due + max(after - tokens_in(cost, next_s, 0, 0, 0.0, 0, 0), 0) if after > 0 else due
+
+
+@njit(cache=True, nogil=True)
+def _sorted_by_due(rows, some):  # type: ignore[no-untyped-def]
+    due_s = np.empty(len(some), dtype=np.float64)
+    for at in range(len(some)):
+        due_s[at] = rows[some[at]].due_s
+    return some[np.argsort(due_s, kind="mergesort")]
+
+
+@njit(cache=True, nogil=True)
+def compose_rows(rows, active, now_s, cost, max_batch_tokens, pour, order):  # type: ignore[no-untyped-def]
+    """The next batch. `order` [len(active)]: first `pour.seqs` rows that are in it, then those held out, last
+    where memory is taken from first."""
+    count = len(active)
+    decodes, prefills = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int64)
+    spare, spare_decodes = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int64)
+    n_decodes = n_prefills = n_spare = n_spare_decodes = 0
+    planned = drafted = blocked = promise_blocked = False
+    unplanned = False
+    deepest = 0
+    for one in active:
+        row = rows[one]
+        row.chunk_tokens = row.verify_tokens = 0
+        blocked = blocked or row.blocked
+        decoding = _known(row) - row.computed_tokens <= 1
+        if not row.promised:
+            spare[n_spare] = one
+            n_spare += 1
+            if decoding:
+                spare_decodes[n_spare_decodes] = one
+                n_spare_decodes += 1
+            continue
+        promise_blocked = promise_blocked or row.blocked
+        if decoding:
+            decodes[n_decodes] = one
+            n_decodes += 1
+            planned = planned or row.depth > 0
+            unplanned = unplanned or row.depth == 0
+            deepest = max(deepest, row.depth)
+            drafted = drafted or row.drafts > 0
+        else:
+            prefills[n_prefills] = one
+            n_prefills += 1
+    decodes = _sorted_by_due(rows, decodes[:n_decodes])
+    prefills = _sorted_by_due(rows, prefills[:n_prefills])
+
+    pour.draft_tokens = deepest - 1 if planned and not unplanned else -1
+    pour.room = max_batch_tokens
+    pour.seqs = pour.tokens = pour.context_tokens = pour.prefill_kv_tokens = 0
+    pour.prefill_work = 0.0
+    pour.draft_steps = max(pour.draft_tokens, 0)
+    pour.limit_s, next_s = _bounds(rows, decodes, now_s, cost)
+    due = n_decodes
+    if n_prefills > 0 and not blocked:
+        due = _due_decodes(rows, decodes, now_s + pour.limit_s, next_s, cost)
+    must = 0
+    while must < n_decodes and rows[decodes[must]].due_s <= now_s + pour.limit_s + ROUNDING_S:
+        must += 1
+    due = min(due, max(must, _fitting(rows, decodes, pour, cost)))
+    _decode_all(rows, decodes[:due], drafted, pour, order)
+    n_lost = _pour_prefills(rows, prefills, now_s, max_batch_tokens, pour, cost, order)
+    if due < n_decodes:
+        ahead = _fitting(rows, decodes[due:], pour, cost)
+        _decode_all(rows, decodes[due : due + ahead], drafted, pour, order)
+    if drafted:
+        _verify(rows, decodes, False, pour, cost)
+    for one in prefills[n_prefills - n_lost :]:
+        _prefill(rows, one, math.inf, pour, cost, order)
+    _pour_spare(rows, spare[:n_spare], spare_decodes[:n_spare_decodes], pour, cost, order)
+
+    held = pour.seqs
+    for group in (decodes, prefills, spare[:n_spare]):
+        for one in group:
+            if rows[one].chunk_tokens == 0:
+                order[held] = one
+                held += 1
+    pour.gives_way = -1
+    if promise_blocked:
+        for one in spare[:n_spare]:
+            if rows[one].running:
+                pour.gives_way = one
+
+
+@njit(cache=True, nogil=True)
+def _pour_prefills(rows, prefills, now_s, max_batch_tokens, pour, cost, order):  # type: ignore[no-untyped-def]
+    """Promised prompts, earliest deadline first, until one does not get all that it needs.
+
+    Puts those whose deadline could not be met even alone behind the others, where they wait. Returns how many.
+    """
+    kept, lost = np.empty(len(prefills), dtype=np.int64), np.empty(len(prefills), dtype=np.int64)
+    n_kept = n_lost = 0
+    full = False
+    for one in prefills:
+        row = rows[one]
+        left_s = row.due_s - now_s
+        if not full:
+            computed = row.computed_tokens
+            if not row.running:
+                computed = max(computed, row.cached_tokens)
+            if left_s < prefill_alone_s(cost, _known(row), max_batch_tokens, computed):
+                lost[n_lost] = one
+                n_lost += 1
+                continue
+            full = not _prefill(rows, one, left_s, pour, cost, order)
+        kept[n_kept] = one
+        n_kept += 1
+    prefills[:n_kept] = kept[:n_kept]
+    prefills[n_kept:] = lost[:n_lost]
+    return n_lost
+
+
+@njit(cache=True, nogil=True)
+def _pour_spare(rows, spare, decodes, pour, cost, order):  # type: ignore[no-untyped-def]
+    """Best effort: tokens of those that decode, then prompts, both in the order in which they came."""
+    if len(spare) == 0:
+        return
+    _decode_all(rows, decodes[: _fitting(rows, decodes, pour, cost)], False, pour, order)
+    for one in spare:
+        if _known(rows[one]) - rows[one].computed_tokens > 1:
+            _prefill(rows, one, math.inf, pour, cost, order)
+    _verify(rows, decodes, True, pour, cost)
