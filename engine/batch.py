@@ -5,7 +5,7 @@ end go first; then prefills, earliest deadline first, in chunks; then tokens tha
 builds slack, and drafts; then prefills whose deadline is lost; best effort comes last. The pace caps the time
 of a batch and is never a target: a token is held back only while a queued prefill needs its slot, and never
 while KV memory is what binds. Best effort gives up slot and memory, last in first out, to a promise that
-lacks them.
+lacks them; its prompts are begun only while memory stays free, and do not make batches long.
 
 The work is done by compiled code (`engine/batch_kernel.py`), which virtual engines call without this front.
 """
@@ -53,12 +53,22 @@ NO_DUTY = Duty("", math.inf, math.inf, best_effort=True)
 
 
 @dataclass(frozen=True, slots=True)
+class Memory:
+    """Of a replica, now: KV tokens that it holds in all, those free, and free slots for sequences."""
+
+    kv_tokens: int
+    free_tokens: int
+    free_slots: int
+
+
+@dataclass(frozen=True, slots=True)
 class Moment:
-    """When and on what a batch is composed."""
+    """When and on what a batch is composed. `memory`: None where it is not known."""
 
     now_s: float
     cost: StepCost
     max_batch_tokens: int
+    memory: Memory | None = None
 
 
 def compose(seqs: Sequence[Seq], duties: Mapping[str, Duty], moment: Moment) -> BatchPlan:
@@ -71,6 +81,12 @@ def compose(seqs: Sequence[Seq], duties: Mapping[str, Duty], moment: Moment) -> 
 
     rows = _rows(seqs, duties)
     pour = np.zeros(1, dtype=POUR)
+    memory = moment.memory or UNKNOWN
+    pour["kv_tokens"], pour["free_tokens"], pour["free_slots"] = (
+        memory.kv_tokens,
+        memory.free_tokens,
+        memory.free_slots,
+    )
     order = np.empty(len(rows), dtype=np.int64)
     compose_rows(
         rows, np.arange(len(rows)), moment.now_s, _arrays(moment.cost), moment.max_batch_tokens, pour[0], order
@@ -80,7 +96,7 @@ def compose(seqs: Sequence[Seq], duties: Mapping[str, Duty], moment: Moment) -> 
     ids = [seqs[index].work_id for index in at]
     chunks = rows["chunk_tokens"][order].tolist()
     verify = rows["verify_tokens"][order].tolist()
-    gives_way = int(pour[0]["gives_way"])
+    gives_way = np.flatnonzero(rows["gives_way"]).tolist()
     draft_tokens = int(pour[0]["draft_tokens"])
     return BatchPlan(
         order=tuple(ids),
@@ -92,9 +108,12 @@ def compose(seqs: Sequence[Seq], duties: Mapping[str, Duty], moment: Moment) -> 
             if seqs[index].prefill_left == 0
         },
         max_tokens=moment.max_batch_tokens,
-        preempt=() if gives_way < 0 else (seqs[gives_way].work_id,),
+        preempt=tuple(seqs[index].work_id for index in gives_way),
         draft_tokens=None if draft_tokens < 0 else draft_tokens,
     )
+
+
+UNKNOWN = Memory(-1, -1, -1)
 
 
 def warm_up() -> None:

@@ -16,6 +16,11 @@ from engine.cost_kernel import chunk_in, predict_s, prefill_alone_s, tokens_in
 MIN_CHUNK_TOKENS = 16  # smaller chunks cost more in attention to what is computed than they bring
 ROUNDING_S = 1e-9
 CATCH_UP = 0.5  # a batch shrinks to this part of the pace, no further, when a token is late
+# Best effort. Its prompts make a batch no longer than this many times the floor of a step: who comes next waits
+# for the end of the batch. And they are begun only while so much of the KV memory stays free: what a promise
+# takes back soon would be computed twice.
+SPARE_FLOORS = 2.0
+SPARE_KV_SHARE = 0.1
 
 POUR = np.dtype(
     [
@@ -28,19 +33,22 @@ POUR = np.dtype(
         ("prefill_work", np.float64),
         ("prefill_kv_tokens", np.int64),
         ("draft_tokens", np.int64),  # to draft for the batch after this one; -1: as many as it can
-        ("gives_way", np.int64),  # row that gives up slot and memory; -1: none
+        # Memory now, -1 where it is not known: tokens of KV in all, those free, and free slots.
+        ("kv_tokens", np.int64),
+        ("free_tokens", np.int64),
+        ("free_slots", np.int64),
     ],
     align=True,
 )
 
 
 @njit(cache=True, nogil=True)
-def _known(row):  # type: ignore[no-untyped-def]
+def _known(row):
     return row.prompt_tokens + row.output_tokens
 
 
 @njit(cache=True, nogil=True)
-def _spare_tokens(pour, cost):  # type: ignore[no-untyped-def]
+def _spare_tokens(pour, cost):
     """Tokens of decodes that still fit."""
     if pour.limit_s == math.inf:
         return pour.room
@@ -52,7 +60,7 @@ def _spare_tokens(pour, cost):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _fitting(rows, some, pour, cost):  # type: ignore[no-untyped-def]
+def _fitting(rows, some, pour, cost):
     """How many of these decodes, from the first, end in time when they join what is there."""
     most = min(len(some), max(pour.room, 0))
     if pour.limit_s == math.inf or most == 0:
@@ -63,7 +71,7 @@ def _fitting(rows, some, pour, cost):  # type: ignore[no-untyped-def]
         total += rows[some[at]].computed_tokens
         contexts[at] = total
 
-    def too_long(count):  # type: ignore[no-untyped-def]
+    def too_long(count):
         seconds = predict_s(
             cost, pour.tokens + count, pour.seqs + count, pour.context_tokens + contexts[count - 1],
             pour.prefill_work, pour.draft_steps, pour.prefill_kv_tokens,
@@ -83,7 +91,7 @@ def _fitting(rows, some, pour, cost):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _take(rows, one, tokens, pour, order):  # type: ignore[no-untyped-def]
+def _take(rows, one, tokens, pour, order):
     rows[one].chunk_tokens = tokens
     order[pour.seqs] = one
     pour.seqs += 1
@@ -92,7 +100,7 @@ def _take(rows, one, tokens, pour, order):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _decode_all(rows, some, drafted, pour, order):  # type: ignore[no-untyped-def]
+def _decode_all(rows, some, drafted, pour, order):
     """The next token of each while there is room, with the drafts that were planned for it if `drafted`."""
     for one in some:
         if pour.room <= 0:
@@ -107,7 +115,7 @@ def _decode_all(rows, some, drafted, pour, order):  # type: ignore[no-untyped-de
 
 
 @njit(cache=True, nogil=True)
-def _verify(rows, some, planned_too, pour, cost):  # type: ignore[no-untyped-def]
+def _verify(rows, some, planned_too, pour, cost):
     """Drafts of decodes that are in, as many as fit; of those with a planned depth only if `planned_too`."""
     room = 0
     for one in some:
@@ -130,7 +138,7 @@ def _verify(rows, some, planned_too, pour, cost):  # type: ignore[no-untyped-def
 
 
 @njit(cache=True, nogil=True)
-def _chunk_in(seconds, row, pour, cost):  # type: ignore[no-untyped-def]
+def _chunk_in(seconds, row, pour, cost):
     return chunk_in(
         cost, seconds, row.computed_tokens, pour.tokens, pour.seqs, pour.context_tokens, pour.prefill_work,
         pour.draft_steps, pour.prefill_kv_tokens,
@@ -138,7 +146,7 @@ def _chunk_in(seconds, row, pour, cost):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _prefill(rows, one, left_s, pour, cost, order):  # type: ignore[no-untyped-def]
+def _prefill(rows, one, left_s, pour, cost, order):
     """A chunk of what it still needs. A crumb only if that ends the prompt, or the batch were empty.
 
     Where it ends in this batch, the batch ends within `left_s` if it can. Returns whether it got all.
@@ -163,7 +171,7 @@ def _prefill(rows, one, left_s, pour, cost, order):  # type: ignore[no-untyped-d
 
 
 @njit(cache=True, nogil=True)
-def _bounds(rows, decodes, now_s, cost):  # type: ignore[no-untyped-def]
+def _bounds(rows, decodes, now_s, cost):
     """Seconds that this batch may take, and the next one, to keep the pace of these decodes.
 
     A pace that the decodes alone would break binds nobody: holding prefills back could not save it. One that
@@ -188,7 +196,7 @@ def _bounds(rows, decodes, now_s, cost):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _due_before(rows, decodes, at_s):  # type: ignore[no-untyped-def]
+def _due_before(rows, decodes, at_s):
     """How many of these decodes, which are in order of their due times, are due before `at_s`."""
     count = 0
     while count < len(decodes) and rows[decodes[count]].due_s < at_s:
@@ -197,7 +205,7 @@ def _due_before(rows, decodes, at_s):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _due_decodes(rows, decodes, end_s, next_s, cost):  # type: ignore[no-untyped-def]
+def _due_decodes(rows, decodes, end_s, next_s, cost):
     """How many, from the first, must be in this batch: their token is due before the next one could end.
 
     And as many more as the next batch could not hold with those that are due before the one after it.
@@ -210,7 +218,7 @@ def _due_decodes(rows, decodes, end_s, next_s, cost):  # type: ignore[no-untyped
 
 
 @njit(cache=True, nogil=True)
-def _sorted_by_due(rows, some):  # type: ignore[no-untyped-def]
+def _sorted_by_due(rows, some):
     due_s = np.empty(len(some), dtype=np.float64)
     for at in range(len(some)):
         due_s[at] = rows[some[at]].due_s
@@ -218,7 +226,7 @@ def _sorted_by_due(rows, some):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def compose_rows(rows, active, now_s, cost, max_batch_tokens, pour, order):  # type: ignore[no-untyped-def]
+def compose_rows(rows, active, now_s, cost, max_batch_tokens, pour, order):
     """The next batch. `order` [len(active)]: first `pour.seqs` rows that are in it, then those held out, last
     where memory is taken from first."""
     count = len(active)
@@ -268,6 +276,7 @@ def compose_rows(rows, active, now_s, cost, max_batch_tokens, pour, order):  # t
         must += 1
     due = min(due, max(must, _fitting(rows, decodes, pour, cost)))
     _decode_all(rows, decodes[:due], drafted, pour, order)
+    _make_room(rows, decodes, prefills, spare[:n_spare], promise_blocked, pour)
     n_lost = _pour_prefills(rows, prefills, now_s, max_batch_tokens, pour, cost, order)
     if due < n_decodes:
         ahead = _fitting(rows, decodes[due:], pour, cost)
@@ -276,7 +285,8 @@ def compose_rows(rows, active, now_s, cost, max_batch_tokens, pour, order):  # t
         _verify(rows, decodes, False, pour, cost)
     for one in prefills[n_prefills - n_lost :]:
         _prefill(rows, one, math.inf, pour, cost, order)
-    _pour_spare(rows, spare[:n_spare], spare_decodes[:n_spare_decodes], pour, cost, order)
+    kept_back = n_decodes + n_prefills > 0
+    _pour_spare(rows, spare[:n_spare], spare_decodes[:n_spare_decodes], kept_back, pour, cost, order)
 
     held = pour.seqs
     for group in (decodes, prefills, spare[:n_spare]):
@@ -284,15 +294,38 @@ def compose_rows(rows, active, now_s, cost, max_batch_tokens, pour, order):  # t
             if rows[one].chunk_tokens == 0:
                 order[held] = one
                 held += 1
-    pour.gives_way = -1
-    if promise_blocked:
-        for one in spare[:n_spare]:
-            if rows[one].running:
-                pour.gives_way = one
 
 
 @njit(cache=True, nogil=True)
-def _pour_prefills(rows, prefills, now_s, max_batch_tokens, pour, cost, order):  # type: ignore[no-untyped-def]
+def _make_room(rows, decodes, prefills, spare, promise_blocked, pour):
+    """Best effort gives up slot and KV, last in first out, to promises that lack them: `gives_way` says who.
+
+    Where memory is not known, one of them in each batch in which a promise was found at the door.
+    """
+    tokens, slots = -pour.free_tokens, -pour.free_slots
+    for group in (decodes, prefills):
+        for one in group:
+            row = rows[one]
+            tokens += max(_known(row) - row.computed_tokens, 0) if row.running or row.pull == 0 else 0
+            slots += 0 if row.running else 1
+    if pour.free_tokens < 0:
+        tokens = slots = 1 if promise_blocked else 0
+    elif len(prefills) == 0 and slots <= 0 and not promise_blocked:
+        tokens = min(tokens, 0)  # a token for each decode is what the engine finds by itself
+    for at in range(len(spare) - 1, -1, -1):
+        row = rows[spare[at]]
+        row.gives_way = False
+        if row.running and (tokens > 0 or slots > 0):
+            row.gives_way = True
+            tokens = tokens - row.computed_tokens if pour.free_tokens >= 0 else 0
+            slots = slots - 1 if pour.free_tokens >= 0 else 0
+    if pour.free_tokens >= 0:
+        pour.free_tokens = -tokens
+        pour.free_slots = -slots
+
+
+@njit(cache=True, nogil=True)
+def _pour_prefills(rows, prefills, now_s, max_batch_tokens, pour, cost, order):
     """Promised prompts, earliest deadline first, until one does not get all that it needs.
 
     Puts those whose deadline could not be met even alone behind the others, where they wait. Returns how many.
@@ -320,12 +353,34 @@ def _pour_prefills(rows, prefills, now_s, max_batch_tokens, pour, cost, order): 
 
 
 @njit(cache=True, nogil=True)
-def _pour_spare(rows, spare, decodes, pour, cost, order):  # type: ignore[no-untyped-def]
-    """Best effort: tokens of those that decode, then prompts, both in the order in which they came."""
+def _pour_spare(rows, spare, decodes, kept_back, pour, cost, order):
+    """Best effort: tokens of those that decode, then prompts, both in the order in which they came.
+
+    `kept_back`: promises are kept here, so that its prompts may not make batches long.
+    """
     if len(spare) == 0:
         return
-    _decode_all(rows, decodes[: _fitting(rows, decodes, pour, cost)], False, pour, order)
+    staying = np.empty(len(decodes), dtype=np.int64)
+    count = 0
+    for one in decodes:
+        if not rows[one].gives_way:
+            staying[count] = one
+            count += 1
+    staying = staying[:count]
+    _decode_all(rows, staying[: _fitting(rows, staying, pour, cost)], False, pour, order)
+    limit_s = pour.limit_s
+    if kept_back:
+        pour.limit_s = min(limit_s, SPARE_FLOORS * predict_s(cost, 1, 1, 0, 0.0, 0, 0))
     for one in spare:
-        if _known(rows[one]) - rows[one].computed_tokens > 1:
-            _prefill(rows, one, math.inf, pour, cost, order)
-    _verify(rows, decodes, True, pour, cost)
+        row = rows[one]
+        known = _known(row)
+        if known - row.computed_tokens <= 1 or row.gives_way:
+            continue
+        if not row.running and pour.free_tokens >= 0:
+            if pour.free_slots < 1 or pour.free_tokens - known < SPARE_KV_SHARE * pour.kv_tokens:
+                break
+            pour.free_tokens -= known
+            pour.free_slots -= 1
+        _prefill(rows, one, math.inf, pour, cost, order)
+    pour.limit_s = limit_s
+    _verify(rows, staying, True, pour, cost)

@@ -49,6 +49,7 @@ GRID = (
 _Milliseconds = Annotated[float, msgspec.Meta(ge=0)]
 Line = tuple[_Milliseconds, _Milliseconds, _Milliseconds]
 _Count = Annotated[int, msgspec.Meta(ge=1)]
+_KvTokens = Annotated[int, msgspec.Meta(ge=CONTEXTS[0])]  # room for the least batch of the grid
 
 
 class _Sets(msgspec.Struct, frozen=True):
@@ -84,7 +85,7 @@ class Coefficients:
         return cls(
             system,
             tp,
-            _converted(path, f"kv_capacity_tokens.{tp}", kv_tokens, _Count),
+            _converted(path, f"kv_capacity_tokens.{tp}", kv_tokens, _KvTokens),
             sets.prefill,
             sets.decoding_smallbs,
             sets.decoding_largebs,

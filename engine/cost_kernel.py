@@ -12,7 +12,7 @@ CONTEXT, WORK, SEQ, KV, DRIFT = 0, 1, 2, 3, 4  # terms of CostArrays
 
 
 @njit(cache=True, nogil=True)
-def beside_s(cost, seqs, context_tokens, prefill_work, prefill_kv_tokens):  # type: ignore[no-untyped-def]
+def beside_s(cost, seqs, context_tokens, prefill_work, prefill_kv_tokens):
     """Seconds beside the lines, before the drift."""
     terms = cost.terms
     return (
@@ -24,7 +24,7 @@ def beside_s(cost, seqs, context_tokens, prefill_work, prefill_kv_tokens):  # ty
 
 
 @njit(cache=True, nogil=True)
-def predict_s(cost, tokens, seqs, context_tokens, prefill_work, draft_steps, prefill_kv_tokens):  # type: ignore[no-untyped-def]
+def predict_s(cost, tokens, seqs, context_tokens, prefill_work, draft_steps, prefill_kv_tokens):
     """StepCost.predict."""
     if tokens <= 0:
         return 0.0
@@ -36,7 +36,7 @@ def predict_s(cost, tokens, seqs, context_tokens, prefill_work, draft_steps, pre
 
 
 @njit(cache=True, nogil=True)
-def tokens_in(cost, seconds, seqs, context_tokens, prefill_work, draft_steps, prefill_kv_tokens):  # type: ignore[no-untyped-def]
+def tokens_in(cost, seconds, seqs, context_tokens, prefill_work, draft_steps, prefill_kv_tokens):
     """StepCost.tokens_in (Time2BS)."""
     left_s = seconds / cost.terms[DRIFT]
     left_s -= beside_s(cost, seqs, context_tokens, prefill_work, prefill_kv_tokens)
@@ -48,11 +48,13 @@ def tokens_in(cost, seconds, seqs, context_tokens, prefill_work, draft_steps, pr
             return 0
         if line[1] > 0:
             most = min(most, piece_left_s / line[1])
-    return int(math.floor(most + ROUNDING_TOKENS))
+    return math.floor(most + ROUNDING_TOKENS)
 
 
 @njit(cache=True, nogil=True)
-def chunk_in(cost, seconds, kv_tokens, tokens, seqs, context_tokens, prefill_work, draft_steps, prefill_kv_tokens):  # type: ignore[no-untyped-def]
+def chunk_in(
+    cost, seconds, kv_tokens, tokens, seqs, context_tokens, prefill_work, draft_steps, prefill_kv_tokens
+):
     """StepCost.chunk_in."""
     left_s = seconds / cost.terms[DRIFT]
     left_s -= beside_s(cost, seqs + 1, context_tokens, prefill_work, prefill_kv_tokens + kv_tokens)
@@ -67,11 +69,11 @@ def chunk_in(cost, seconds, kv_tokens, tokens, seqs, context_tokens, prefill_wor
         slope_s = token_s + math.sqrt(token_s * token_s + 2 * work_s * piece_left_s)
         if slope_s > 0:
             most = min(most, 2 * piece_left_s / slope_s)
-    return int(math.floor(most + ROUNDING_TOKENS))
+    return math.floor(most + ROUNDING_TOKENS)
 
 
 @njit(cache=True, nogil=True)
-def prefill_alone_s(cost, prompt_tokens, max_batch_tokens, cached_tokens):  # type: ignore[no-untyped-def]
+def prefill_alone_s(cost, prompt_tokens, max_batch_tokens, cached_tokens):
     """StepCost.prefill_alone_s (T0)."""
     total_s, computed = 0.0, cached_tokens
     while computed < prompt_tokens:

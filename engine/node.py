@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from engine.base import UNPLANNED, BatchPlan, Engine, EngineInfo, Output, Seq, Work
-from engine.batch import Duty, Moment
+from engine.batch import Duty, Memory, Moment
 from engine.cost import StepCost
 from engine.drafting import Drafted, Drafting
 from engine.errors import RequestError
@@ -326,11 +326,19 @@ class Node:
             plan = UNPLANNED  # alone, it gets the whole batch under any plan
         else:
             duties = {seq.work_id: promise.duty for seq, promise in here}
-            moment = Moment(now_s, self._cost, self._info.max_batch_tokens)
+            moment = Moment(now_s, self._cost, self._info.max_batch_tokens, self._memory())
             plan = self._role.compose(seqs, duties, moment)
         _note_batched(plan, here, now_s)
         self._depths = plan.depth
         return plan
+
+    def _memory(self) -> Memory:
+        usage, info = self._engine.usage(), self._info
+        return Memory(
+            usage.num_blocks * info.block_size,
+            (usage.num_blocks - usage.used_blocks) * info.block_size,
+            info.max_num_seqs - usage.running,
+        )
 
     def _note_pull(self, pull: Pull) -> None:
         self._recent_pulls.append(pull)

@@ -36,6 +36,7 @@ ROW = np.dtype(
         # The next batch.
         ("chunk_tokens", np.int64),  # most new tokens; 0: held out
         ("verify_tokens", np.int64),  # drafts among them
+        ("gives_way", np.bool_),  # best effort that gives up slot and KV
         # Kept by virtual engines alone.
         ("end_tokens", np.int64),  # outputs after which it ends: its true length, or its max_tokens
         ("offers", np.bool_),  # ends with its prefill, and offers the KV

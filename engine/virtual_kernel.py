@@ -19,10 +19,14 @@ from engine.cost_kernel import predict_s
 from engine.rows import NO_PULL, PULL_WAITS, PULLED, PULLING, Index
 
 # Counters of a replica, in `Replica.counts`.
-LIVE, RUNNING, FREE_BLOCKS, NUM_BLOCKS, BLOCK_TOKENS, MAX_SEQS, MAX_BATCH_TOKENS, PROMISES_PREEMPTED, STEPS = range(9)
+LIVE, RUNNING, FREE_BLOCKS, NUM_BLOCKS, BLOCK_TOKENS, MAX_SEQS, MAX_BATCH_TOKENS, PROMISES_PREEMPTED, STEPS = (
+    range(9)
+)
 COUNTS = 9
 # Of the last batch, in `Replica.batch`.
-SEQS, TOKENS, DECODE_SEQS, CONTEXT_TOKENS, KV_TOKENS, DRAFTED, DRAFT_STEPS, ACCEPTED, PREEMPTED, BLOCKED = range(10)
+SEQS, TOKENS, DECODE_SEQS, CONTEXT_TOKENS, KV_TOKENS, DRAFTED, DRAFT_STEPS, ACCEPTED, PREEMPTED, BLOCKED = (
+    range(10)
+)
 BATCH = 10
 
 
@@ -43,7 +47,11 @@ class Replica(NamedTuple):
         """Nothing runs."""
         counts = np.zeros(COUNTS, dtype=np.int64)
         counts[FREE_BLOCKS] = counts[NUM_BLOCKS] = num_blocks
-        counts[BLOCK_TOKENS], counts[MAX_SEQS], counts[MAX_BATCH_TOKENS] = block_tokens, max_seqs, max_batch_tokens
+        counts[BLOCK_TOKENS], counts[MAX_SEQS], counts[MAX_BATCH_TOKENS] = (
+            block_tokens,
+            max_seqs,
+            max_batch_tokens,
+        )
         most = max(most_rows, 1)
         return cls(
             np.empty(most, dtype=np.int64),
@@ -55,7 +63,7 @@ class Replica(NamedTuple):
 
 
 @njit(cache=True, nogil=True)
-def enqueue(replica, rows, one):  # type: ignore[no-untyped-def]
+def enqueue(replica, rows, one):
     """A row begins to wait here, behind the others."""
     replica.live[replica.counts[LIVE]] = one
     replica.counts[LIVE] += 1
@@ -64,7 +72,7 @@ def enqueue(replica, rows, one):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def remove(replica, rows, one):  # type: ignore[no-untyped-def]
+def remove(replica, rows, one):
     """A row leaves, with its blocks. Unknown ones do nothing."""
     live, counts = replica.live, replica.counts
     for at in range(counts[LIVE]):
@@ -80,13 +88,13 @@ def remove(replica, rows, one):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def blocks_for(replica, tokens):  # type: ignore[no-untyped-def]
+def blocks_for(replica, tokens):
     """Blocks that hold so many tokens."""
     return -(-tokens // replica.counts[BLOCK_TOKENS])
 
 
 @njit(cache=True, nogil=True)
-def runnable(replica, rows, active):  # type: ignore[no-untyped-def]
+def runnable(replica, rows, active):
     """Fill `active` with the rows that a batch can be about, and return how many: all but those whose KV is
     still to come."""
     count = 0
@@ -99,7 +107,7 @@ def runnable(replica, rows, active):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def preempt(replica, rows, one):  # type: ignore[no-untyped-def]
+def preempt(replica, rows, one):
     """Slot and KV are given up, tokens kept. It waits in front."""
     live, counts, row = replica.live, replica.counts, rows[one]
     at = 0
@@ -122,7 +130,7 @@ def preempt(replica, rows, one):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _grow(replica, rows, one, tokens):  # type: ignore[no-untyped-def]
+def _grow(replica, rows, one, tokens):
     """Blocks for `tokens` more, if there are so many. Returns whether it has them."""
     row = rows[one]
     more = blocks_for(replica, row.computed_tokens + tokens) - row.blocks
@@ -135,7 +143,7 @@ def _grow(replica, rows, one, tokens):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _victim(replica, rows, order):  # type: ignore[no-untyped-def]
+def _victim(replica, rows, order):
     """The running row that gives its blocks: the last in the order of the plan."""
     for at in range(len(order) - 1, -1, -1):
         if rows[order[at]].running:
@@ -144,9 +152,12 @@ def _victim(replica, rows, order):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def carry_out(replica, rows, order, max_tokens):  # type: ignore[no-untyped-def]
-    """Form the batch of a plan. `replica.batch` is zero but for those preempted by the plan. `order`: every runnable row, and `chunk_tokens` and `verify_tokens` say what it
-    may have. Afterwards these are what it has, and `replica.batch` says what the batch holds."""
+def carry_out(replica, rows, order, max_tokens):
+    """Form the batch of a plan. `replica.batch` is zero but for those preempted by the plan.
+
+    `order`: every runnable row, whose `chunk_tokens` and `verify_tokens` say what it may have. Afterwards these
+    are what it has, and `replica.batch` says what the batch holds.
+    """
     counts, batch = replica.counts, replica.batch
     preempted = batch[PREEMPTED]
     room = min(max_tokens, counts[MAX_BATCH_TOKENS])
@@ -189,7 +200,7 @@ def carry_out(replica, rows, order, max_tokens):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _placed_before(order, first, second):  # type: ignore[no-untyped-def]
+def _placed_before(order, first, second):
     for one in order:
         if one == first:
             return True
@@ -199,7 +210,7 @@ def _placed_before(order, first, second):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _granted(row, room):  # type: ignore[no-untyped-def]
+def _granted(row, room):
     """New tokens that a row gets: no more than the plan, the room and what there is to compute."""
     needed = row.prompt_tokens + row.output_tokens - row.computed_tokens + row.verify_tokens
     chunk = min(row.chunk_tokens, room, needed)
@@ -210,7 +221,7 @@ def _granted(row, room):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _admit(replica, rows, one):  # type: ignore[no-untyped-def]
+def _admit(replica, rows, one):
     """A waiting row gets its slot, if there is one and its whole sequence fits (vLLM 0.32 reserves no part
     prompts). What the prefix cache has of it counts as computed."""
     live, counts, row = replica.live, replica.counts, rows[one]
@@ -233,7 +244,7 @@ def _admit(replica, rows, one):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _count_batch(replica, rows, order):  # type: ignore[no-untyped-def]
+def _count_batch(replica, rows, order):
     batch = replica.batch
     work = 0.0
     count = 0
@@ -257,7 +268,7 @@ def _count_batch(replica, rows, order):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def batch_s(replica, cost, draft_steps):  # type: ignore[no-untyped-def]
+def batch_s(replica, cost, draft_steps):
     """Seconds of the batch that was formed. `draft_steps`: of a draft model, however few drafts were taken."""
     batch = replica.batch
     steps = max(batch[DRAFT_STEPS], draft_steps)
@@ -267,7 +278,7 @@ def batch_s(replica, cost, draft_steps):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def finish(replica, rows, end_s, acceptance, max_draft_tokens):  # type: ignore[no-untyped-def]
+def finish(replica, rows, end_s, acceptance, max_draft_tokens):
     """The batch ends: tokens are made, and what is over gives up slot and blocks (an offer keeps its blocks).
 
     Rows of `replica.members[: batch[SEQS]]` say in `new_tokens` what they made.
@@ -310,7 +321,7 @@ def finish(replica, rows, end_s, acceptance, max_draft_tokens):  # type: ignore[
 
 
 @njit(cache=True, nogil=True)
-def _leave(replica, row, one):  # type: ignore[no-untyped-def]
+def _leave(replica, row, one):
     """Out of the live rows; its blocks are somebody else's business."""
     live, counts = replica.live, replica.counts
     at = 0
@@ -323,10 +334,12 @@ def _leave(replica, row, one):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def accepts(seed, position, acceptance):  # type: ignore[no-untyped-def]
+def accepts(seed, position, acceptance):
     """Whether the draft for this output position is right: a fixed number per request and position (splitmix64,
     Steele et al. 2014), so that every system that speculates meets the same luck."""
-    x = np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(position + 1) * np.uint64(0xBF58476D1CE4E5B9)
+    x = np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(position + 1) * np.uint64(
+        0xBF58476D1CE4E5B9
+    )
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     x = x ^ (x >> np.uint64(31))
@@ -334,7 +347,7 @@ def accepts(seed, position, acceptance):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def start_pulls(replica, rows, started):  # type: ignore[no-untyped-def]
+def start_pulls(replica, rows, started):
     """Give blocks to handed-over rows that wait for them, first come first served. Returns how many began;
     `started` names them. Their KV arrives when `pulled` says so."""
     count = 0
@@ -355,14 +368,14 @@ def start_pulls(replica, rows, started):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def pulled(rows, one):  # type: ignore[no-untyped-def]
+def pulled(rows, one):
     """The KV is here: all that is left is the last token, from which the next one comes."""
     rows[one].pull = PULLED
     rows[one].computed_tokens = rows[one].prompt_tokens + rows[one].output_tokens - 1
 
 
 @njit(cache=True, nogil=True)
-def recompute(replica, rows, one):  # type: ignore[no-untyped-def]
+def recompute(replica, rows, one):
     """The KV did not come: the row waits for its turn and computes its prompt here."""
     replica.counts[FREE_BLOCKS] += rows[one].blocks
     rows[one].blocks = 0

@@ -79,6 +79,66 @@ def test_a_bad_file_is_one_clear_error(steps: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "p.json").exists()
 
 
+def test_the_host_is_added_to_every_step(steps: Path, tmp_path: Path) -> None:
+    plain, hosted = tmp_path / "plain.json", tmp_path / "hosted.json"
+    assert profile("fit", "--steps", str(steps), "--out", str(plain)).returncode == 0
+    assert profile("fit", "--steps", str(steps), "--host-ms", "2", "--out", str(hosted)).returncode == 0
+    without, with_host = StepProfile.load(plain), StepProfile.load(hosted)
+    for tokens in (1, 500, 5000):
+        assert with_host.cost.predict(tokens) == pytest.approx(without.cost.predict(tokens) + 2e-3)
+    assert with_host.held_out == without.held_out
+    assert with_host.about["host_ms"] == "2"
+
+
+def test_published_coefficients_make_a_model_too(coefficients: Path, tmp_path: Path) -> None:
+    out, plot = tmp_path / "p.json", tmp_path / "p.png"
+    asked = ("--coefficients", str(coefficients), "--tp", "2", "--phase", "decode", "--system", "vllm")
+    done = profile("fit", *asked, "--out", str(out), "--plot", str(plot))
+    assert done.returncode == 0, done.stderr
+    assert "coefficients-decode" in done.stdout
+    assert "switch: published: the second set from batch 95 on" in done.stdout
+    saved = StepProfile.load(out)
+    assert (saved.about["tp"], saved.about["system"], saved.about["phase"]) == ("2", "vllm", "decode")
+    assert saved.cost.predict(1) == pytest.approx((20 + 2 + 0.04) / 1e3)
+    assert plot.read_bytes().startswith(PNG)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ((), "give either --steps (what was measured) or --coefficients (what was published)"),
+        (("--steps", "STEPS", "--coefficients", "COEFFICIENTS"), "give either --steps"),
+        (("--steps", "STEPS", "--phase", "prefill"), "--phase goes with --coefficients"),
+        (("--coefficients", "COEFFICIENTS"), "--coefficients needs --phase"),
+        (("--coefficients", "COEFFICIENTS", "--phase", "mixed"), "coefficients.json: distserve is missing"),
+    ],
+)
+def test_steps_or_coefficients_and_what_goes_with_them(
+    steps: Path, coefficients: Path, tmp_path: Path, arguments: tuple[str, ...], complaint: str
+) -> None:
+    files = {"STEPS": str(steps), "COEFFICIENTS": str(coefficients)}
+    given = [files.get(argument, argument) for argument in arguments]
+    done = profile("fit", *given, "--out", str(tmp_path / "p.json"))
+    assert done.returncode == 2
+    assert complaint in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "p.json").exists()
+
+
+@pytest.fixture
+def coefficients(tmp_path: Path) -> Path:
+    sets = {
+        "decoding_large_small_bs_threshold": 95,
+        "prefill": [18, 0.1, 7e-6],
+        "decoding_smallbs": [20, 6e-4, 0.04],
+        "decoding_largebs": [7, 6e-4, 0.16],
+    }
+    path = tmp_path / "coefficients.json"
+    content = {"kv_capacity_tokens": {"2": 60_000}, "vllm": {"2": sets}}
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
 @pytest.mark.parametrize("verb", ["fit", "run"])
 def test_each_part_has_help_with_an_example(verb: str) -> None:
     assert f"Example: slosserve profile {verb}" in profile(verb, "--help").stdout

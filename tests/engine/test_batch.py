@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.base import BatchPlan, Seq
-from engine.batch import Duty, Moment, compose
-from engine.batch_kernel import MIN_CHUNK_TOKENS
+from engine.batch import Duty, Memory, Moment, compose
+from engine.batch_kernel import MIN_CHUNK_TOKENS, SPARE_FLOORS
 from engine.cost import StepCost
 
 COST = StepCost.line(base_s=25e-3, per_token_s=7e-5)
 MAX_BATCH_TOKENS = 512
 NOW = Moment(0.0, COST, MAX_BATCH_TOKENS)
 LARGE = Moment(0.0, COST, 4096)
+FAST = Moment(0.0, StepCost.line(base_s=25e-3, per_token_s=1e-6), MAX_BATCH_TOKENS)
 
 
 def decoding(work_id: str, drafts: int = 0) -> Seq:
@@ -125,7 +127,9 @@ def test_a_batch_ends_by_the_first_due_token_whatever_attention_costs(
     kept = [duties[s.work_id] for s in decodes if duties[s.work_id].tpot_s > alone_s]
     if not kept:
         return
-    allowed_s = max(min(duty.due_s for duty in kept), min(duty.tpot_s for duty in kept) / 2)
+    first = min(decodes, key=lambda seq: duties[seq.work_id].due_s)
+    least_s = cost.predict(1, seqs=1, context_tokens=first.computed_tokens)
+    allowed_s = min(duty.due_s if duty.due_s >= least_s - 1e-9 else duty.tpot_s / 2 for duty in kept)
     inside = [seq for seq in seqs if seq.work_id not in plan.skip]
     batch_s = cost.predict(
         sum(tokens_of(plan, s) for s in inside),
@@ -220,15 +224,42 @@ def test_prefills_are_poured_earliest_deadline_first() -> None:
 def test_best_effort_gets_what_is_left_in_the_order_in_which_it_came() -> None:
     seqs = [waiting("second", 300), decoding("said"), waiting("third", 300), waiting("first", 100)]
     duties = {"first": promise("first", 1.0, said=False), "third": Duty("third", 0.0, 0.0, best_effort=True)}
-    plan = compose(seqs, duties, NOW)
+    plan = compose(seqs, duties, FAST)
     assert plan.chunk_tokens == {"first": 100, "said": 1, "second": 300, "third": 111}
+
+
+def test_prompts_of_best_effort_make_no_batch_long_while_promises_are_kept() -> None:
+    seqs = [decoding("promised"), waiting("spare", 5000)]
+    plan = compose(seqs, {"promised": promise("promised", 9.0, tpot_s=9.0)}, LARGE)
+    batch_s = COST.predict(sum(plan.chunk_tokens.values()))
+    assert batch_s <= SPARE_FLOORS * COST.predict(1) < batch_s + COST.predict(2) - COST.predict(1)
+    assert compose(seqs[1:], {}, LARGE).chunk_tokens == {"spare": 4096}, "nobody else is here"
+
+
+def test_best_effort_is_begun_only_while_memory_stays_free() -> None:
+    seqs = [decoding("promised"), waiting("spare", 300), waiting("next", 300)]
+    duties = {"promised": promise("promised", 9.0, tpot_s=9.0)}
+    memory = Memory(kv_tokens=4000, free_tokens=800, free_slots=9)
+    assert compose(seqs, duties, replace(FAST, memory=memory)).skip == {"next"}
+    assert compose(seqs, duties, replace(FAST, memory=replace(memory, free_slots=0))).skip == {"spare", "next"}
+
+
+def test_best_effort_makes_way_for_a_promise_before_it_is_blocked() -> None:
+    spare = [Seq(f"spare{i}", 300, 200, 0, running=True) for i in range(4)]
+    seqs = [decoding("promised"), *spare, waiting("new", 500)]
+    duties = {"promised": promise("promised", 9.0), "new": promise("new", 1.0, said=False)}
+    plan = compose(seqs, duties, replace(NOW, memory=Memory(2000, 150, 9)))
+    assert plan.preempt == ("spare2", "spare3"), "as many as it takes, the last first"
+    assert plan.chunk_tokens["new"] > 300
+    assert compose(seqs, duties, replace(NOW, memory=Memory(2000, 600, 9))).preempt == ()
+    assert compose(seqs, duties, replace(NOW, memory=Memory(2000, 600, 0))).preempt == ("spare3",)
 
 
 def test_no_crumbs_of_a_prompt_but_for_its_end() -> None:
     first = promise("first", 1.0, said=False)
-    plan = compose([waiting("first", 505), waiting("second", 300)], {"first": first}, NOW)
+    plan = compose([waiting("first", 505), waiting("second", 300)], {"first": first}, FAST)
     assert plan.skip == {"second"}
-    plan = compose([waiting("first", 505), waiting("second", 7)], {"first": first}, NOW)
+    plan = compose([waiting("first", 505), waiting("second", 7)], {"first": first}, FAST)
     assert plan.chunk_tokens == {"first": 505, "second": 7}
 
 

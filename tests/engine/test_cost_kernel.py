@@ -39,7 +39,9 @@ def test_compiled_and_plain_costs_are_equal(
         most = cost.tokens_in(seconds, seqs=seqs, context_tokens=context, **rest)
         assert tokens_in(arrays, seconds, seqs, context, work, drafts, kv) == pytest.approx(most, abs=1)
         chunk = cost.chunk_in(seconds, kv, tokens=tokens, seqs=seqs, context_tokens=context, draft_steps=drafts)
-        assert chunk_in(arrays, seconds, kv, tokens, seqs, context, 0.0, drafts, 0) == pytest.approx(chunk, abs=1)
+        assert chunk_in(arrays, seconds, kv, tokens, seqs, context, 0.0, drafts, 0) == pytest.approx(
+            chunk, abs=1
+        )
 
 
 @given(cost=COSTS, prompt=COUNTS, most=st.integers(16, 2048), cached=COUNTS)

@@ -1,0 +1,1 @@
+"""A discrete-event simulator around the serving code: the same planner, placement and batch composition."""

@@ -1,0 +1,349 @@
+"""Ours in the simulator: the coordinator's own decider over mirrors that are fed with reports of the replicas.
+
+What nodes and endpoints do around it is here in short: reports as of the last 0.1 s, works that a full node
+declines, handoffs, drafting depths. No message takes time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks.simulator.steps import REPORTED_S, STEP_S, take_report
+from benchmarks.simulator.world import World
+from coordinator.decider import Decider
+from coordinator.mirror import NodeMirror
+from engine.base import EngineInfo, Usage
+from engine.drafting import Drafted, Drafting
+from engine.messages import Finished, Place, Placed, Report, WorkState
+from engine.prefix import PREFIX_BLOCK_TOKENS
+from engine.request import RoleName, WorkKind
+from engine.rows import PULL_WAITS, PULLING
+from engine.virtual_kernel import FREE_BLOCKS, LIVE, NUM_BLOCKS, RUNNING
+from kv_transfer.base import Link, PeerAddress
+
+TURN_S = 0.1  # the coordinator asks again about deferred requests (coordinator/service.py)
+TICK_S = 0.1  # a node plans how deep it drafts (engine/node.py)
+MAX_WAITING = 256  # a node with so many declines
+MAX_ATTEMPTS = 5
+KV_BOUND_SHARE = 0.9
+ENDPOINT = b"endpoint"
+
+
+class Slosserve:
+    """The cluster: a decider, and what it knows of each replica."""
+
+    def __init__(self, roles: Sequence[RoleName], decider: Decider, max_draft_tokens: int = 0) -> None:
+        self._roles = roles
+        self._decider = decider
+        self._max_draft_tokens = max_draft_tokens
+        self.tick_s: float | None = TICK_S if max_draft_tokens else None
+        self._mirrors: dict[str, NodeMirror] = {}
+        self._links: Mapping[tuple[str, str], Link] = {}
+        self._drafting = [Drafting(max_draft_tokens) for _ in roles]
+        self._drafted: dict[int, Drafted] = {}
+        self._seen_drafts: dict[int, tuple[int, int]] = {}
+        self._placed: dict[int, Placed] = {}
+        self._turn_is_set = False
+        self._reported_s = [-math.inf] * len(roles)
+        self.admitted: np.ndarray = np.zeros(0, dtype=np.bool_)
+
+    # ---- what the world says -----------------------------------------------------------------------------
+
+    def arrive(self, world: World, request: int) -> None:
+        """Ask the decider, and do what it says."""
+        if not self._mirrors:
+            self._meet(world)
+        self._place(world, request, avoid=[])
+
+    def offered(self, world: World, request: int, replica: int) -> None:
+        """The prefill has ended: on to the decode node that was chosen."""
+        placed = self._placed[request]
+        assert placed.decode is not None
+        row = world.rows[request]
+        row["first_due_s"] = row["due_s"] = world.arrived_s[request] + world.slos[request].ttft_s
+        world.hand_over(request, _index(placed.decode.node))
+
+    def ended(self, world: World, request: int, replica: int) -> None:
+        """The decider learns from it."""
+        placed = self._placed[request]
+        self._drafted.pop(request, None)
+        nodes = [node.node for node in (placed.prefill, placed.decode) if node is not None]
+        output = int(world.workload.output_tokens[request])
+        prompt = int(world.workload.prompt_tokens[request])
+        finished = Finished(
+            request_id=_name(request),
+            attempt=placed.attempt,
+            class_name=world.slos[request].class_name,
+            outcome="completed",
+            verdict=placed.verdict,
+            met=True,
+            strict=True,
+            goodput=True,
+            stages={},
+            placement="one_node" if placed.prefill is None else "pair",
+            prompt_tokens=prompt,
+            output_tokens=output,
+            nodes=nodes,
+            prefix_hashes=_hashes(int(world.chain[request]), prompt + output)
+            if _in_chain(world, request)
+            else [],
+            ended_itself=output < int(world.workload.max_tokens[request]),
+        )
+        self._decider.finished(finished, self._mirrors)
+
+    def turn(self, world: World) -> None:
+        """Deferred requests are asked about again."""
+        self._turn_is_set = False
+        self._refresh(world)
+        for promotion in self._decider.ask_again(self._mirrors, self._links, world.now_s):
+            request = _request(promotion.deferred.request.request_id)
+            row = world.rows[request]
+            pace = promotion.promote.pace
+            row["promised"] = True
+            row["first_due_s"] = row["due_s"] = world.now_s + pace.first_token_left_s
+            row["tpot_s"] = pace.tpot_s
+            self.admitted[request] = True
+        self._ask_again_later(world)
+
+    def tick(self, world: World, replica: int) -> None:
+        """Depths of drafts from now on, as a node plans them."""
+        drafting = self._drafting[replica]
+        station = world.stations[replica]
+        deciding: list[Drafted] = []
+        rows: list[int] = []
+        for request in station.replica.live[: station.replica.counts[LIVE]].tolist():
+            row = world.rows[request]
+            if not row["promised"] or row["output_tokens"] == 0 or row["offers"]:
+                continue
+            drafted = self._drafted.get(request)
+            if drafted is None:
+                name = world.slos[request].class_name
+                drafted = Drafted(name, float(row["tpot_s"]), 0, 0.0, drafting.estimate(name))
+                self._drafted[request] = drafted
+            self._learn(drafting, drafted, request, int(row["drafted"]), int(row["accepted"]))
+            drafted.context_tokens = int(row["prompt_tokens"] + row["output_tokens"])
+            drafted.slack_s = float(row["due_s"]) - world.now_s
+            deciding.append(drafted)
+            rows.append(request)
+        counts = station.replica.counts
+        used = counts[NUM_BLOCKS] - counts[FREE_BLOCKS]
+        spec = world.specs[replica]
+        drafting.plan(
+            deciding,
+            spec.cost,
+            spec.max_batch_tokens,
+            kv_bound=bool(used > KV_BOUND_SHARE * counts[NUM_BLOCKS]),
+        )
+        for request, drafted in zip(rows, deciding, strict=True):
+            world.rows[request]["depth"] = drafted.depth
+
+    # ---- placing -----------------------------------------------------------------------------------------
+
+    def _place(self, world: World, request: int, avoid: list[str]) -> None:
+        self._refresh(world)
+        slo = world.slos[request]
+        left_s = float(world.arrived_s[request]) + slo.ttft_s - world.now_s
+        question = Place(
+            request_id=_name(request),
+            attempt=len(avoid) + 1,
+            prompt_tokens=int(world.workload.prompt_tokens[request]),
+            max_tokens=int(world.workload.max_tokens[request]),
+            class_name=slo.class_name,
+            first_token_left_s=left_s,
+            tpot_s=slo.first_pace_s,
+            one_node=False,
+            may_defer=not slo.refuse,
+            avoid=avoid,
+            prefix_hashes=_hashes(int(world.chain[request]), int(world.workload.prefix_tokens[request])),
+        )
+        placed = self._decider.place(question, ENDPOINT, self._mirrors, self._links, world.now_s)
+        self._ask_again_later(world)
+        if placed.decode is None:
+            self._decider.deferred.forget(_name(request))
+            world.drop(request)
+            return
+        first = placed.decode if placed.prefill is None else placed.prefill
+        replica = _index(first.node)
+        counts = world.stations[replica].replica.counts
+        if counts[LIVE] - counts[RUNNING] >= MAX_WAITING:
+            for mirror in self._mirrors.values():
+                mirror.forget(_name(request), question.attempt)
+            if len(avoid) + 1 >= MAX_ATTEMPTS:
+                self._decider.deferred.forget(_name(request))
+                world.drop(request)
+            else:
+                self._place(world, request, [*avoid, first.node])
+            return
+        self._submit(world, request, placed, replica)
+
+    def _submit(self, world: World, request: int, placed: Placed, replica: int) -> None:
+        self._placed[request] = placed
+        row = world.rows[request]
+        row["promised"] = self.admitted[request] = placed.verdict == "admitted"
+        row["depth"] = 1 if self._max_draft_tokens else 0
+        if placed.prefill is not None:
+            row["first_due_s"] -= placed.handoff_s
+            row["due_s"] = row["first_due_s"]
+        world.submit(request, replica, offers=placed.prefill is not None)
+
+    def _ask_again_later(self, world: World) -> None:
+        if not self._turn_is_set and len(self._decider.deferred):
+            self._turn_is_set = True
+            world.turn_at(world.now_s + TURN_S)
+
+    def _learn(self, drafting: Drafting, drafted: Drafted, request: int, drafts: int, accepted: int) -> None:
+        before, before_accepted = self._seen_drafts.get(request, (0, 0))
+        new, new_accepted = drafts - before, accepted - before_accepted
+        if new > 0:
+            drafted.estimate = drafting.verified(drafted.class_name, drafted.estimate, new, new_accepted + 1)
+            self._seen_drafts[request] = drafts, accepted
+
+    # ---- reports -----------------------------------------------------------------------------------------
+
+    def _meet(self, world: World) -> None:
+        self.admitted = np.zeros(len(world.workload), dtype=np.bool_)
+        names = [_node(replica) for replica in range(len(self._roles))]
+        self._mirrors = {
+            name: NodeMirror(name, name, role) for name, role in zip(names, self._roles, strict=True)
+        }
+        self._links = {(a, b): world.links.between(a, b) for a in names for b in names if a != b}
+
+    def _refresh(self, world: World) -> None:
+        """Hand the mirrors what each replica last said of itself; one without a step reports now."""
+        for replica, station in enumerate(world.stations):
+            if world.is_idle(replica):
+                take_report(station, world.rows, world.now_s)
+            reported_s = float(station.times[REPORTED_S])
+            if reported_s > self._reported_s[replica]:
+                self._reported_s[replica] = reported_s
+                report = self._report(world, replica, reported_s)
+                self._mirrors[_node(replica)].take_report(report, world.now_s)
+
+    def _report(self, world: World, replica: int, at_s: float) -> Report:
+        station, spec = world.stations[replica], world.specs[replica]
+        count = int(station.reported[0])
+        rows = station.report[:count]
+        states = [
+            self._state(world, request, row, at_s)
+            for request, row in zip(station.reported_ids[:count].tolist(), rows.tolist(), strict=True)
+        ]
+        states += [self._leased(world, request) for request in world.leases[replica]]
+        counts = station.replica.counts
+        return Report(
+            node=_node(replica),
+            boot_id="simulated",
+            role=self._roles[replica],
+            info=_info(spec.block_tokens, int(counts[NUM_BLOCKS]), spec, world, self._max_draft_tokens),
+            kv=PeerAddress(_node(replica), "simulated", 0),
+            usage=Usage(int(counts[NUM_BLOCKS] - counts[FREE_BLOCKS]), int(counts[NUM_BLOCKS]), 0, 0),
+            works=states,
+            leases=[],
+            pulls=[],
+            cost=spec.cost,
+            idle_cost=spec.cost,
+            promises_preempted=int(station.reported[1]),
+            cost_margin=0.0,
+            steps=0,
+            step_s=float(station.times[STEP_S]),
+            stuck_s=0.0,
+            local_prefills=0,
+            pid=0,
+            age_s=world.now_s - at_s,
+        )
+
+    def _state(self, world: World, request: int, row: tuple[Any, ...], at_s: float) -> WorkState:
+        """One row as a node would tell of it. `row` in the order of ROW."""
+        prompt, output, computed, _, running, _, promised, first_due_s, due_s, tpot_s = row[:10]
+        cached, offers, pull = row[11], row[16], row[17]
+        kind = WorkKind.PREFILL if offers else WorkKind.WHOLE
+        prefill_left = max(prompt + output - computed - 1, 0)
+        if self._placed[request].prefill is not None and not offers:
+            kind = WorkKind.DECODE
+            if pull in (PULL_WAITS, PULLING):
+                prefill_left = 0
+        elif not running:
+            prefill_left = max(prefill_left - cached, 0)
+        drafted = self._drafted.get(request)
+        acceptance = None
+        if self._max_draft_tokens:
+            acceptance = (
+                self._drafting[0].estimate("").acceptance if drafted is None else drafted.estimate.acceptance
+            )
+        return WorkState(
+            _name(request),
+            self._placed[request].attempt,
+            kind,
+            prompt,
+            prefill_left,
+            output,
+            int(world.workload.max_tokens[request]),
+            first_due_s - at_s,
+            tpot_s,
+            not promised,
+            world.slos[request].class_name,
+            None if output == 0 else due_s - at_s,
+            acceptance,
+        )
+
+    def _leased(self, world: World, request: int) -> WorkState:
+        """A prefill that is over, whose KV waits here to be pulled."""
+        slo = world.slos[request]
+        return WorkState(
+            _name(request),
+            self._placed[request].attempt,
+            WorkKind.PREFILL,
+            int(world.workload.prompt_tokens[request]),
+            0,
+            1,
+            1,
+            0.0,
+            slo.first_pace_s,
+            not self.admitted[request],
+            slo.class_name,
+        )
+
+
+def _info(block_tokens: int, num_blocks: int, spec: object, world: World, max_draft_tokens: int) -> EngineInfo:
+    first = world.specs[0]
+    return EngineInfo(
+        engine="virtual",
+        model="simulated",
+        engine_id="simulated",
+        block_size=block_tokens,
+        num_blocks=num_blocks,
+        max_model_len=1 << 20,
+        max_num_seqs=first.max_seqs,
+        max_batch_tokens=first.max_batch_tokens,
+        kv_bytes_per_token=world.kv_bytes_per_token,
+        transport="simulated",
+        max_draft_tokens=max_draft_tokens,
+    )
+
+
+def _node(replica: int) -> str:
+    return f"n{replica}"
+
+
+def _index(node: str) -> int:
+    return int(node[1:])
+
+
+def _name(request: int) -> str:
+    return str(request)
+
+
+def _request(request_id: str) -> int:
+    return int(request_id)
+
+
+def _in_chain(world: World, request: int) -> bool:
+    return bool(world.workload.prefix_tokens.any())
+
+
+def _hashes(chain: int, tokens: int) -> list[int]:
+    """Made-up names of the blocks of a chain's history."""
+    return [(chain << 24) + block for block in range(tokens // PREFIX_BLOCK_TOKENS)]
