@@ -115,6 +115,36 @@ def joined(name: str, parts: Sequence[Workload]) -> Workload:
     )
 
 
+def in_turn(name: str, windows: Sequence[Workload]) -> Workload:
+    """Windows one after the other: each begins when the one before it stops taking requests."""
+    starts_s = np.cumsum([0.0, *(window.duration_s for window in windows)])
+    rows_before = np.cumsum([0, *(len(window) for window in windows)])
+    promised = {key: value for window in windows for key, value in window.slo_classes.items()}
+    names = tuple(promised)
+    moved = [
+        replace(
+            window,
+            arrival_s=window.arrival_s + start_s,
+            parent=np.where(window.parent < 0, -1, window.parent + rows),
+            class_index=np.array([names.index(each) for each in window.class_names])[window.class_index],
+        )
+        for window, start_s, rows in zip(windows, starts_s, rows_before, strict=False)
+    ]
+    columns_of = ("arrival_s", "prompt_tokens", "output_tokens", "thinking_tokens", "max_tokens", "class_index")
+    chained = ("parent", "delay_s", "prefix_tokens")
+    return replace(
+        windows[0],
+        name=name,
+        duration_s=float(starts_s[-1]),
+        class_names=names,
+        slo_classes=promised,
+        **{
+            column: np.concatenate([getattr(window, column) for window in moved])
+            for column in (*columns_of, *chained)
+        },
+    )
+
+
 def divided(workload: Workload, divide: float) -> Workload:
     """Lengths divided for a small model, at least 8 tokens in and 4 out; an answer stays an answer."""
     if divide == 1:

@@ -15,7 +15,14 @@ from typing import Any
 
 from coordinator.config import ClusterConfig
 from engine.errors import EngineStartError, NodeLost, SlosserveError
+from engine.request import RoleName
 
+LOOPBACK = "127.0.0.1"
+ROLES = {
+    "prefill": "prefill_node.role:PrefillRole",
+    "decode": "decode_node.role:DecodeRole",
+    "mixed": "decode_node.role:MixedRole",
+}
 ACTOR = "engine.actor:NodeActor"
 MAX_RESTARTS = 3
 # start() blocks while the engine loads; log_tail() and stop() must get through.
@@ -50,6 +57,11 @@ class NodeRef:
             raise EngineStartError(f"{self.name}: no answer to {method} within {timeout_s:.0f} s") from None
         except (ray.exceptions.RayActorError, ray.exceptions.ActorUnavailableError) as error:
             raise NodeLost(f"{self.name}: its process ended: {error}") from None
+
+
+def node_names(config: ClusterConfig) -> dict[str, RoleName]:
+    """The nodes that a configuration asks for, by name, with the role that each starts in."""
+    return {f"{role}-{index}": role for role in RoleName for index in range(getattr(config.pools, str(role)))}
 
 
 def namespace(config: ClusterConfig) -> str:

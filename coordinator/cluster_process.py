@@ -239,7 +239,8 @@ def _checked(config: ClusterConfig, progress: Progress) -> ClusterConfig:
     model = resolve_model(config.model)
     progress({"event": "process", "process": "model", "state": "ready", "detail": model})
     served = config.served_model_name or config.model
-    profile = config.step_profile  # found by the model's name, which is about to become a path
+    # Found by the model's name, which is about to become a path.
+    profile = None if config.engines == "virtual" else config.step_profile
     engine = config.engine.model_copy(update={"step_profile": None if profile is None else str(profile)})
     return config.model_copy(
         update={"model": model, "served_model_name": served, "endpoint": endpoint, "engine": engine}

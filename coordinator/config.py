@@ -86,6 +86,40 @@ class EngineConfig(Section):
         return name
 
 
+class VirtualConfig(Section):
+    """What virtual engines pretend to be, where `engines` is virtual: they take the time and make tokens up.
+
+    `profile`: a step profile, by file or by the name of one in configs/profiles or configs/hardware; without
+    it a step takes `step_base_ms` and `step_per_token_us` for each token. The defaults are SLOs-Serve's own
+    fit of a 7B model on an A100-40G. The link is that between any two nodes. With `max_draft_tokens` above 0
+    they draft, and a draft is right by chance `acceptance`. `processes` host the nodes; KV is handed over
+    only between nodes of one process, others compute the prompt again.
+    """
+
+    profile: str | None = None
+    step_base_ms: Annotated[float, Field(gt=0)] = 24.8
+    step_per_token_us: Annotated[float, Field(gt=0)] = 68.8
+    kv_tokens: Positive = 40_000
+    kv_bytes_per_token: Positive = 524_288
+    link_gbps: Annotated[float, Field(gt=0)] = 100.0
+    link_latency_ms: Annotated[float, Field(ge=0)] = 0.05
+    max_draft_tokens: Count = 0
+    acceptance: Annotated[float, Field(ge=0, le=1)] = 0.7
+    processes: Positive = 1
+
+    @field_validator("profile")
+    @classmethod
+    def _profile_exists(cls, name: str | None) -> str | None:
+        if name is not None:
+            find_profile(name, "")
+        return name
+
+    @property
+    def link_bytes_per_s(self) -> float:
+        """Rate of a link."""
+        return self.link_gbps * 1e9 / 8
+
+
 class TransferConfig(Section):
     """How long KV is held for a pull, and how long a pull may take before the prompt is recomputed."""
 
@@ -182,7 +216,8 @@ class ClusterConfig(Section):
     model: str = "tiny"
     served_model_name: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    engines: Literal["vllm"] = "vllm"
+    engines: Literal["vllm", "virtual"] = "vllm"
+    virtual: VirtualConfig = VirtualConfig()
     pools: PoolsConfig = PoolsConfig(prefill=1, decode=1)
     engine: EngineConfig = EngineConfig()
     transfer: TransferConfig = TransferConfig()
@@ -197,6 +232,8 @@ class ClusterConfig(Section):
     @property
     def step_profile(self) -> Path | None:
         """The file of the nodes' step profile, if there is one."""
+        if self.engines == "virtual":
+            return None if self.virtual.profile is None else find_profile(self.virtual.profile, "")
         return find_profile(self.engine.step_profile, self.model)
 
     @field_validator("slo_classes", mode="before")

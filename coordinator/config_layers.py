@@ -41,14 +41,14 @@ def find_profile(path_or_name: str | None, model: str) -> Path | None:
 
     Raises ValueError if the name is of neither.
     """
-    folder = Path(configs.__path__[0]) / "profiles"
+    folders = [Path(configs.__path__[0]) / name for name in ("profiles", "hardware")]
     if path_or_name is None:
-        shipped = folder / f"{model}.json"
+        shipped = folders[0] / f"{model}.json"
         return shipped if "/" not in model and shipped.exists() else None
-    for path in (Path(path_or_name), folder / f"{path_or_name}.json"):
+    for path in (Path(path_or_name), *(folder / f"{path_or_name}.json" for folder in folders)):
         if path.is_file():
             return path.resolve()
-    names = ", ".join(sorted(path.stem for path in folder.glob("*.json")))
+    names = ", ".join(sorted(path.stem for folder in folders for path in folder.glob("*.json")))
     raise ValueError(
         f"there is no such file, and no profile of that name ships ({names} do); "
         "`slosserve profile run` and `slosserve profile fit` make one"

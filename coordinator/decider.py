@@ -16,6 +16,7 @@ from coordinator.mirror import NodeMirror
 from coordinator.placement import RETRY_AFTER_S, Candidate, Knowledge, judge, place
 from coordinator.planner.document import answer, to_document
 from coordinator.planner.lengths import LearnedLengths
+from coordinator.planner.price import RoomPrice
 from coordinator.prefixes import PrefixDirectory
 from engine.messages import Finished, Place, Placed, Promote
 from engine.prefix import PREFIX_BLOCK_TOKENS
@@ -45,13 +46,20 @@ class Promotion:
 
 
 class Decider:
-    """Decides for the coordinator, which gives it its mirrors and the time. Does no I/O."""
+    """Decides for the coordinator, which gives it its mirrors and the time. Does no I/O.
 
-    def __init__(self, max_deferred: int, remembered: int, *, prefix_caching: bool = True) -> None:
+    `remembered`: decisions that can be explained. `why`: also look for what a declined request lacked.
+    """
+
+    def __init__(
+        self, max_deferred: int, remembered: int, *, prefix_caching: bool = True, why: bool = True
+    ) -> None:
         self._caching = prefix_caching
+        self._why = why
         self.deferred = DeferredQueue(max_deferred)
         self._lengths = LearnedLengths()
         self._prefixes = PrefixDirectory()
+        self._price = RoomPrice()
         self._explained: OrderedDict[str, Explained] = OrderedDict()
         self._remembered = remembered
 
@@ -66,8 +74,9 @@ class Decider:
         """Where a request goes. One with a promise to hope for waits for it, while there is room to wait."""
         waited = request.request_id in self.deferred
         self.deferred.forget(request.request_id)
-        for mirror in mirrors.values():
-            mirror.forget(request.request_id, request.attempt - 1)
+        if request.attempt > 1:
+            for mirror in mirrors.values():
+                mirror.forget(request.request_id, request.attempt - 1)
         placed, candidates = place(request, mirrors.values(), self._knowledge(links), now_s)
         if request.class_name is None:
             return placed
@@ -175,9 +184,11 @@ class Decider:
         }
 
     def _knowledge(self, links: Mapping[tuple[str, str], Link]) -> Knowledge:
-        return Knowledge(self._lengths, links, self._prefixes)
+        return Knowledge(self._lengths, links, self._prefixes, self._price, self._why)
 
     def _remember(self, explained: Explained) -> None:
+        if not self._remembered:
+            return
         chosen = [one.node for one in (explained.placed.prefill, explained.placed.decode) if one is not None]
         kept = [
             # Whole problems are kept of the candidate that was taken; of the others, what became of them.

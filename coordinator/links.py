@@ -1,17 +1,96 @@
-"""The links between nodes as measured: probed when a node appears, then learned from the pulls over them."""
+"""The links between nodes: probed when a node appears, then learned from the pulls over them; or given."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Protocol
 
 from kv_transfer.base import Link, Pull
 from kv_transfer.link import LinkTable
 
 REMEMBERED_PULLS = 1024
 Pair = tuple[str, str]
+
+
+class KnownLinks(Protocol):
+    """What the coordinator asks of links, by the names of nodes."""
+
+    def node_is(self, name: str, engine_id: str) -> None:
+        """The engine that a node is now."""
+
+    def unmeasured(self, names: Iterable[str]) -> list[Pair]:
+        """Pairs of these nodes, source and target, that are still to be probed."""
+
+    def measured(self, links: Iterable[Link]) -> None:
+        """Take probes."""
+
+    def failed(self, target: str, errors: Mapping[str, str]) -> None:
+        """Probes that failed, by the name of their source."""
+
+    def try_failed_again(self) -> None:
+        """What failed counts as never tried."""
+
+    def observe(self, target: str, pulls: Iterable[Pull]) -> None:
+        """Learn from pulls into a node."""
+
+    def by_name(self) -> Mapping[Pair, Link]:
+        """The link of each pair of nodes."""
+
+    def rows(self) -> list[dict[str, Any]]:
+        """For people: every link, and why those that have none have none."""
+
+
+class AnyLink(Mapping[Pair, Link]):
+    """The same link between any two nodes. Names no pair: there are too many."""
+
+    def __init__(self, latency_s: float, bytes_per_s: float) -> None:
+        self._latency_s = latency_s
+        self._bytes_per_s = bytes_per_s
+
+    def __getitem__(self, pair: Pair) -> Link:
+        return Link(*pair, self._latency_s, self._bytes_per_s)
+
+    def __iter__(self) -> Iterator[Pair]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
+
+
+class GivenLinks:
+    """Links of virtual nodes, as configured: nothing to measure, and of a thousand nodes a million."""
+
+    def __init__(self, latency_s: float, bytes_per_s: float) -> None:
+        self._any = AnyLink(latency_s, bytes_per_s)
+
+    def node_is(self, name: str, engine_id: str) -> None:
+        """Its links are those of any other."""
+
+    def unmeasured(self, names: Iterable[str]) -> list[Pair]:
+        """None."""
+        return []
+
+    def measured(self, links: Iterable[Link]) -> None:
+        """Nothing is asked for."""
+
+    def failed(self, target: str, errors: Mapping[str, str]) -> None:
+        """Nothing is asked for."""
+
+    def try_failed_again(self) -> None:
+        """Nothing is asked for."""
+
+    def observe(self, target: str, pulls: Iterable[Pull]) -> None:
+        """Pulls take what the link says."""
+
+    def by_name(self) -> Mapping[Pair, Link]:
+        """The link of each pair."""
+        return self._any
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row stands for all."""
+        return [asdict(self._any["any", "any"])]
 
 
 class MeasuredLinks:
@@ -70,7 +149,7 @@ class MeasuredLinks:
         if new:
             self._refresh()
 
-    def by_name(self) -> dict[Pair, Link]:
+    def by_name(self) -> Mapping[Pair, Link]:
         """The link of each pair of nodes."""
         return self._by_name
 

@@ -7,6 +7,7 @@ place.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 
 from coordinator.planner.memory import OVERFLOW_Z, next_z
@@ -30,7 +31,11 @@ class Placement:
 
 @dataclass(slots=True)
 class NodeMirror:
-    """One node as the coordinator sees it. Times are on the coordinator's clock."""
+    """One node as the coordinator sees it. Times are on the coordinator's clock.
+
+    `requests` are here or on their way here; `tightest_s` is the tightest pace promised here, without end if
+    none is. Both are kept and not counted when asked for: placement looks at every node for every request.
+    """
 
     name: str
     address: str
@@ -39,8 +44,10 @@ class NodeMirror:
     reported_s: float = 0.0
     state: str = "starting"
     overflow_z: float = OVERFLOW_Z
-    paces_s: set[float] = field(default_factory=set)
+    requests: int = 0
+    tightest_s: float = math.inf
     placed: dict[str, Placement] = field(default_factory=dict)
+    reported: dict[str, WorkState] = field(default_factory=dict)  # works of the report, by work id
 
     def take_report(self, report: Report, now_s: float) -> None:
         """Adopt the node's own account; placements that it shows are no longer ours to count."""
@@ -51,40 +58,44 @@ class NodeMirror:
         self.reported_s = now_s - report.age_s
         self.role = report.role
         self.state = "ready"
-        self.paces_s = {work.tpot_s for work in report.works if not work.best_effort}
-        reported = {work_id(work.request_id, work.attempt): work for work in report.works}
+        paces_s = (work.tpot_s for work in report.works if not work.best_effort)
+        self.tightest_s = min(paces_s, default=math.inf)
+        self.reported = {work_id(work.request_id, work.attempt): work for work in report.works}
         self.placed = {
             key: placement
             for key, placement in self.placed.items()
-            if not _shows(reported.get(key), placement.state) and now_s < placement.until_s
+            if not _shows(self.reported.get(key), placement.state) and now_s < placement.until_s
         }
+        self._count()
 
     def place(self, state: WorkState, now_s: float) -> None:
         """Count a placement until a report shows it. Every promise lets the reserve of memory shrink a bit."""
         if not state.best_effort:
-            self.paces_s.add(state.tpot_s)
+            self.tightest_s = min(self.tightest_s, state.tpot_s)
             self.overflow_z = next_z(self.overflow_z, 1, 0)
         grace_s = PAIR_GRACE_S if state.kind is WorkKind.DECODE else PLACED_GRACE_S
         self.placed[work_id(state.request_id, state.attempt)] = Placement(state, now_s, now_s + grace_s)
+        self._count()
 
     def forget(self, request_id: str, attempt: int) -> None:
         """This attempt at a request is over, and so is every one before it."""
         if self.placed:
             for earlier in range(1, attempt + 1):
                 self.placed.pop(work_id(request_id, earlier), None)
+            self._count()
+
+    def lose(self) -> None:
+        """The node is gone, with what was on its way there."""
+        self.state = "lost"
+        self.placed.clear()
+        self._count()
 
     def state_of(self, request_id: str, attempt: int) -> WorkState | None:
         """What the node itself last said of an attempt; None if nothing, or if it is handed on."""
-        works = [] if self.report is None else self.report.works
-        mine = (work for work in works if work.request_id == request_id and work.attempt == attempt)
-        return next(mine, None)
+        return self.reported.get(work_id(request_id, attempt))
 
-    @property
-    def requests(self) -> int:
-        """Requests here, and on their way here."""
-        reported = [] if self.report is None else self.report.works
-        here = {work_id(work.request_id, work.attempt) for work in reported} if self.placed else ()
-        return len(reported) + sum(key not in here for key in self.placed)
+    def _count(self) -> None:
+        self.requests = len(self.reported) + sum(key not in self.reported for key in self.placed)
 
     @property
     def serving(self) -> bool:
@@ -93,7 +104,7 @@ class NodeMirror:
 
     def welcomes_pace(self, tpot_s: float) -> bool:
         """Whether a promise at this pace tightens nothing: one as tight is kept here already, or none is."""
-        return not self.paces_s or min(self.paces_s) <= tpot_s
+        return self.tightest_s == math.inf or self.tightest_s <= tpot_s
 
     @property
     def works(self) -> list[WorkState]:

@@ -37,7 +37,7 @@ class Peer:
         silent_s: float = 1.0,
     ) -> None:
         self.address = address
-        self._on_message = on_message
+        self.on_message = on_message
         self._unanswered = 0
         self._most_unanswered = max(round(silent_s / WATCH_EVERY_S), 2)
         self._disconnected = False
@@ -56,7 +56,10 @@ class Peer:
 
     def send(self, message: Message) -> None:
         """Queue a message; never blocks."""
-        self._socket.send_multipart(encode(message))
+        self._send(encode(message))
+
+    def _send(self, frames: list[bytes]) -> None:
+        self._socket.send_multipart(frames)
 
     @property
     def lost(self) -> bool:
@@ -72,17 +75,23 @@ class Peer:
 
     async def _receive(self) -> None:
         while True:
-            frames = await self._socket.recv_multipart()
-            self._unanswered = 0
-            try:
-                message = decode(frames)
-            except ProtocolError:
-                logger.exception("from %s", self.address)
-                continue
-            try:
-                self._on_message(message)
-            except Exception:
-                logger.exception("handling %s from %s", type(message).__name__, self.address)
+            self._answered(await self._socket.recv_multipart())
+
+    def _answered(self, frames: list[bytes]) -> None:
+        self._unanswered = 0
+        try:
+            self._take(frames)
+        except ProtocolError:
+            logger.exception("from %s", self.address)
+
+    def _take(self, frames: list[bytes]) -> None:
+        self._hand(decode(frames), self.on_message)
+
+    def _hand(self, message: Message, on_message: Callable[[Message], None]) -> None:
+        try:
+            on_message(message)
+        except Exception:
+            logger.exception("handling %s from %s", type(message).__name__, self.address)
 
     async def _keep_watching(self) -> None:
         while True:

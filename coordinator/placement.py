@@ -10,12 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice, zip_longest
+from operator import attrgetter
 
 from coordinator.mirror import NodeMirror
-from coordinator.planner.admission import Plan, solve
+from coordinator.planner.admission import Plan, Problem, solve_problem
 from coordinator.planner.instance import Instance
 from coordinator.planner.lengths import Lengths
 from coordinator.planner.loss import loss_s
+from coordinator.planner.price import RoomPrice, work_s
 from coordinator.planner.replica import Asking, expected_residence_s, to_instance
 from coordinator.prefixes import PrefixDirectory
 from engine.messages import NodeAddress, Place, Placed, WorkState
@@ -24,6 +27,8 @@ from kv_transfer.base import Link
 
 RETRY_AFTER_S = 1.0
 MOST_CANDIDATES = 8  # put to the planner; a summary of the nodes picks them
+ENOUGH = 4  # of a shortlist: the rest is much like them, and each takes a third of a millisecond
+TOO_DEAR = "it fits perhaps, but room is short, and cheaper requests are preferred"
 SAME_LOSS = 1.25  # losses within this ratio are taken for the same
 
 
@@ -72,11 +77,14 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Knowledge:
-    """What placement knows beside the nodes' own accounts."""
+    """What placement knows beside the nodes' own accounts. `why`: it is to say what a request lacked."""
 
     lengths: Lengths
     links: Mapping[tuple[str, str], Link]
     prefixes: PrefixDirectory = field(default_factory=PrefixDirectory)
+    price: RoomPrice | None = None
+    why: bool = True
+    asked: dict[tuple[str, Asking], tuple[Decision, Problem, str]] = field(default_factory=dict)  # in this call
 
 
 def place(
@@ -88,21 +96,56 @@ def place(
     is nobody else.
     """
     serving = [node for node in nodes if node.serving]
-    willing = [node for node in serving if node.name not in request.avoid]
+    willing = [node for node in serving if node.name not in request.avoid] if request.avoid else serving
     ways = _ways(request, willing, knowledge) or _ways(request, serving, knowledge)
     if not ways:
         return _no_capacity(request), []
     if request.class_name is None:
         fallback = min((Candidate(*way) for way in ways), key=lambda candidate: candidate.load)
         return _accept(request, fallback, "best_effort", {}, now_s), []
-    candidates = [judge(request, prefill, decode, knowledge, now_s) for prefill, decode in _shortlist(ways)]
+    cost_s = expected_work_s(request, willing or serving, knowledge)
+    if knowledge.price is not None and knowledge.price.too_dear(cost_s, now_s):
+        knowledge.price.note(cost_s, now_s, fitted=True, dear=True)
+        fallback = min((Candidate(*way, reason=TOO_DEAR) for way in ways), key=lambda candidate: candidate.load)
+        return _turn_away(request, fallback, {}, now_s), []
+    enough = ENOUGH if len(serving) > MOST_CANDIDATES else len(ways)
+    candidates = _judged(request, _shortlist(ways), knowledge, now_s, enough)
     judged = {candidate.name: candidate.words for candidate in candidates}
     feasible = [candidate for candidate in candidates if candidate.feasible]
+    if not feasible and not request.one_node:
+        split = [judge(request, prefill, decode, knowledge, now_s) for prefill, decode in _mixed_pairs(willing)]
+        candidates += split
+        judged |= {candidate.name: candidate.words for candidate in split}
+        feasible = [candidate for candidate in split if candidate.feasible]
+    if knowledge.price is not None:
+        knowledge.price.note(cost_s, now_s, fitted=bool(feasible), dear=False)
     if feasible:
         return _accept(request, min(feasible, key=_preference), "admitted", judged, now_s), candidates
     fallback = min(candidates, key=lambda candidate: candidate.load)
+    return _turn_away(request, fallback, judged, now_s), candidates
+
+
+def _judged(
+    request: Place,
+    ways: Sequence[tuple[NodeMirror | None, NodeMirror]],
+    knowledge: Knowledge,
+    now_s: float,
+    enough: int,
+) -> list[Candidate]:
+    """What becomes of each candidate, until `enough` of them can keep the promise."""
+    candidates: list[Candidate] = []
+    for prefill, decode in ways:
+        candidates.append(judge(request, prefill, decode, knowledge, now_s))
+        enough -= candidates[-1].feasible
+        if enough <= 0:
+            break
+    return candidates
+
+
+def _turn_away(request: Place, fallback: Candidate, judged: dict[str, str], now_s: float) -> Placed:
+    """No promise: best effort at `fallback`, or a refusal if the client wants that."""
     if not request.may_defer:
-        refused = Placed(
+        return Placed(
             request.request_id,
             request.attempt,
             "refused",
@@ -110,8 +153,19 @@ def place(
             retry_after_s=RETRY_AFTER_S,
             candidates=judged,
         )
-        return refused, candidates
-    return _accept(request, fallback, "best_effort", judged, now_s), candidates
+    return _accept(request, fallback, "best_effort", judged, now_s)
+
+
+def expected_work_s(request: Place, nodes: Sequence[NodeMirror], knowledge: Knowledge) -> float:
+    """What a request is likely to take of a replica, by the steps and the memory of the first of `nodes`."""
+    report = nodes[0].report
+    assert report is not None
+    most = max(request.max_tokens, 1)
+    known = knowledge.lengths.lengths(request.class_name or "", request.prompt_tokens, most)
+    kv_tokens = report.info.num_blocks * report.info.block_size
+    base_s, per_token_s = report.cost.pieces[0].base_s, report.cost.pieces[0].per_token_s
+    output_tokens = known.mean_remaining() * request.sequences
+    return work_s(base_s, per_token_s, kv_tokens, request.prompt_tokens, output_tokens)
 
 
 def _preference(candidate: Candidate) -> tuple[int, int, bool]:
@@ -138,7 +192,9 @@ def _ways(
     A decode node also serves alone what must stay on one node, everything once nobody prefills, and a follow-up
     call of which it has most of the KV: it prefills the few tokens that are new.
     """
-    pools = {role: [node for node in nodes if node.role is role] for role in RoleName}
+    pools: dict[RoleName, list[NodeMirror]] = {role: [] for role in RoleName}
+    for node in nodes:
+        pools[node.role].append(node)
     prefillers = _likeliest(request, pools[RoleName.PREFILL], knowledge)
     decoders = _likeliest(request, pools[RoleName.DECODE], knowledge)
     mixed = _likeliest(request, pools[RoleName.MIXED], knowledge)
@@ -152,14 +208,32 @@ def _ways(
     return ways
 
 
+def _mixed_pairs(nodes: Sequence[NodeMirror]) -> list[tuple[NodeMirror, NodeMirror]]:
+    """Pairs of which a node does both, the least loaded first: one may have budget for the prompt, another
+    memory for the decode. They are asked about where no node alone and no pair of pools can keep the promise.
+    """
+    by_load = sorted(nodes, key=lambda node: node.requests)
+    prefillers = [node for node in by_load if node.role is not RoleName.DECODE][:MOST_CANDIDATES]
+    decoders = [node for node in by_load if node.role is not RoleName.PREFILL][:MOST_CANDIDATES]
+    pairs = [
+        (prefill, decode)
+        for prefill in prefillers
+        for decode in decoders
+        if prefill is not decode and RoleName.MIXED in (prefill.role, decode.role)
+    ]
+    return sorted(pairs, key=lambda pair: pair[0].requests + pair[1].requests)[: MOST_CANDIDATES // 2]
+
+
 def _likeliest(request: Place, nodes: list[NodeMirror], knowledge: Knowledge) -> list[NodeMirror]:
     """Where most of the KV is; then some that keep such a pace already or keep none; then the least loaded."""
     if len(nodes) <= MOST_CANDIDATES:
         return nodes
-    by_load = sorted(nodes, key=lambda node: node.requests)
-    holders = [node for node in by_load if _has_most(node, request, knowledge)]
-    gathered = [node for node in by_load if node.welcomes_pace(request.tpot_s)][: MOST_CANDIDATES // 2]
-    return list({id(node): node for node in (*holders[:2], *gathered, *by_load)}.values())[:MOST_CANDIDATES]
+    by_load = sorted(nodes, key=attrgetter("requests"))
+    known = knowledge.prefixes.holders(request.prefix_hashes)
+    holders = (node for node in by_load if node.name in known and _has_most(node, request, knowledge))
+    gathered = (node for node in by_load if node.welcomes_pace(request.tpot_s))
+    likely = (*islice(holders, 2), *islice(gathered, MOST_CANDIDATES // 2), *by_load[:MOST_CANDIDATES])
+    return list({id(node): node for node in likely}.values())[:MOST_CANDIDATES]
 
 
 def _has_most(node: NodeMirror, request: Place, knowledge: Knowledge) -> bool:
@@ -170,7 +244,7 @@ def _has_most(node: NodeMirror, request: Place, knowledge: Knowledge) -> bool:
 def _shortlist(
     ways: Sequence[tuple[NodeMirror | None, NodeMirror]],
 ) -> Sequence[tuple[NodeMirror | None, NodeMirror]]:
-    """At most so many candidates: one node before two, then the least loaded."""
+    """At most so many candidates: one node and two by turns, the least loaded first."""
     if len(ways) <= MOST_CANDIDATES:
         return ways
 
@@ -178,9 +252,12 @@ def _shortlist(
         prefill, decode = way
         return prefill is not None, decode.requests + (0 if prefill is None else prefill.requests)
 
-    singles = [way for way in ways if way[0] is None][: MOST_CANDIDATES // 2]
-    pairs = sorted((way for way in ways if way[0] is not None), key=rank)
-    return (singles + pairs)[:MOST_CANDIDATES] if pairs else ways[:MOST_CANDIDATES]
+    pairs = sorted((way for way in ways if way[0] is not None), key=rank)[:MOST_CANDIDATES]
+    singles = [way for way in ways if way[0] is None]
+    if not pairs or not singles:
+        return (singles or pairs)[:MOST_CANDIDATES]
+    both = zip_longest(singles[: MOST_CANDIDATES // 2], pairs)
+    return [way for ranked in both for way in ranked if way is not None][:MOST_CANDIDATES]
 
 
 def judge(
@@ -207,10 +284,10 @@ def judge(
         sequences=request.sequences,
     )
     if prefill is None:
-        decision, reason = _ask(decode, whole, knowledge, now_s)
+        decision, problem, reason = _ask(decode, whole, knowledge, now_s)
         if reason:
             return Candidate(None, decode, reason, decisions=(decision,))
-        loss = loss_s(decision.instance, expected_residence_s(whole, knowledge.lengths))
+        loss = loss_s(problem, expected_residence_s(whole, knowledge.lengths))
         return Candidate(None, decode, "", loss, (decision,), cached_tokens=cached)
     return _judge_pair(request, whole, prefill, decode, knowledge, now_s)
 
@@ -232,25 +309,35 @@ def _judge_pair(
     transfer_s = link.transfer_s(request.prompt_tokens * prefill.report.info.kv_bytes_per_token)
     decode_step_s = decode.report.cost.predict(len(decode.report.works) + 1)
     handoff_s = transfer_s + decode_step_s
-    prefilling = replace(whole, left_s=request.first_token_left_s - handoff_s, tpot_s=None)
-    at_prefill, reason = _ask(prefill, prefilling, knowledge, now_s)
+    # Rounded down to a millisecond: nodes that are about as quick then ask their partner the same.
+    prefill_left_s = math.floor((request.first_token_left_s - handoff_s) * 1e3) / 1e3
+    prefilling = replace(whole, left_s=prefill_left_s, tpot_s=None)
+    at_prefill, prefills, reason = _ask(prefill, prefilling, knowledge, now_s)
     if reason:
         return Candidate(prefill, decode, f"{prefill.name}: {reason}", decisions=(at_prefill,))
     decoding = replace(whole, tokens=1, cached_tokens=max(request.prompt_tokens - 1, 0))
-    at_decode, reason = _ask(decode, decoding, knowledge, now_s)
+    at_decode, decodes, reason = _ask(decode, decoding, knowledge, now_s)
     decisions = (at_prefill, at_decode)
     if reason:
         return Candidate(prefill, decode, f"{decode.name}: {reason}", decisions=decisions)
-    loss = transfer_s + loss_s(at_prefill.instance, 0.0)
-    loss += loss_s(at_decode.instance, expected_residence_s(decoding, knowledge.lengths))
+    loss = transfer_s + loss_s(prefills, 0.0)
+    loss += loss_s(decodes, expected_residence_s(decoding, knowledge.lengths))
     return Candidate(prefill, decode, "", loss, decisions, handoff_s, whole.cached_tokens)
 
 
-def _ask(node: NodeMirror, asking: Asking, knowledge: Knowledge, now_s: float) -> tuple[Decision, str]:
-    instance = to_instance(node.replica(now_s), asking, knowledge.lengths)
-    plan = solve(instance)
-    left_out = plan.deferred.get(asking.id) or next(iter(plan.deferred.values()), "")
-    return Decision(node.name, instance, plan), left_out
+def _ask(node: NodeMirror, asking: Asking, knowledge: Knowledge, now_s: float) -> tuple[Decision, Problem, str]:
+    """Put a request to the planner: what it says, of which problem, and what is lacking if anything is.
+
+    Pairs share nodes: what one was asked already is not asked again.
+    """
+    key = node.name, asking
+    if key not in knowledge.asked:
+        instance = to_instance(node.replica(now_s), asking, knowledge.lengths)
+        problem = Problem(instance)
+        plan = solve_problem(problem, why=knowledge.why)
+        left_out = plan.deferred.get(asking.id) or next(iter(plan.deferred.values()), "")
+        knowledge.asked[key] = Decision(node.name, instance, plan), problem, left_out
+    return knowledge.asked[key]
 
 
 def _accept(request: Place, chosen: Candidate, verdict: str, judged: dict[str, str], now_s: float) -> Placed:

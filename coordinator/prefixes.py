@@ -39,6 +39,12 @@ class PrefixDirectory:
             blocks += 1
         return blocks * PREFIX_BLOCK_TOKENS
 
+    def holders(self, hashes: Sequence[int]) -> set[str]:
+        """Nodes that hold the first of these at least."""
+        if not hashes:
+            return set()
+        return {node for node, held in self._nodes.items() if hashes[0] in held}
+
     def forget(self, node: str) -> None:
         """A node began anew."""
         self._nodes.pop(node, None)

@@ -11,6 +11,7 @@ import numpy as np
 from engine.messages import Finished
 
 RECENT_HANDOFFS = 4096
+RECENT_PLACINGS = 8192
 
 
 @dataclass(slots=True)
@@ -27,6 +28,7 @@ class Scorecard:
     handoffs: int = 0
     kv_bytes: int = 0
     recent: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=RECENT_HANDOFFS))
+    placing_s: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=RECENT_PLACINGS))
 
     def count(self, finished: Finished) -> None:
         """Count one request that is over."""
@@ -49,6 +51,21 @@ class Scorecard:
             counts = self.stages.setdefault(name, {}).setdefault(stage, Counter())
             counts["total"] += 1
             counts["met"] += met
+
+    def placing_summary(self) -> dict[str, Any]:
+        """What the last placements took here, and how much of it the processor worked on them, in ms."""
+        if not self.placing_s:
+            return {"count": 0}
+        (p50, cpu_p50), (p99, cpu_p99) = np.quantile(
+            np.array(self.placing_s) * 1e3, (0.5, 0.99), axis=0
+        ).tolist()
+        return {
+            "count": len(self.placing_s),
+            "p50_ms": p50,
+            "p99_ms": p99,
+            "cpu_p50_ms": cpu_p50,
+            "cpu_p99_ms": cpu_p99,
+        }
 
     def attainment(self) -> dict[str, Any]:
         """By class: requests, how many met every stage, each stage; and the share by two stricter measures."""

@@ -19,33 +19,23 @@ from typing import Any
 
 import zmq.asyncio  # noqa: F401 - before uvloop takes over the event loop
 
-from coordinator.cluster import NodeRef, connect, list_nodes, start_node
+from coordinator.cluster import LOOPBACK, ROLES, NodeRef, connect, list_nodes, node_names, start_node
 from coordinator.config import ClusterConfig
 from coordinator.decider import Decider
 from coordinator.endpoint.links import ADDRESS_FILE
+from coordinator.links import GivenLinks, KnownLinks, MeasuredLinks
 from coordinator.planner.admission import warm_up
 from coordinator.service import Coordinator
+from coordinator.virtual_nodes import VirtualNodes
 from engine.errors import SlosserveError
 from engine.request import RoleName
 
 logger = logging.getLogger(__name__)
 
-LOOPBACK = "127.0.0.1"
-ROLES = {
-    "prefill": "prefill_node.role:PrefillRole",
-    "decode": "decode_node.role:DecodeRole",
-    "mixed": "decode_node.role:MixedRole",
-}
-
 
 def say(event: str, **details: Any) -> None:
     """One line of progress for the parent."""
     print(json.dumps({"event": event, **details}), flush=True)
-
-
-def node_names(config: ClusterConfig) -> dict[str, RoleName]:
-    """The nodes that a configuration asks for, by name, with the role that each starts in."""
-    return {f"{role}-{index}": role for role in RoleName for index in range(getattr(config.pools, str(role)))}
 
 
 def node_spec(config: ClusterConfig, name: str, run_dir: Path) -> dict[str, Any]:
@@ -104,10 +94,18 @@ class Nodes:
         return str(self._refs[name].start(self._config.timeouts.node_start_s)["address"])
 
 
+def links_of(config: ClusterConfig) -> KnownLinks:
+    """Measured between real engines, given between virtual ones."""
+    if config.engines == "virtual":
+        return GivenLinks(config.virtual.link_latency_ms / 1e3, config.virtual.link_bytes_per_s)
+    return MeasuredLinks()
+
+
 async def serve(run_dir: Path) -> None:
     """Serve until SIGTERM or SIGINT."""
     config = ClusterConfig.read(run_dir)
-    nodes = Nodes(config, run_dir)
+    virtual = config.engines == "virtual"
+    nodes: Nodes | VirtualNodes = VirtualNodes(config, run_dir) if virtual else Nodes(config, run_dir)
 
     async def revive(name: str) -> str | None:
         return await asyncio.to_thread(nodes.revive, name)
@@ -124,13 +122,17 @@ async def serve(run_dir: Path) -> None:
             config.planner.explained,
             prefix_caching=config.engine.enable_prefix_caching,
         ),
+        links=links_of(config),
     )
     _write_address(run_dir, coordinator.address)
     names = node_names(config)
     coordinator.expect(names)
     serving = asyncio.create_task(coordinator.run())
     await asyncio.gather(asyncio.to_thread(warm_up), asyncio.to_thread(nodes.connect))
-    await asyncio.gather(*(_start(nodes, coordinator, name, role) for name, role in names.items()))
+    if isinstance(nodes, VirtualNodes):
+        await _start_hosts(nodes, coordinator)
+    else:
+        await asyncio.gather(*(_start(nodes, coordinator, name, role) for name, role in names.items()))
     say("links", state="measuring")
     while not coordinator.ready:
         await asyncio.sleep(0.05)
@@ -138,6 +140,25 @@ async def serve(run_dir: Path) -> None:
     gc.freeze()  # a look through all of Ray would hold up a placement for tens of milliseconds
     say("ready", address=coordinator.address)
     await serving
+
+
+async def _start_hosts(nodes: VirtualNodes, coordinator: Coordinator) -> None:
+    for host, names in nodes.hosts.items():
+        say("node", name=host, state="loading", detail=f"{len(names)} virtual nodes")
+    for host, names in nodes.hosts.items():
+        try:
+            described = await asyncio.to_thread(nodes.start_host, host)
+        except SlosserveError as error:
+            say("node", name=host, state="failed", detail=str(error))
+            if not nodes.found_running:
+                raise
+            for name in names:
+                coordinator.fail_node(name, str(error))
+            continue
+        for name in names:
+            coordinator.add_node(name, described[name]["address"])
+        pid = described[next(iter(names))]["pid"]
+        say("node", name=host, state="ready", detail=f"{len(names)} virtual nodes, pid {pid}")
 
 
 async def _start(nodes: Nodes, coordinator: Coordinator, name: str, role: RoleName) -> None:

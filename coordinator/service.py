@@ -20,11 +20,11 @@ import zmq.asyncio
 
 from coordinator.best_effort import place_best_effort
 from coordinator.decider import Decider, Promotion
-from coordinator.links import MeasuredLinks
+from coordinator.links import KnownLinks, MeasuredLinks
 from coordinator.mirror import NodeMirror
-from coordinator.peer import Peer
 from coordinator.pools import PoolNode, plan_flips, sizes
 from coordinator.scorecard import Scorecard
+from coordinator.trunk import Links, NodeLink
 from engine.cost import StepCost
 from engine.errors import ProtocolError, SlosserveError
 from engine.messages import (
@@ -55,6 +55,8 @@ TURN_S = 0.1
 CALL_TIMEOUT_S = 10.0
 RETRY_LINKS_EVERY_S = 30.0
 ENDPOINT_FORGOTTEN_S = 5.0
+NODES_TOLD_A_TURN = 256  # to endpoints: a larger cluster is told of less often
+MOST_TURNS_UNTOLD = 5  # an endpoint takes a view for stale after a second
 
 
 class Coordinator:
@@ -70,9 +72,9 @@ class Coordinator:
         place_s: float,
         revive: Callable[[str], Coroutine[Any, Any, str | None]],
         decider: Decider,
+        links: KnownLinks | None = None,
     ) -> None:
         self._model = model
-        self._node_silent_s = node_silent_s
         self._stuck_step_s = stuck_step_s
         self._place_s = place_s
         self._revive = revive
@@ -85,9 +87,10 @@ class Coordinator:
         self.address = f"{bind}:{port}"
         self._identity = f"coordinator-{time.time_ns()}"
         self._mirrors: dict[str, NodeMirror] = {}
-        self._peers: dict[str, Peer] = {}
+        self._peers: dict[str, NodeLink] = {}
+        self._link_to = Links(self._context, reports=True, silent_s=node_silent_s)
         self._boot_ids: dict[str, str] = {}
-        self._links = MeasuredLinks()
+        self._links: KnownLinks = MeasuredLinks() if links is None else links
         self._scorecard = Scorecard()
         self._idle_cost: StepCost | None = None
         self._calls = itertools.count()
@@ -99,6 +102,7 @@ class Coordinator:
         self._probing: asyncio.Task[None] | None = None
         self._retry_links_s = time.monotonic() + RETRY_LINKS_EVERY_S
         self._expected = 0
+        self._untold_turns = 0
 
     # ---- nodes -------------------------------------------------------------------------------------------
 
@@ -120,14 +124,7 @@ class Coordinator:
         def on_message(message: Message) -> None:
             self._from_node(name, message)
 
-        self._peers[name] = Peer(
-            self._context,
-            address,
-            self._identity,
-            on_message,
-            reports=True,
-            silent_s=self._node_silent_s,
-        )
+        self._peers[name] = self._link_to.to(address, self._identity, on_message)
 
     def fail_node(self, name: str, reason: str) -> None:
         """A node that could not be started."""
@@ -136,8 +133,12 @@ class Coordinator:
     @property
     def ready(self) -> bool:
         """Every node that could be started serves, and every link between them is measured."""
-        starting = [mirror for mirror in self._mirrors.values() if mirror.state == "starting"]
-        return not starting and bool(self._view().nodes) and not self._unprobed()
+        starting = any(mirror.state == "starting" for mirror in self._mirrors.values())
+        return not starting and self._any_serving and not self._unprobed()
+
+    @property
+    def _any_serving(self) -> bool:
+        return any(mirror.serving for mirror in self._mirrors.values())
 
     def _from_node(self, name: str, message: Message) -> None:
         match message:
@@ -239,8 +240,11 @@ class Coordinator:
         while True:
             await asyncio.sleep(TURN_S)
             try:
-                self._notice_losses()
-                self._tell_endpoints()
+                self._untold_turns += 1
+                turns = min(len(self._mirrors) // NODES_TOLD_A_TURN + 1, MOST_TURNS_UNTOLD)
+                if self._notice_losses() or self._untold_turns >= turns:
+                    self._untold_turns = 0
+                    self._tell_endpoints()
                 for promotion in self._decider.ask_again(
                     self._mirrors, self._links.by_name(), time.monotonic()
                 ):
@@ -250,18 +254,20 @@ class Coordinator:
             except Exception:
                 logger.exception("upkeep")
 
-    def _notice_losses(self) -> None:
+    def _notice_losses(self) -> bool:
+        """Whether a node was lost since the last call; all that are lost are being brought back."""
+        any_lost = False
         for name, peer in list(self._peers.items()):
             mirror = self._mirrors[name]
             stuck = mirror.report is not None and mirror.report.stuck_s > self._stuck_step_s
             if mirror.state == "ready" and (peer.lost or stuck):
                 logger.warning("%s %s", name, "is stuck in a step" if stuck else "fell silent")
-                mirror.state = "lost"
-                mirror.placed.clear()
-                self._tell_endpoints()
+                mirror.lose()
+                any_lost = True
             if mirror.state == "lost" and name not in self._reviving:
                 self._reviving.add(name)
                 self._spawn(self._bring_back(name))
+        return any_lost
 
     async def _bring_back(self, name: str) -> None:
         try:
@@ -280,7 +286,7 @@ class Coordinator:
     def _from_endpoint(self, peer: bytes, message: Message) -> None:
         match message:
             case Place():
-                if self._view().nodes:
+                if self._any_serving:
                     self._reply(peer, self._place(peer, message))
                 else:
                     self._spawn(self._place_later(peer, message))
@@ -288,8 +294,10 @@ class Coordinator:
                 self._scorecard.count(message)
                 self._decider.finished(message, self._mirrors)
             case Watch():
+                # One that has asked before is told of the nodes in turn: the answer only says that we live.
+                known = peer in self._endpoints
                 self._endpoints[peer] = time.monotonic()
-                self._reply(peer, self._view())
+                self._reply(peer, Alive("coordinator", 0.0) if known else self._view())
             case Query():
                 self._spawn(self._answer(peer, message))
             case _:
@@ -307,21 +315,22 @@ class Coordinator:
     def _tell_endpoints(self) -> None:
         """Nodes and roles as they are now, to every endpoint that has asked lately."""
         now_s = time.monotonic()
-        view = self._view()
+        view = encode(self._view())
         for peer, asked_s in list(self._endpoints.items()):
             if now_s - asked_s > ENDPOINT_FORGOTTEN_S:
                 del self._endpoints[peer]
             else:
-                self._reply(peer, view)
+                self._router.send_multipart([peer, *view])
 
     async def _place_later(self, peer: bytes, message: Place) -> None:
         """No node is known yet, as in a coordinator that has just begun: wait for one, up to a bound."""
         deadline_s = time.monotonic() + 0.8 * self._place_s
-        while not self._view().nodes and time.monotonic() < deadline_s:
+        while not self._any_serving and time.monotonic() < deadline_s:
             await asyncio.sleep(TURN_S / 2)
         self._reply(peer, self._place(peer, message))
 
     def _place(self, peer: bytes, message: Place) -> Placed:
+        began_s, cpu_s = time.perf_counter(), time.thread_time()
         try:
             links = self._links.by_name()
             placed = self._decider.place(message, peer, self._mirrors, links, time.monotonic())
@@ -335,6 +344,9 @@ class Coordinator:
             logger.exception("placing %s", message.request_id)
             reason = "the coordinator failed to place this request; its log says why"
             return Placed(message.request_id, message.attempt, "no_capacity", reason=reason, retry_after_s=1.0)
+        finally:
+            took_s = time.perf_counter() - began_s, time.thread_time() - cpu_s
+            self._scorecard.placing_s.append(took_s)
 
     def _promote(self, promotion: Promotion) -> None:
         """Tell the node first: the endpoint scores as promised what the node serves as promised."""
@@ -392,12 +404,14 @@ class Coordinator:
             "mode": _mode(pools),
             "pools": pools,
             "nodes": [self._node(mirror, now_s) for mirror in self._mirrors.values()],
+            "idle_cost": await self._idle(),
             "links": self._links.rows(),
             "handoffs": self._scorecard.handoff_summary(),
             "attainment": self._scorecard.attainment(),
             "placements": {
                 name: self._scorecard.placements[name] for name in ("pair", "one_node", "best_effort")
             },
+            "placing": self._scorecard.placing_summary(),
             "outcomes": dict(self._scorecard.outcomes),
             "deferred": len(self._decider.deferred),
             "local_prefills": sum(report.local_prefills for report in reports),
@@ -426,6 +440,9 @@ class Coordinator:
                 "step_ms": report.step_s * 1e3,
                 "cost_base_ms": report.cost.predict(1) * 1e3,
                 "cost_per_token_ms": _per_token_s(report) * 1e3,
+                "cost_drift": report.cost.drift,
+                "cost_margin": report.cost_margin,
+                "promises_preempted": report.promises_preempted,
                 "local_prefills": report.local_prefills,
                 "age_s": now_s - mirror.reported_s,
                 "pid": report.pid,

@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from engine import batch
 from engine.base import Engine, EngineInfo, StepReport
@@ -34,6 +34,16 @@ LOG_TAIL_LINES = 20
 SWITCH_INTERVAL_S = 0.0005
 
 
+class Runs(Protocol):
+    """What an actor hosts: a node, or a host of many."""
+
+    def run(self) -> None:
+        """Serve until `stop`."""
+
+    def stop(self) -> None:
+        """Ask `run` to return."""
+
+
 class NodeActor:
     """`spec`: name, role, host, log, engine (kind and its settings), roles (name -> class path), limits.
 
@@ -44,7 +54,7 @@ class NodeActor:
     def __init__(self, spec: dict[str, Any]) -> None:
         self._spec = spec
         self._log = Path(spec["log"])
-        self._node: Node | None = None
+        self._node: Runs | None = None
         self._socket: NodeSocket | None = None
         self._lock = threading.Lock()
         self._ready: Future[None] | None = None
@@ -76,7 +86,7 @@ class NodeActor:
 
     def describe(self) -> dict[str, Any]:
         """Name, address of the socket, role now and process id."""
-        assert self._node is not None
+        assert isinstance(self._node, Node)
         assert self._socket is not None
         return {
             "name": self._spec["name"],
@@ -115,9 +125,13 @@ class NodeActor:
             time.sleep(0.3)  # let the socket say so first
             os._exit(1)
 
-    def _build(self) -> Node:
+    def _host(self) -> str:
+        """The address that others find this process at."""
+        return self._spec["host"] or _host_in_ray()
+
+    def _build(self) -> Runs:
         spec = self._spec
-        host = spec["host"] or _host_in_ray()
+        host = self._host()
         settings = {
             **spec["engine"],
             "engine_id": f"{spec['name']}-{uuid.uuid4().hex[:8]}",
@@ -170,7 +184,10 @@ def start_cost(reports: Sequence[StepReport], profile: str | None) -> StepCost:
 
 def build_engine(settings: dict[str, Any]) -> Engine:
     """The engine that `kind` names, with the rest as its settings."""
-    kinds = {"vllm": ("engine.vllm:VllmEngine", "engine.vllm:VllmEngineConfig")}
+    kinds = {
+        "vllm": ("engine.vllm:VllmEngine", "engine.vllm:VllmEngineConfig"),
+        "virtual": ("engine.virtual:VirtualEngine", "engine.virtual:VirtualEngineConfig"),
+    }
     settings = dict(settings)
     kind = settings.pop("kind")
     if kind not in kinds:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
 
+from engine.compiled import compiled
 from engine.cost_kernel import chunk_in, predict_s, prefill_alone_s, tokens_in
 
 MIN_CHUNK_TOKENS = 16  # smaller chunks cost more in attention to what is computed than they bring
@@ -20,7 +20,7 @@ CATCH_UP = 0.5  # a batch shrinks to this part of the pace, no further, when a t
 # for the end of the batch. And they are begun only while so much of the KV memory stays free: what a promise
 # takes back soon would be computed twice.
 SPARE_FLOORS = 2.0
-SPARE_KV_SHARE = 0.1
+SPARE_KV_SHARE = 0.3
 
 POUR = np.dtype(
     [
@@ -42,12 +42,12 @@ POUR = np.dtype(
 )
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _known(row):
     return row.prompt_tokens + row.output_tokens
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _spare_tokens(pour, cost):
     """Tokens of decodes that still fit."""
     if pour.limit_s == math.inf:
@@ -59,7 +59,7 @@ def _spare_tokens(pour, cost):
     return min(pour.room, within - pour.tokens)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _fitting(rows, some, pour, cost):
     """How many of these decodes, from the first, end in time when they join what is there."""
     most = min(len(some), max(pour.room, 0))
@@ -90,7 +90,7 @@ def _fitting(rows, some, pour, cost):
     return low
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _take(rows, one, tokens, pour, order):
     rows[one].chunk_tokens = tokens
     order[pour.seqs] = one
@@ -99,7 +99,7 @@ def _take(rows, one, tokens, pour, order):
     pour.room -= tokens
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _decode_all(rows, some, drafted, pour, order):
     """The next token of each while there is room, with the drafts that were planned for it if `drafted`."""
     for one in some:
@@ -114,7 +114,7 @@ def _decode_all(rows, some, drafted, pour, order):
         pour.context_tokens += row.computed_tokens
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _verify(rows, some, planned_too, pour, cost):
     """Drafts of decodes that are in, as many as fit; of those with a planned depth only if `planned_too`."""
     room = 0
@@ -137,7 +137,7 @@ def _verify(rows, some, planned_too, pour, cost):
         room -= more
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _chunk_in(seconds, row, pour, cost):
     return chunk_in(
         cost, seconds, row.computed_tokens, pour.tokens, pour.seqs, pour.context_tokens, pour.prefill_work,
@@ -145,7 +145,7 @@ def _chunk_in(seconds, row, pour, cost):
     )  # fmt: skip
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _prefill(rows, one, left_s, pour, cost, order):
     """A chunk of what it still needs. A crumb only if that ends the prompt, or the batch were empty.
 
@@ -170,7 +170,7 @@ def _prefill(rows, one, left_s, pour, cost, order):
     return chunk == needed
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _bounds(rows, decodes, now_s, cost):
     """Seconds that this batch may take, and the next one, to keep the pace of these decodes.
 
@@ -195,7 +195,7 @@ def _bounds(rows, decodes, now_s, cost):
     return limit_s, pace_s
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _due_before(rows, decodes, at_s):
     """How many of these decodes, which are in order of their due times, are due before `at_s`."""
     count = 0
@@ -204,7 +204,7 @@ def _due_before(rows, decodes, at_s):
     return count
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _due_decodes(rows, decodes, end_s, next_s, cost):
     """How many, from the first, must be in this batch: their token is due before the next one could end.
 
@@ -217,7 +217,7 @@ def _due_decodes(rows, decodes, end_s, next_s, cost):
     return due + max(after - tokens_in(cost, next_s, 0, 0, 0.0, 0, 0), 0) if after > 0 else due
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _sorted_by_due(rows, some):
     due_s = np.empty(len(some), dtype=np.float64)
     for at in range(len(some)):
@@ -225,7 +225,7 @@ def _sorted_by_due(rows, some):
     return some[np.argsort(due_s, kind="mergesort")]
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def compose_rows(rows, active, now_s, cost, max_batch_tokens, pour, order):
     """The next batch. `order` [len(active)]: first `pour.seqs` rows that are in it, then those held out, last
     where memory is taken from first."""
@@ -296,7 +296,7 @@ def compose_rows(rows, active, now_s, cost, max_batch_tokens, pour, order):
                 held += 1
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _make_room(rows, decodes, prefills, spare, promise_blocked, pour):
     """Best effort gives up slot and KV, last in first out, to promises that lack them: `gives_way` says who.
 
@@ -324,7 +324,7 @@ def _make_room(rows, decodes, prefills, spare, promise_blocked, pour):
         pour.free_slots = -slots
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _pour_prefills(rows, prefills, now_s, max_batch_tokens, pour, cost, order):
     """Promised prompts, earliest deadline first, until one does not get all that it needs.
 
@@ -352,7 +352,7 @@ def _pour_prefills(rows, prefills, now_s, max_batch_tokens, pour, cost, order):
     return n_lost
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _pour_spare(rows, spare, decodes, kept_back, pour, cost, order):
     """Best effort: tokens of those that decode, then prompts, both in the order in which they came.
 
@@ -377,8 +377,9 @@ def _pour_spare(rows, spare, decodes, kept_back, pour, cost, order):
         if known - row.computed_tokens <= 1 or row.gives_way:
             continue
         if not row.running and pour.free_tokens >= 0:
-            if pour.free_slots < 1 or pour.free_tokens - known < SPARE_KV_SHARE * pour.kv_tokens:
-                break
+            kept_free = SPARE_KV_SHARE * pour.kv_tokens if pour.free_tokens < pour.kv_tokens else 0.0
+            if pour.free_slots < 1 or pour.free_tokens - known < kept_free:
+                break  # alone it begins however large it is: else it never would
             pour.free_tokens -= known
             pour.free_slots -= 1
         _prefill(rows, one, math.inf, pour, cost, order)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 
-from numba import njit
-
+from engine.compiled import compiled
 from engine.cost import ROUNDING_TOKENS
 
 CONTEXT, WORK, SEQ, KV, DRIFT = 0, 1, 2, 3, 4  # terms of CostArrays
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def beside_s(cost, seqs, context_tokens, prefill_work, prefill_kv_tokens):
     """Seconds beside the lines, before the drift."""
     terms = cost.terms
@@ -23,7 +22,7 @@ def beside_s(cost, seqs, context_tokens, prefill_work, prefill_kv_tokens):
     )
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def predict_s(cost, tokens, seqs, context_tokens, prefill_work, draft_steps, prefill_kv_tokens):
     """StepCost.predict."""
     if tokens <= 0:
@@ -35,7 +34,7 @@ def predict_s(cost, tokens, seqs, context_tokens, prefill_work, draft_steps, pre
     return (line_s + beside_s(cost, seqs, context_tokens, prefill_work, prefill_kv_tokens)) * cost.terms[DRIFT]
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def tokens_in(cost, seconds, seqs, context_tokens, prefill_work, draft_steps, prefill_kv_tokens):
     """StepCost.tokens_in (Time2BS)."""
     left_s = seconds / cost.terms[DRIFT]
@@ -51,7 +50,7 @@ def tokens_in(cost, seconds, seqs, context_tokens, prefill_work, draft_steps, pr
     return math.floor(most + ROUNDING_TOKENS)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def chunk_in(
     cost, seconds, kv_tokens, tokens, seqs, context_tokens, prefill_work, draft_steps, prefill_kv_tokens
 ):
@@ -72,7 +71,7 @@ def chunk_in(
     return math.floor(most + ROUNDING_TOKENS)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def prefill_alone_s(cost, prompt_tokens, max_batch_tokens, cached_tokens):
     """StepCost.prefill_alone_s (T0)."""
     total_s, computed = 0.0, cached_tokens

@@ -156,9 +156,9 @@ class Deltas:
     items: list[Delta]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class WorkState:
-    """A promise as the node that keeps it sees it."""
+    """A promise as the node that keeps it sees it. Not frozen, to be made quickly: reports are full of them."""
 
     request_id: str
     attempt: int
@@ -198,6 +198,13 @@ class Report:
     local_prefills: int
     pid: int
     age_s: float = 0.0  # since all this was so; set when it is sent
+
+
+@dataclass(frozen=True, slots=True)
+class Reports:
+    """What has changed on nodes of a host since it last said so. Others are as they were."""
+
+    items: list[Report]
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,7 +350,7 @@ class Answer:
 
 Message = (
     Watch | Submit | Cancel | Release | Promote | Credit | SetRole | ProbeLinks
-    | Alive | Declined | Deltas | Report | RoleSet | LinksProbed
+    | Alive | Declined | Deltas | Report | Reports | RoleSet | LinksProbed
     | Place | Placed | Promoted | Finished | View | Query | Answer
 )  # fmt: skip
 

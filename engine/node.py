@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from engine.base import UNPLANNED, BatchPlan, Engine, EngineInfo, Output, Seq, Work
+from engine.base import UNPLANNED, BatchPlan, Engine, EngineInfo, Output, Seq, StepResult, Work
 from engine.batch import Duty, Memory, Moment
 from engine.cost import StepCost
 from engine.drafting import Drafted, Drafting
@@ -43,7 +43,7 @@ from engine.outbox import Outbox, attempt_key
 from engine.request import RoleName, WorkKind
 from engine.residuals import Residuals
 from engine.role import Role
-from engine.socket import NodeSocket
+from engine.socket import Line
 from kv_transfer.base import Link, Pull, PullOutcome, TransferError
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,10 @@ class Promise:
 
 
 class Node:
-    """Runs an engine in a role. Everything but the socket happens in the thread that calls `run`."""
+    """Runs an engine in a role. Everything but the socket happens in the thread that calls `run`.
+
+    A host of many nodes calls no `run`: it hears, composes, takes results and keeps up for each in turn.
+    """
 
     def __init__(
         self,
@@ -88,7 +91,7 @@ class Node:
         roles: Mapping[RoleName, Role],
         role: RoleName,
         cost: StepCost,
-        socket: NodeSocket,
+        socket: Line,
         *,
         clock: Callable[[], float] = time.monotonic,
         max_waiting: int = 256,
@@ -150,16 +153,30 @@ class Node:
                 wait_s = PULL_WAIT_S if usage.running or usage.waiting else LEASE_WAIT_S
         else:
             wait_s = IDLE_WAIT_S
-        for peer, message in self._socket.drain(wait_s):
-            self._handle(peer, message)
+        self.hear(wait_s)
         now_s = self._clock()
         if now_s >= self._next_upkeep_s:
             self._next_upkeep_s = now_s + REPORT_EVERY_S
-            self._drop_silent_peers(now_s)
-            self._drop_ended_offers()
-            self._rest(now_s)
-            self._plan_depths(now_s)
-            self._publish_report()
+            self.keep_up()
+
+    def hear(self, wait_s: float = 0.0) -> None:
+        """Do what peers have asked for since the last call, waiting up to `wait_s` for the first."""
+        for peer, message in self._socket.drain(wait_s):
+            self._handle(peer, message)
+
+    def keep_up(self) -> None:
+        """What is due now and then: peers and offers that are gone, what drafts are worth, a report."""
+        now_s = self._clock()
+        self._drop_silent_peers(now_s)
+        self._drop_ended_offers()
+        self._rest(now_s)
+        self._plan_depths(now_s)
+        self._publish_report()
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is promised or going on here."""
+        return bool(self._promises) or self._engine.has_work()
 
     # ---- what peers ask ----------------------------------------------------------------------------------
 
@@ -289,9 +306,13 @@ class Node:
     def _step(self) -> bool:
         self._socket.step_began_s = time.monotonic()
         try:
-            result = self._engine.step(self._compose)
+            result = self._engine.step(self.compose)
         finally:
             self._socket.step_began_s = None
+        return self.take(result)
+
+    def take(self, result: StepResult) -> bool:
+        """Tell peers what a step gave, and learn from it. Whether a batch ran."""
         for pull in self._engine.kv.take_pulls():
             self._note_pull(pull)
         by_peer: dict[bytes, list[Delta]] = {}
@@ -311,7 +332,8 @@ class Node:
         self._rested_s = self._clock()
         return True
 
-    def _compose(self, seqs: Sequence[Seq]) -> BatchPlan:
+    def compose(self, seqs: Sequence[Seq]) -> BatchPlan:
+        """The next batch, by the rules of the present role."""
         now_s = self._clock()
         here = [(seq, self._promises[seq.work_id]) for seq in seqs if seq.work_id in self._promises]
         for seq, promise in here:

@@ -8,11 +8,42 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Protocol
 
 import zmq
 
 from engine.errors import ProtocolError
 from engine.messages import Alive, Message, Report, Watch, decode, encode
+
+
+class Line(Protocol):
+    """How a node hears its peers and answers. Called from the step thread.
+
+    The node leaves here what others may ask for while it is in a step: its last report and when it was made,
+    and when the present step began (None: none runs); both as `time.monotonic` says.
+    """
+
+    report: Report | None
+    reported_s: float
+    step_began_s: float | None
+
+    def start(self) -> None:
+        """Begin to serve."""
+
+    def send(self, peer: bytes, message: Message) -> None:
+        """Queue a message for a peer."""
+
+    def drain(self, wait_s: float = 0.0) -> list[tuple[bytes, Message]]:
+        """What has come since the last call, waiting up to `wait_s` for the first."""
+
+    def heard(self) -> list[tuple[bytes, float]]:
+        """Every peer that has said anything, and when it last did, on the node's clock."""
+
+    def forget(self, peer: bytes, heard_s: float) -> None:
+        """Forget a peer that was last heard at `heard_s`, unless it has spoken since."""
+
+    def stop(self) -> None:
+        """Send what is queued, then close."""
 
 
 class NodeSocket:

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from engine.compiled import compiled
 from engine.cost_kernel import predict_s
 from engine.rows import NO_PULL, PULL_WAITS, PULLED, PULLING, Index
 
@@ -62,7 +62,7 @@ class Replica(NamedTuple):
         )
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def enqueue(replica, rows, one):
     """A row begins to wait here, behind the others."""
     replica.live[replica.counts[LIVE]] = one
@@ -71,7 +71,7 @@ def enqueue(replica, rows, one):
     rows[one].blocked = False
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def remove(replica, rows, one):
     """A row leaves, with its blocks. Unknown ones do nothing."""
     live, counts = replica.live, replica.counts
@@ -87,13 +87,13 @@ def remove(replica, rows, one):
             return
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def blocks_for(replica, tokens):
     """Blocks that hold so many tokens."""
     return -(-tokens // replica.counts[BLOCK_TOKENS])
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def runnable(replica, rows, active):
     """Fill `active` with the rows that a batch can be about, and return how many: all but those whose KV is
     still to come."""
@@ -106,7 +106,7 @@ def runnable(replica, rows, active):
     return count
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def preempt(replica, rows, one):
     """Slot and KV are given up, tokens kept. It waits in front."""
     live, counts, row = replica.live, replica.counts, rows[one]
@@ -120,7 +120,7 @@ def preempt(replica, rows, one):
     counts[RUNNING] -= 1
     counts[FREE_BLOCKS] += row.blocks
     row.blocks = row.computed_tokens = row.cached_tokens = 0
-    row.chunk_tokens = row.verify_tokens = 0
+    row.chunk_tokens = row.verify_tokens = row.drafts = 0
     row.running = False
     row.preempted += 1
     row.pull = NO_PULL  # what was pulled is gone: it is computed here
@@ -129,7 +129,7 @@ def preempt(replica, rows, one):
     replica.batch[PREEMPTED] += 1
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _grow(replica, rows, one, tokens):
     """Blocks for `tokens` more, if there are so many. Returns whether it has them."""
     row = rows[one]
@@ -142,7 +142,7 @@ def _grow(replica, rows, one, tokens):
     return True
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _victim(replica, rows, order):
     """The running row that gives its blocks: the last in the order of the plan."""
     for at in range(len(order) - 1, -1, -1):
@@ -151,7 +151,7 @@ def _victim(replica, rows, order):
     return -1
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def carry_out(replica, rows, order, max_tokens):
     """Form the batch of a plan. `replica.batch` is zero but for those preempted by the plan.
 
@@ -185,7 +185,8 @@ def carry_out(replica, rows, order, max_tokens):
         row = rows[one]
         if row.running:
             continue
-        if row.chunk_tokens == 0 or door_is_shut or room <= 0:
+        # Who was pulled has its blocks already: if it waited behind one that lacks some, neither would go on.
+        if row.chunk_tokens == 0 or room <= 0 or (door_is_shut and row.pull != PULLED):
             row.chunk_tokens = row.verify_tokens = 0
             continue
         if not _admit(replica, rows, one):
@@ -199,7 +200,7 @@ def carry_out(replica, rows, order, max_tokens):
     _count_batch(replica, rows, order)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _placed_before(order, first, second):
     for one in order:
         if one == first:
@@ -209,7 +210,7 @@ def _placed_before(order, first, second):
     return False
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _granted(row, room):
     """New tokens that a row gets: no more than the plan, the room and what there is to compute."""
     needed = row.prompt_tokens + row.output_tokens - row.computed_tokens + row.verify_tokens
@@ -220,7 +221,7 @@ def _granted(row, room):
     return chunk
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _admit(replica, rows, one):
     """A waiting row gets its slot, if there is one and its whole sequence fits (vLLM 0.32 reserves no part
     prompts). What the prefix cache has of it counts as computed."""
@@ -243,7 +244,7 @@ def _admit(replica, rows, one):
     return True
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _count_batch(replica, rows, order):
     batch = replica.batch
     work = 0.0
@@ -267,7 +268,7 @@ def _count_batch(replica, rows, order):
     replica.work[0] = work
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def batch_s(replica, cost, draft_steps):
     """Seconds of the batch that was formed. `draft_steps`: of a draft model, however few drafts were taken."""
     batch = replica.batch
@@ -277,7 +278,7 @@ def batch_s(replica, cost, draft_steps):
     )
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def finish(replica, rows, end_s, acceptance, max_draft_tokens):
     """The batch ends: tokens are made, and what is over gives up slot and blocks (an offer keeps its blocks).
 
@@ -320,7 +321,7 @@ def finish(replica, rows, end_s, acceptance, max_draft_tokens):
     counts[STEPS] += 1
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _leave(replica, row, one):
     """Out of the live rows; its blocks are somebody else's business."""
     live, counts = replica.live, replica.counts
@@ -333,7 +334,7 @@ def _leave(replica, row, one):
     row.running = False
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def accepts(seed, position, acceptance):
     """Whether the draft for this output position is right: a fixed number per request and position (splitmix64,
     Steele et al. 2014), so that every system that speculates meets the same luck."""
@@ -346,13 +347,15 @@ def accepts(seed, position, acceptance):
     return (x >> np.uint64(11)) * (1.0 / 9007199254740992.0) < acceptance
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def start_pulls(replica, rows, started):
     """Give blocks to handed-over rows that wait for them, first come first served. Returns how many began;
     `started` names them. Their KV arrives when `pulled` says so."""
     count = 0
     for at in range(replica.counts[LIVE]):
         one = replica.live[at]
+        if rows[one].pull == NO_PULL and rows[one].preempted > 0 and not rows[one].running:
+            break  # it was here before, and needs what is free to go on
         if rows[one].pull != PULL_WAITS:
             continue
         known = rows[one].prompt_tokens + rows[one].output_tokens
@@ -367,14 +370,14 @@ def start_pulls(replica, rows, started):
     return count
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def pulled(rows, one):
     """The KV is here: all that is left is the last token, from which the next one comes."""
     rows[one].pull = PULLED
     rows[one].computed_tokens = rows[one].prompt_tokens + rows[one].output_tokens - 1
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def recompute(replica, rows, one):
     """The KV did not come: the row waits for its turn and computes its prompt here."""
     replica.counts[FREE_BLOCKS] += rows[one].blocks

@@ -7,12 +7,11 @@ node has the memory for it; the first token comes from the prefill node.
 
 from __future__ import annotations
 
-from numba import njit
-
+from engine.compiled import compiled
 from engine.virtual_kernel import FREE_BLOCKS, MAX_SEQS, RUNNING, blocks_for
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def whole_prompts(replica, rows, active, token_budget, order):
     """The next batch of a prefill node. Fills `order` with `active`; returns what the batch may hold."""
     order[: len(active)] = active
@@ -37,7 +36,7 @@ def whole_prompts(replica, rows, active, token_budget, order):
     return max(tokens, token_budget)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def decode_all(rows, active, order):
     """The next batch of a decode node: a token of each, and whole what was preempted and is computed again."""
     order[: len(active)] = active

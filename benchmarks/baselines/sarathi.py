@@ -3,10 +3,10 @@ first served (Agrawal et al. 2024)."""
 
 from __future__ import annotations
 
-from numba import njit
+from engine.compiled import compiled
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def chunked_prefill(rows, active, token_budget, draft_tokens, order):
     """Chunks of the next batch. Fills `order` with decodes, then prompts. Returns what the batch may hold."""
     count = 0

@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
 
+from engine.compiled import compiled
 from engine.cost_kernel import chunk_in, predict_s
+from engine.virtual_kernel import FREE_BLOCKS, MAX_SEQS, RUNNING, blocks_for
 
 
-@njit(cache=True, nogil=True)
-def dynamic_chunks(rows, active, now_s, cost, token_budget, relegate, least_chunk, order):
+@compiled
+def dynamic_chunks(replica, rows, active, now_s, cost, token_budget, relegate, least_chunk, order):
     """Chunks of the next batch. Fills `order` with decodes, then prompts. Returns what the batch may hold."""
     count = len(active)
     prompts = np.empty(count, dtype=np.int64)
@@ -41,6 +42,9 @@ def dynamic_chunks(rows, active, now_s, cost, token_budget, relegate, least_chun
     # Progress for prompts even where a decode is late: without it a backlog would never go.
     floor_s = predict_s(cost, n_decodes + least_chunk, n_decodes + 1, context, 0.0, 0, 0)
     limit_s = max(limit_s, floor_s)
+    slots = replica.counts[MAX_SEQS] - replica.counts[RUNNING]
+    free = replica.counts[FREE_BLOCKS]
+    open_door = True
     at = n_decodes
     for one in prompts[:n_prompts][np.argsort(due_s[:n_prompts], kind="mergesort")]:
         row = rows[one]
@@ -49,6 +53,10 @@ def dynamic_chunks(rows, active, now_s, cost, token_budget, relegate, least_chun
             row.computed_tokens if row.running else max(row.computed_tokens, min(row.cached_tokens, known - 1))
         )
         chunk = min(known - computed, token_budget - tokens)
+        if not row.running:
+            # One that cannot get in yet takes nothing from those that are in, and nobody overtakes it.
+            open_door = open_door and slots > 0 and blocks_for(replica, known) <= free
+            chunk = chunk if open_door else 0
         if limit_s < math.inf and chunk > 0:
             chunk = min(chunk, chunk_in(cost, limit_s, computed, tokens, seqs, context, work, 0, kv))
         row.chunk_tokens = max(chunk, 0)
@@ -57,6 +65,9 @@ def dynamic_chunks(rows, active, now_s, cost, token_budget, relegate, least_chun
             seqs += 1
             work += row.chunk_tokens * (computed + row.chunk_tokens / 2)
             kv += computed
+            if not row.running:
+                slots -= 1
+                free -= blocks_for(replica, known)
         order[at] = one
         at += 1
     return max(tokens, token_budget)

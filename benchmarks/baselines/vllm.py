@@ -6,20 +6,19 @@ running sequence decodes. With a fixed speculation depth each decode is a verify
 
 from __future__ import annotations
 
-from numba import njit
-
+from engine.compiled import compiled
 from engine.virtual_kernel import FREE_BLOCKS, MAX_SEQS, NUM_BLOCKS, RUNNING, blocks_for
 
 WATERMARK = 0.01  # of the blocks: kept free for running sequences when a prompt is let in
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def prefill_first(replica, rows, active, token_budget, draft_tokens, order):
     """Chunks of the next batch. Fills `order` with `active` and returns how many tokens the batch may hold."""
     order[: len(active)] = active
     counts = replica.counts
     slots = counts[MAX_SEQS] - counts[RUNNING]
-    free = counts[FREE_BLOCKS] - int(WATERMARK * counts[NUM_BLOCKS])
+    free, kept_free = counts[FREE_BLOCKS], int(WATERMARK * counts[NUM_BLOCKS])
     tokens = 0
     open_door = True
     for one in active:
@@ -32,7 +31,9 @@ def prefill_first(replica, rows, active, token_budget, draft_tokens, order):
         blocks = blocks_for(replica, known)
         # A prompt that is longer than the budget goes alone: it could never run otherwise.
         fits = tokens + needed <= token_budget or tokens == 0
-        if slots < 1 or blocks > free or not fits:
+        # So would one that needs nearly all the memory, if blocks were kept free for nobody.
+        alone = tokens == 0 and counts[RUNNING] == 0
+        if slots < 1 or blocks > (free if alone else free - kept_free) or not fits:
             open_door = False
             continue
         row.chunk_tokens = needed

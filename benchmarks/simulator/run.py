@@ -72,15 +72,21 @@ def run(
     seed: int = 0,
     stop_below: float | None = None,
     progress: Progress | None = None,
+    slos: Sequence[Slo] | None = None,
 ) -> Outcome:
-    """Serve a workload and score it. With `stop_below`, stop once attainment cannot reach it any more."""
+    """Serve a workload and score it. With `stop_below`, stop once attainment cannot reach it any more.
+
+    `slos`: what is promised, where that is not what `promises` makes of the workload and the hardware.
+    """
     specs, system, kv_bytes = deployment.build()
     network = network or Network()
-    slos = promises(workload, deployment.hardware)
+    slos = promises(workload, deployment.hardware) if slos is None else slos
     links = SharedLinks(len(specs), network.latency_s, network.bytes_per_s)
     ours = isinstance(system, Slosserve)
     world = World(workload, slos, specs, links, kv_bytes, system, seed=seed, reports=ours)
     scores: list[Score | None] = [None] * len(workload)
+    scored, failed = np.zeros((2, len(workload)), dtype=np.bool_)
+    ttft_s = np.array([slo.ttft_s for slo in slos])
     counted = counted_requests(world)
     may_miss = len(workload) if stop_below is None else (1 - stop_below) * counted.sum()
     until_s, end_s = 0.0, last_due_s(workload, slos) + DRAIN_S
@@ -88,7 +94,8 @@ def run(
     while not done and until_s < end_s:
         until_s = min(until_s + SLICE_S, end_s)
         done = world.run(until_s)
-        missed = _score_ended(world, scores, counted) + _overdue(world, counted)
+        _score_ended(world, scores, scored, failed)
+        missed = int((failed & counted).sum()) + _overdue(world, counted, ttft_s)
         if progress is not None:
             progress(until_s / end_s)
         if missed > may_miss:
@@ -97,18 +104,17 @@ def run(
     return outcome(world, scores, admitted, drained=world.over == len(workload))
 
 
-def _score_ended(world: World, scores: list[Score | None], counted: np.ndarray) -> int:
-    """Score what has ended since the last look. Returns how many counted ones have missed so far."""
-    for request in np.flatnonzero(np.isfinite(world.ended_s)).tolist():
-        if scores[request] is None:
-            scores[request] = score_request(world, request)
-    return sum(1 for i, one in enumerate(scores) if one is not None and counted[i] and not one.met)
+def _score_ended(world: World, scores: list[Score | None], scored: np.ndarray, failed: np.ndarray) -> None:
+    """Score what has ended since the last look, and flag it, and what of it has missed."""
+    new = np.isfinite(world.ended_s) & ~scored
+    for request in np.flatnonzero(new).tolist():
+        scores[request] = one = score_request(world, request)
+        failed[request] = not one.met
+    scored |= new
 
 
-def _overdue(world: World, counted: np.ndarray) -> int:
+def _overdue(world: World, counted: np.ndarray, ttft_s: np.ndarray) -> int:
     """Counted requests that have not ended and whose first token is late already."""
-    rows = world.rows
-    waits = np.isnan(rows["first_token_s"]) & np.isfinite(world.arrived_s) & np.isnan(world.ended_s)
-    ttft_s = np.array([slo.ttft_s for slo in world.slos])
+    waits = np.isnan(world.rows["first_token_s"]) & np.isfinite(world.arrived_s) & np.isnan(world.ended_s)
     late = world.now_s > world.arrived_s + 1.05 * ttft_s
     return int((waits & late & counted).sum())

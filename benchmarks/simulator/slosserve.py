@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from itertools import repeat
 
 import numpy as np
 
 from benchmarks.simulator.steps import REPORTED_S, STEP_S, take_report
+from benchmarks.simulator.variants import FULL, Variant
 from benchmarks.simulator.world import World
 from coordinator.decider import Decider
 from coordinator.mirror import NodeMirror
+from coordinator.pools import PoolNode, plan_flips
 from engine.base import EngineInfo, Usage
 from engine.drafting import Drafted, Drafting
 from engine.messages import Finished, Place, Placed, Report, WorkState
@@ -31,13 +34,42 @@ MAX_WAITING = 256  # a node with so many declines
 MAX_ATTEMPTS = 5
 KV_BOUND_SHARE = 0.9
 ENDPOINT = b"endpoint"
+KINDS = (
+    WorkKind.WHOLE,
+    WorkKind.PREFILL,
+    WorkKind.DECODE,
+)  # offers its KV: 1, takes up what another offered: 2
+
+
+@dataclass(frozen=True, slots=True)
+class Resize:
+    """Pools of other sizes from a time on, as `slosserve rebalance` makes them."""
+
+    at_s: float
+    prefill: int
+    decode: int
+    mixed: int = 0
 
 
 class Slosserve:
-    """The cluster: a decider, and what it knows of each replica."""
+    """The cluster: a decider, and what it knows of each replica. `resizes` come in order of time."""
 
-    def __init__(self, roles: Sequence[RoleName], decider: Decider, max_draft_tokens: int = 0) -> None:
-        self._roles = roles
+    def __init__(
+        self,
+        roles: Sequence[RoleName],
+        decider: Decider,
+        max_draft_tokens: int = 0,
+        *,
+        one_node: bool = False,
+        variant: Variant = FULL,
+        resizes: Sequence[Resize] = (),
+    ) -> None:
+        self._one_node = one_node
+        self._variant = variant
+        self._resizes = list(resizes)
+        self._turns = 0
+        self._max_tokens: np.ndarray = np.zeros(0, dtype=np.int64)
+        self._roles = list(roles)
         self._decider = decider
         self._max_draft_tokens = max_draft_tokens
         self.tick_s: float | None = TICK_S if max_draft_tokens else None
@@ -49,6 +81,7 @@ class Slosserve:
         self._placed: dict[int, Placed] = {}
         self._turn_is_set = False
         self._reported_s = [-math.inf] * len(roles)
+        self._is_pair: np.ndarray = np.zeros(0, dtype=np.bool_)
         self.admitted: np.ndarray = np.zeros(0, dtype=np.bool_)
 
     # ---- what the world says -----------------------------------------------------------------------------
@@ -57,7 +90,12 @@ class Slosserve:
         """Ask the decider, and do what it says."""
         if not self._mirrors:
             self._meet(world)
-        self._place(world, request, avoid=[])
+        asked = self._mirrors
+        if self._variant.by_turns:
+            name = _node(self._turns % len(self._roles))
+            asked = {name: self._mirrors[name]}
+            self._turns += 1
+        self._place(world, request, asked, avoid=[])
 
     def offered(self, world: World, request: int, replica: int) -> None:
         """The prefill has ended: on to the decode node that was chosen."""
@@ -91,7 +129,7 @@ class Slosserve:
             prefix_hashes=_hashes(int(world.chain[request]), prompt + output)
             if _in_chain(world, request)
             else [],
-            ended_itself=output < int(world.workload.max_tokens[request]),
+            ended_itself=output < int(self._max_tokens[request]),
         )
         self._decider.finished(finished, self._mirrors)
 
@@ -143,7 +181,26 @@ class Slosserve:
 
     # ---- placing -----------------------------------------------------------------------------------------
 
-    def _place(self, world: World, request: int, avoid: list[str]) -> None:
+    def set_roles(self, roles: Sequence[RoleName]) -> None:
+        """Other roles from now on: new work is placed by them, and what runs goes on where it is."""
+        self._roles = list(roles)
+        for mirror, role in zip(self._mirrors.values(), roles, strict=True):
+            mirror.role = role
+
+    def _resize(self, now_s: float) -> None:
+        """Flip the least busy nodes of the pools that shrink. They may be busy: a role says what comes next."""
+        while self._resizes and self._resizes[0].at_s <= now_s:
+            wanted = self._resizes.pop(0)
+            by_load = sorted(self._mirrors.values(), key=lambda mirror: mirror.requests)
+            nodes = [PoolNode(mirror.name, mirror.role, requests=0) for mirror in by_load]
+            sizes = (wanted.prefill, wanted.decode, wanted.mixed)
+            roles = (RoleName.PREFILL, RoleName.DECODE, RoleName.MIXED)
+            flips = plan_flips(nodes, dict(zip(roles, sizes, strict=True)))
+            after = {flip.node: flip.after for flip in flips}
+            self.set_roles([after.get(name, mirror.role) for name, mirror in self._mirrors.items()])
+
+    def _place(self, world: World, request: int, asked: Mapping[str, NodeMirror], avoid: list[str]) -> None:
+        """`asked`: the nodes that it may go to."""
         self._refresh(world)
         slo = world.slos[request]
         left_s = float(world.arrived_s[request]) + slo.ttft_s - world.now_s
@@ -151,16 +208,16 @@ class Slosserve:
             request_id=_name(request),
             attempt=len(avoid) + 1,
             prompt_tokens=int(world.workload.prompt_tokens[request]),
-            max_tokens=int(world.workload.max_tokens[request]),
+            max_tokens=int(self._max_tokens[request]),
             class_name=slo.class_name,
             first_token_left_s=left_s,
             tpot_s=slo.first_pace_s,
-            one_node=False,
-            may_defer=not slo.refuse,
+            one_node=self._one_node,
+            may_defer=self._variant.defers and not slo.refuse,
             avoid=avoid,
             prefix_hashes=_hashes(int(world.chain[request]), int(world.workload.prefix_tokens[request])),
         )
-        placed = self._decider.place(question, ENDPOINT, self._mirrors, self._links, world.now_s)
+        placed = self._decider.place(question, ENDPOINT, asked, self._links, world.now_s)
         self._ask_again_later(world)
         if placed.decode is None:
             self._decider.deferred.forget(_name(request))
@@ -176,12 +233,13 @@ class Slosserve:
                 self._decider.deferred.forget(_name(request))
                 world.drop(request)
             else:
-                self._place(world, request, [*avoid, first.node])
+                self._place(world, request, asked, [*avoid, first.node])
             return
         self._submit(world, request, placed, replica)
 
     def _submit(self, world: World, request: int, placed: Placed, replica: int) -> None:
         self._placed[request] = placed
+        self._is_pair[request] = placed.prefill is not None
         row = world.rows[request]
         row["promised"] = self.admitted[request] = placed.verdict == "admitted"
         row["depth"] = 1 if self._max_draft_tokens else 0
@@ -206,6 +264,9 @@ class Slosserve:
 
     def _meet(self, world: World) -> None:
         self.admitted = np.zeros(len(world.workload), dtype=np.bool_)
+        self._is_pair = np.zeros(len(world.workload), dtype=np.bool_)
+        load = world.workload
+        self._max_tokens = load.output_tokens if self._variant.tells_lengths else load.max_tokens
         names = [_node(replica) for replica in range(len(self._roles))]
         self._mirrors = {
             name: NodeMirror(name, name, role) for name, role in zip(names, self._roles, strict=True)
@@ -214,6 +275,7 @@ class Slosserve:
 
     def _refresh(self, world: World) -> None:
         """Hand the mirrors what each replica last said of itself; one without a step reports now."""
+        self._resize(world.now_s)
         for replica, station in enumerate(world.stations):
             if world.is_idle(replica):
                 take_report(station, world.rows, world.now_s)
@@ -225,12 +287,7 @@ class Slosserve:
 
     def _report(self, world: World, replica: int, at_s: float) -> Report:
         station, spec = world.stations[replica], world.specs[replica]
-        count = int(station.reported[0])
-        rows = station.report[:count]
-        states = [
-            self._state(world, request, row, at_s)
-            for request, row in zip(station.reported_ids[:count].tolist(), rows.tolist(), strict=True)
-        ]
+        states = self._states(world, replica, at_s)
         states += [self._leased(world, request) for request in world.leases[replica]]
         counts = station.replica.counts
         return Report(
@@ -255,39 +312,45 @@ class Slosserve:
             age_s=world.now_s - at_s,
         )
 
-    def _state(self, world: World, request: int, row: tuple[Any, ...], at_s: float) -> WorkState:
-        """One row as a node would tell of it. `row` in the order of ROW."""
-        prompt, output, computed, _, running, _, promised, first_due_s, due_s, tpot_s = row[:10]
-        cached, offers, pull = row[11], row[16], row[17]
-        kind = WorkKind.PREFILL if offers else WorkKind.WHOLE
-        prefill_left = max(prompt + output - computed - 1, 0)
-        if self._placed[request].prefill is not None and not offers:
-            kind = WorkKind.DECODE
-            if pull in (PULL_WAITS, PULLING):
-                prefill_left = 0
-        elif not running:
-            prefill_left = max(prefill_left - cached, 0)
-        drafted = self._drafted.get(request)
-        acceptance = None
-        if self._max_draft_tokens:
-            acceptance = (
-                self._drafting[0].estimate("").acceptance if drafted is None else drafted.estimate.acceptance
+    def _states(self, world: World, replica: int, at_s: float) -> list[WorkState]:
+        """The rows of its last report as a node would tell of them. In columns: there is a row of each work."""
+        station = world.stations[replica]
+        count = int(station.reported[0])
+        ids, rows = station.reported_ids[:count], station.report[:count]
+        prompt, output, offers = rows["prompt_tokens"], rows["output_tokens"], rows["offers"]
+        second_half = self._is_pair[ids] & ~offers
+        pulls = second_half & ((rows["pull"] == PULL_WAITS) | (rows["pull"] == PULLING))
+        cached = np.where(second_half | rows["running"], 0, rows["cached_tokens"])
+        left = np.maximum(prompt + output - rows["computed_tokens"] - 1, 0)
+        left = np.where(pulls, 0, np.maximum(left - cached, 0))
+        requests = ids.tolist()
+        next_due_left_s = [
+            due_s if tokens else None
+            for due_s, tokens in zip((rows["due_s"] - at_s).tolist(), output.tolist(), strict=True)
+        ]
+        return list(
+            map(
+                WorkState,
+                map(_name, requests),
+                [self._placed[request].attempt for request in requests],
+                [KINDS[at] for at in (offers + 2 * second_half).tolist()],
+                prompt.tolist(),
+                left.tolist(),
+                output.tolist(),
+                self._max_tokens[ids].tolist(),
+                (rows["first_due_s"] - at_s).tolist(),
+                rows["tpot_s"].tolist(),
+                (~rows["promised"]).tolist(),
+                [world.slos[request].class_name for request in requests],
+                next_due_left_s,
+                map(self._acceptance, requests) if self._max_draft_tokens else repeat(None),
             )
-        return WorkState(
-            _name(request),
-            self._placed[request].attempt,
-            kind,
-            prompt,
-            prefill_left,
-            output,
-            int(world.workload.max_tokens[request]),
-            first_due_s - at_s,
-            tpot_s,
-            not promised,
-            world.slos[request].class_name,
-            None if output == 0 else due_s - at_s,
-            acceptance,
         )
+
+    def _acceptance(self, request: int) -> float:
+        drafted = self._drafted.get(request)
+        estimate = self._drafting[0].estimate("") if drafted is None else drafted.estimate
+        return estimate.acceptance
 
     def _leased(self, world: World, request: int) -> WorkState:
         """A prefill that is over, whose KV waits here to be pulled."""

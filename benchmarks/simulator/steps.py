@@ -7,13 +7,13 @@ from typing import NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from benchmarks.baselines.distserve import decode_all, whole_prompts
 from benchmarks.baselines.sarathi import chunked_prefill
 from benchmarks.baselines.sarathi_edf import dynamic_chunks
 from benchmarks.baselines.vllm import prefill_first
 from engine.batch_kernel import POUR, compose_rows
+from engine.compiled import compiled
 from engine.rows import ROW, CostArrays, Index, Rows
 from engine.virtual_kernel import (
     BATCH,
@@ -24,6 +24,7 @@ from engine.virtual_kernel import (
     MAX_BATCH_TOKENS,
     MAX_SEQS,
     NUM_BLOCKS,
+    PREEMPTED,
     PROMISES_PREEMPTED,
     RUNNING,
     SEQS,
@@ -41,7 +42,7 @@ IDLE, PAUSED, EVENTS = range(3)  # why `advance` came back
 ENDED, OFFERED = 0, 1  # kinds of events
 
 CLOCK_S, REPORTED_S, BUSY_S, STEP_S = range(4)  # of `Station.times`
-REPORT_EVERY_S = 0.1  # as a node does (engine/node.py)
+REPORT_EVERY_S = 0.025  # as a node does (engine/node.py)
 
 
 class Settings(NamedTuple):
@@ -95,7 +96,7 @@ class Station(NamedTuple):
         )
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def take_report(station, rows, now_s):
     """Remember the replica as it is now."""
     count = station.replica.counts[LIVE]
@@ -107,7 +108,7 @@ def take_report(station, rows, now_s):
     station.times[REPORTED_S] = now_s
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _compose(station, rows, active, now_s, settings):
     """Ask the scheduler of the replica. Returns how many tokens the batch may hold."""
     replica, order = station.replica, station.order[: len(active)]
@@ -129,15 +130,15 @@ def _compose(station, rows, active, now_s, settings):
         return chunked_prefill(rows, active, settings.token_budget, settings.draft_tokens, order)
     if settings.composer == EDF:
         return dynamic_chunks(
-            rows, active, now_s, station.cost, settings.token_budget, settings.relegate, settings.least_chunk,
-            order,
+            replica, rows, active, now_s, station.cost, settings.token_budget, settings.relegate,
+            settings.least_chunk, order,
         )  # fmt: skip
     if settings.composer == WHOLE_PROMPTS:
         return whole_prompts(replica, rows, active, settings.token_budget, order)
     return decode_all(rows, active, order)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def advance(station, rows, until_s, settings, reports, token_times_s, first_time):
     """Step a replica that can begin a step before `until_s`, until then or until a step ended something.
 
@@ -157,6 +158,8 @@ def advance(station, rows, until_s, settings, reports, token_times_s, first_time
         most = _compose(station, rows, active, now_s, settings)
         carry_out(replica, rows, station.order[:count], most)
         if replica.batch[TOKENS] == 0:
+            if replica.batch[PREEMPTED] > 0:
+                continue  # what they held is free now
             return IDLE, 0  # nothing fits beside what is held for others
         drafting = settings.max_draft_tokens > 0 and replica.batch[DRAFTED] > 0
         seconds = batch_s(replica, station.cost, settings.draft_tokens if drafting else 0)

@@ -8,16 +8,15 @@ from typing import Any
 
 from benchmarks.hardware import Hardware
 from benchmarks.simulator.pools import Colocated, Disaggregated
-from benchmarks.simulator.slosserve import Slosserve
+from benchmarks.simulator.slosserve import Resize, Slosserve
 from benchmarks.simulator.steps import CHUNKED, DECODE_ALL, EDF, OURS, PREFILL_FIRST, WHOLE_PROMPTS, Settings
+from benchmarks.simulator.variants import variant
 from benchmarks.simulator.world import ReplicaSpec, System
-from coordinator.decider import Decider
 from engine.errors import ConfigError
 from engine.request import RoleName
 
 NO_CAP = 1 << 30
 MAX_DEFERRED = 256
-EXPLAINED = 1
 MAX_DRAFT_TOKENS = 5  # ours: it plans depths up to this
 
 
@@ -82,7 +81,10 @@ DESIGNS: Mapping[str, Design] = {
             {"ratio": ((1, 1), (2, 1), (1, 2), (1, 3), (3, 1)), "token_budget": BUDGETS, "max_seqs": CAPS},
             disaggregated=True,
         ),
-        Design("ours", "slosserve", OURS, Tuning(2048), {"token_budget": (1024, 2048), "max_seqs": (128, 256)}),
+        Design(
+            "ours", "slosserve", OURS, Tuning(2048),
+            {"ratio": ((1, 1), (1, 2), (2, 1)), "token_budget": (1024, 2048), "max_seqs": (128, 256)},
+        ),
     )
 }  # fmt: skip
 OURS_NAME = "ours"
@@ -101,7 +103,8 @@ def design(name: str) -> Design:
 class Deployment:
     """A system on replicas. `roles` has one for each; baselines read only which of them prefill.
 
-    `acceptance`: chance that a draft is right; None runs without speculation.
+    `acceptance`: chance that a draft is right; None runs without speculation. `one_node`: ours serves every
+    request on one replica. `variant`: ours without one of its parts. `resizes`: its pools over time.
     """
 
     system: str
@@ -111,6 +114,9 @@ class Deployment:
     acceptance: float | None = None
     kv_tokens: int | None = None
     block_tokens: int = 16
+    one_node: bool = False
+    variant: str = ""
+    resizes: tuple[Resize, ...] = ()
 
     @property
     def gpus(self) -> int:
@@ -160,7 +166,17 @@ class Deployment:
 
     def _system(self, chosen: Design, drafts: int) -> System:
         if chosen.name == OURS_NAME:
-            return Slosserve(self.roles, Decider(MAX_DEFERRED, EXPLAINED), drafts)
+            parts = variant(self.variant)
+            if parts.by_turns and set(self.roles) != {RoleName.MIXED}:
+                raise ConfigError("a request can be offered to one node alone only where every node is mixed")
+            return Slosserve(
+                self.roles,
+                parts.decider(MAX_DEFERRED, 0, why=False),
+                drafts,
+                one_node=self.one_node,
+                variant=parts,
+                resizes=self.resizes,
+            )
         if chosen.disaggregated:
             prefill = [i for i, role in enumerate(self.roles) if role is RoleName.PREFILL]
             decode = [i for i, role in enumerate(self.roles) if role is not RoleName.PREFILL]

@@ -220,6 +220,8 @@ class World:
         station = self.stations[replica]
         if self._pulls_wait[replica] and self._start_pulls(replica, clock_s):
             return  # the bytes may be here before the step ends: look again whose turn it is
+        if self._pulls_wait[replica]:
+            until_s = clock_s  # they may find room before each step, so one at a time
         if self._system.tick_s is not None:
             if clock_s >= self._tick_due_s[replica]:
                 self.now_s = clock_s

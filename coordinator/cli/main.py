@@ -25,7 +25,14 @@ VERBS = {
 }
 # Verbs of other packages, by entry point.
 PLUGIN_GROUP = "slosserve.commands"
-PLUGIN_HELP = {"demo": "Serve mixed traffic on this machine and report which promises were kept."}
+PLUGIN_HELP = {
+    "advise": "Say which split of prefill and decode nodes keeps most promises for a trace.",
+    "bench": "Measure the cluster against vLLM, Sarathi-Serve and DistServe.",
+    "bench-endpoint": "Measure what our endpoint costs beside vLLM's own server.",
+    "demo": "Serve mixed traffic on this machine and report which promises were kept.",
+    "simulate": "Serve a scenario or a trace in simulated time, and score every request.",
+    "traces": "List and fetch public traces.",
+}
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 

@@ -9,6 +9,8 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+VIRTUAL = "The engines are virtual: no model runs, steps take the time of a profile, and the text is made up."
+
 
 def status_view(url: str, state: Mapping[str, Any]) -> Group:
     """All of GET /cluster that a person asks for first."""
@@ -17,7 +19,10 @@ def status_view(url: str, state: Mapping[str, Any]) -> Group:
         f"[bold]{escape(url)}[/]  {escape(str(state['model']))} on {state['engine']},"
         f" {state['transport']}; {pools} ({state['mode']})"
     )
-    parts: list[RenderableType] = [heading, _nodes(state["nodes"])]
+    parts: list[RenderableType] = [heading]
+    if str(state["engine"]).startswith("virtual"):
+        parts.append(f"[bold yellow]{VIRTUAL}[/]")
+    parts.append(_nodes(state["nodes"]))
     if state["links"]:
         parts.append(_links(state["links"]))
     if state["attainment"]:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.live import Live
 
 from coordinator.cli.startup_view import StartupView
+from coordinator.cli.status_view import VIRTUAL
 from coordinator.cluster_process import ClusterProcess
 from coordinator.config import load_config
 from coordinator.config_layers import parse_assignment
@@ -53,6 +54,8 @@ def up(
     }
     given = {key: value for key, value in flags.items() if value is not None}
     settings = load_config(config, given | dict(map(parse_assignment, assignments or [])))
+    if settings.engines == "virtual":
+        Console(stderr=True).print(f"[bold yellow]{VIRTUAL}[/]")
     with _terminated_like_interrupted():
         cluster = _start(settings, detach)
         if detach:

@@ -117,7 +117,7 @@ class ClusterEngine(TextEngineClient):
         """
         context = current()
         try:
-            way = served_by(sampling_params)
+            way = served_by(sampling_params, virtual=self._config.engines == "virtual")
             self._check_room(sampling_params.n)
         except RequestError as error:
             raise VLLMValidationError(str(error)) from error

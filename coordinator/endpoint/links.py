@@ -14,6 +14,7 @@ import msgspec
 import zmq.asyncio
 
 from coordinator.peer import Peer
+from coordinator.trunk import Links, NodeLink
 from engine.errors import NoCapacity, SlosserveError
 from engine.messages import (
     Alive,
@@ -64,14 +65,13 @@ class NodeLinks:
         silent_s: float,
         stuck_limit_s: float,
     ) -> None:
-        self._context = context
+        self._link_to = Links(context, reports=False, silent_s=silent_s)
         self._identity = identity
         self._events = events
-        self._silent_s = silent_s
         self._stuck_limit_s = stuck_limit_s
         self._stuck_s: dict[str, float] = {}
         self._links_made = itertools.count()
-        self._peers: dict[str, Peer] = {}
+        self._peers: dict[str, NodeLink] = {}
         self._credit_used: dict[str, int] = {}
         self._watching: asyncio.Task[None] | None = None
 
@@ -92,7 +92,7 @@ class NodeLinks:
         for node in list(self._peers):
             self._close(node)
 
-    def _connect(self, node: NodeAddress) -> Peer:
+    def _connect(self, node: NodeAddress) -> NodeLink:
         if self._watching is None:
             self._watching = asyncio.create_task(self._watch_for_loss())
 
@@ -101,7 +101,7 @@ class NodeLinks:
 
         # Every link has an identity of its own: a node that still knows an earlier one starts with no credit.
         identity = f"{self._identity}-{next(self._links_made)}"
-        peer = Peer(self._context, node.address, identity, on_message, reports=False, silent_s=self._silent_s)
+        peer = self._link_to.to(node.address, identity, on_message)
         self._peers[node.node] = peer
         self._credit_used[node.node] = 0
         peer.send(Credit(CREDIT))
@@ -143,7 +143,7 @@ class NodeLinks:
                 except Exception:
                     logger.exception("the loss of %s", node)
 
-    def _is_lost(self, node: str, peer: Peer) -> bool:
+    def _is_lost(self, node: str, peer: NodeLink) -> bool:
         """Gone or silent; or it answers, but one step has been running for longer than any step may."""
         return peer.lost or self._stuck_s.get(node, 0.0) > self._stuck_limit_s
 

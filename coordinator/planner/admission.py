@@ -7,14 +7,17 @@ through the search and the rest are taken greedily, and the answer says so.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from coordinator.planner import labels
+from coordinator.planner import labels, memory
+from coordinator.planner.dues import dues, running_by_tier
 from coordinator.planner.instance import Instance, Newcomer, Prefill, Tier
 from engine.cost import StepCost
 from engine.speculation import TierLoad, allowed_s, choose_depths, expected_tokens
@@ -26,6 +29,12 @@ SEARCH_LABELS_OF_MANY = 3 << 10  # above 16 newcomers: keeps a call below 10 ms,
 CHECK_LABELS = 1 << 11
 EXPLAINED_NEWCOMERS = 64  # deferred ones into which it is looked why; each takes a few checks
 
+MODE_OF = {  # of an item, by kind: what was promised is mandatory, newcomers are dropped unless named
+    labels.ACTIVATE: labels.MANDATORY,
+    labels.PREFILL: labels.MANDATORY,
+    labels.NEWCOMER: labels.DROPPED,
+    labels.MEMORY: labels.OPTIONAL,
+}
 DEFERRED_UNSEEN = f"more than {LOOKED_AT_NEWCOMERS} newcomers in one call: not looked at"
 
 
@@ -83,92 +92,74 @@ class Problem:
         instance = self.instance
         count = len(instance.tiers)
         draft_steps = max(depths, default=1) - 1
-        self.line = np.array(
-            [
-                (
-                    (piece.base_s + piece.per_draft_step_s * draft_steps) * cost.drift,
-                    max(piece.per_token_s * cost.drift, 1e-12),
-                )
-                for piece in cost.pieces
-            ]
-        )
-        self.line[:, 0] += instance.draft_step_s * draft_steps
-        self.steepest_s = float(self.line[:, 1].max())
+        line = []
+        for piece in cost.pieces:
+            base_s = (piece.base_s + piece.per_draft_step_s * draft_steps) * cost.drift
+            line.append(
+                (base_s + instance.draft_step_s * draft_steps, max(piece.per_token_s * cost.drift, 1e-12))
+            )
+        self.line = np.array(line)
+        self.steepest_s = max(per_token_s for _, per_token_s in line)
+        full = max(base_s + per_token_s * instance.max_batch_tokens for base_s, per_token_s in line)
+        self.full_s = full
         self.period_s = np.array([step_period_s(instance, at, depths[at]) for at in range(count)])
         self.slots = np.array(depths, dtype=float)
         self.load = np.array([instance.max_batch_tokens, instance.late_seqs], dtype=float)
-        full = float((self.line[:, 0] + self.line[:, 1] * instance.max_batch_tokens).max())
         decodes = instance.decodes
         tiers = np.array([self.tier_of[decode.tier] for decode in decodes], dtype=np.int64)
         due_s = np.array([decode.due_s for decode in decodes], dtype=float)
         context = np.array([decode.context_tokens for decode in decodes], dtype=float)
-        self.running = np.bincount(tiers, minlength=count).astype(float)
-        per_context_s, per_seq_s = cost.per_context_token_s * cost.drift, cost.per_seq_s * cost.drift
-        self.tier_s = np.bincount(tiers, context, minlength=count) * per_context_s + self.running * per_seq_s
-        self.active_s = np.full(count, np.inf)
-        if len(decodes):
-            np.minimum.at(self.active_s, tiers, np.maximum(due_s - self.period_s[tiers], 0.0))
-        self.full_s = full
+        self.running, tokens, self.active_s = running_by_tier(tiers, due_s, context, self.period_s)
+        self.tier_s = tokens * (cost.per_context_token_s * cost.drift)
+        self.tier_s += self.running * (cost.per_seq_s * cost.drift)
         nobody = np.zeros(count)
         length_s = float(min([full, *self.period_s[self.running > 0]]))
         held = labels.capacity(
             length_s, length_s, self.line, self.load, self.period_s, nobody, self.tier_s, nobody
         )
         self.chunk_tokens = max(held, 1.0)
-        ends_s = [one.deadline_s for one in instance.prefills] + [one.deadline_s for one in instance.newcomers]
-        horizon_s = max(ends_s, default=0.0)
-        horizon_s += 2 * max([full, *self.period_s]) if count else full
-        self.horizon_s = float(horizon_s)
+        horizon_s = max((one.deadline_s for one in self._prompts()), default=0.0)
+        self.horizon_s = float(horizon_s + (2 * max([full, *self.period_s]) if count else full))
         until_s = self.horizon_s + full  # the last batch there must cover what is due before its successor ends
-        self.due_s, self.due_slots = _dues(due_s, self.period_s[tiers], self.slots[tiers], until_s)
+        self.due_s, self.due_slots = dues(tiers, due_s, self.period_s, self.slots, until_s)
 
     def _items(self, cost: StepCost) -> None:
         instance = self.instance
-        intervals = len(instance.free_kv)
+        tier_of, free_kv, newcomers = self.tier_of, instance.free_kv, instance.newcomers
         rows: list[tuple[float, int, int, int, float, float, Sequence[int]]] = []
-        none = (0,) * intervals
-        for at, active_s in enumerate(self.active_s):
+        none = (0,) * len(free_kv)
+        for at, active_s in enumerate(self.active_s.tolist()):
             if 0 < active_s < np.inf:
                 rows.append((active_s, labels.ACTIVATE, at, at, 0.0, 0.0, none))
         for at, prefill in enumerate(instance.prefills):
             tokens = self.work_tokens(cost, prefill)
-            rows.append((prefill.deadline_s, labels.PREFILL, at, self.tier_of[prefill.tier], tokens, 0.0, none))
-        for at, newcomer in enumerate(instance.newcomers):
-            tier = self.tier_of[newcomer.tier]
-            tokens = self.work_tokens(cost, newcomer)
+            rows.append((prefill.deadline_s, labels.PREFILL, at, tier_of[prefill.tier], tokens, 0.0, none))
+        for at, one in enumerate(newcomers):
+            tokens = self.work_tokens(cost, one)
             rows.append(
-                (newcomer.deadline_s, labels.NEWCOMER, at, tier, tokens, newcomer.value, newcomer.kv_tokens)
+                (one.deadline_s, labels.NEWCOMER, at, tier_of[one.tier], tokens, one.value, one.kv_tokens)
             )
-        asked = np.array([one.kv_tokens for one in instance.newcomers], dtype=float).reshape(-1, intervals)
-        self.kv_free = np.array([free.tokens for free in instance.free_kv], dtype=float)
-        self.tight = bool((asked.sum(axis=0) > self.kv_free).any())
+        asked = [sum(one.kv_tokens[k] for one in newcomers) for k in range(len(free_kv))]
+        self.tight = any(wanted > free.tokens for wanted, free in zip(asked, free_kv, strict=True))
         if self.tight:
             rows += [
-                (free.at_s, labels.MEMORY, at, -1, 0.0, 0.0, none)
-                for at, free in enumerate(instance.free_kv)
-                if at > 0
+                (free.at_s, labels.MEMORY, at, -1, 0.0, 0.0, none) for at, free in enumerate(free_kv) if at > 0
             ]
-        rows.sort(key=lambda row: row[:3])
+        rows.sort(key=itemgetter(0, 1, 2))
         self.rows = rows
+        self.kv_free = np.array([free.tokens for free in free_kv], dtype=float)
+        self.kv_from_s = np.array([free.at_s for free in free_kv], dtype=float)
         self.deadlines_s = np.array([row[0] for row in rows], dtype=float)
         self.kinds = np.array([row[1] for row in rows], dtype=np.int64)
         self.position = np.array([row[2] for row in rows], dtype=np.int64)
         self.tiers = np.array([row[3] for row in rows], dtype=np.int64)
         self.tokens = np.array([row[4] for row in rows], dtype=float)
         self.values = np.array([row[5] for row in rows], dtype=float)
-        self.kv = np.array([row[6] for row in rows], dtype=float).reshape(len(rows), intervals)
-        joined, joined_context = np.zeros(len(instance.tiers)), np.zeros(len(instance.tiers))
-        for prompt in self._prompts():
-            tier = self.tier_of[prompt.tier]
-            if tier >= 0:
-                joined[tier] += 1
-                joined_context[tier] += prompt.tokens + prompt.cached_tokens
-        self.joined_s = cost.drift * (
-            cost.per_seq_s + cost.per_context_token_s * joined_context / np.maximum(joined, 1)
-        )
-        self.kv_from_s = np.array([free.at_s for free in instance.free_kv], dtype=float)
+        self.kv = np.array([row[6] for row in rows], dtype=float).reshape(len(rows), len(free_kv))
         self.newcomers = np.flatnonzero(self.kinds == labels.NEWCOMER)
-        bound_k = self._bound_interval(asked.sum(axis=0))
+        self._modes = np.array([MODE_OF[row[1]] for row in rows], dtype=np.int64)
+        self.joined_s = self._joined_s(cost)
+        bound_k = self._bound_interval(asked)
         self._bounds = (
             _by_weight(self.newcomers, self.values / np.maximum(self.tokens, 1e-9)),
             _by_weight(self.newcomers, self.values / np.maximum(self.kv[:, bound_k], 1e-9)),
@@ -183,11 +174,27 @@ class Problem:
         self.check_labels = max(CHECK_LABELS, 2 * labels.BEAM * len(rows))
         self._memory = (self.kv_from_s, self.kv_free, self.tight, instance.free_seqs)
 
-    def _bound_interval(self, asked: np.ndarray[Any, Any]) -> int:
+    def _joined_s(self, cost: StepCost) -> np.ndarray[Any, Any]:
+        """[T] seconds that a step costs beyond its tokens for one of the prompts, once it decodes."""
+        joined, context = [0] * len(self.period_s), [0] * len(self.period_s)
+        for prompt in self._prompts():
+            tier = self.tier_of[prompt.tier]
+            if tier >= 0:
+                joined[tier] += 1
+                context[tier] += prompt.tokens + prompt.cached_tokens
+        return np.array(
+            [
+                cost.drift * (cost.per_seq_s + cost.per_context_token_s * tokens / max(count, 1))
+                for count, tokens in zip(joined, context, strict=True)
+            ]
+        )
+
+    def _bound_interval(self, asked: Sequence[int]) -> int:
         """The interval where most is asked for what is free, of those that no start of a newcomer can miss."""
-        last_s = float(self.deadlines_s[self.newcomers].max()) if len(self.newcomers) else 0.0
-        certain = [k for k in range(len(asked) - 1) if self.kv_from_s[k + 1] >= last_s]
-        return max([*certain, len(asked) - 1], key=lambda k: float(asked[k] / max(self.kv_free[k], 1.0)))
+        free_kv = self.instance.free_kv
+        last_s = max((one.deadline_s for one in self.instance.newcomers), default=0.0)
+        certain = [k for k in range(len(asked) - 1) if free_kv[k + 1].at_s >= last_s]
+        return max([*certain, len(asked) - 1], key=lambda k: asked[k] / max(free_kv[k].tokens, 1))
 
     def _prompts(self) -> list[Prefill | Newcomer]:
         return [*self.instance.prefills, *self.instance.newcomers]
@@ -197,11 +204,11 @@ class Problem:
         work = prompt.tokens * (prompt.cached_tokens + prompt.tokens / 2)
         attention_s = cost.per_prefill_work_s * cost.drift * work
         attention_s += cost.per_prefill_kv_token_s * cost.drift * self._read_tokens(prompt)
-        return float(prompt.tokens + np.ceil(attention_s / self.steepest_s))
+        return float(prompt.tokens + math.ceil(attention_s / self.steepest_s))
 
     def _read_tokens(self, prompt: Prefill | Newcomer) -> float:
         """KV tokens that its chunks read: each reads what is there before it. Chunks as the paces now allow."""
-        later = np.ceil(prompt.tokens / self.chunk_tokens) - 1
+        later = math.ceil(prompt.tokens / self.chunk_tokens) - 1
         return float(prompt.cached_tokens * (later + 1) + self.chunk_tokens * later * (later + 1) / 2)
 
     def search(self, modes: np.ndarray[Any, Any], lower: float = -1.0, limit: int = SEARCH_LABELS) -> Found:
@@ -220,10 +227,11 @@ class Problem:
 
     def modes(self, mandatory: Iterable[int] = (), optional: Iterable[int] = ()) -> np.ndarray[Any, Any]:
         """What the search may do: what was promised is mandatory, newcomers are dropped unless named."""
-        modes = np.where(self.kinds == labels.NEWCOMER, labels.DROPPED, labels.MANDATORY)
-        modes[self.kinds == labels.MEMORY] = labels.OPTIONAL
-        modes[list(mandatory)] = labels.MANDATORY
-        modes[list(optional)] = labels.OPTIONAL
+        modes = self._modes.copy()
+        for item in mandatory:
+            modes[item] = labels.MANDATORY
+        for item in optional:
+            modes[item] = labels.OPTIONAL
         return modes
 
     def feasible(self, items: Iterable[int]) -> Found | None:
@@ -264,7 +272,12 @@ def solve(instance: Instance, *, why: bool = True) -> Plan:
 
     Never drops what was promised: where even that cannot be kept, every newcomer is deferred.
     """
-    problem = Problem(instance)
+    return solve_problem(Problem(instance), why=why)
+
+
+def solve_problem(problem: Problem, *, why: bool = True) -> Plan:
+    """`solve` of a problem that was set up already, with plain decoding: depths are chosen here."""
+    instance = problem.instance
     if instance.max_depth > 1:
         depths = tier_depths(instance, kv_bound=problem.tight)
         problem = problem if depths == problem.depths else Problem(instance, depths)
@@ -278,7 +291,8 @@ def solve(instance: Instance, *, why: bool = True) -> Plan:
 
 
 def warm_up() -> None:
-    """Compile the search, or load it from the cache (seconds), before the first request asks."""
+    """Compile the search and the outlook, or load them from the cache, before the first request asks."""
+    memory.warm_up()
     asking = Newcomer("warm-up", 100, 1.0, "pace", (100,))
     solve(Instance(StepCost.line(0.01, 1e-4), 512, (Tier("pace", 0.05),), newcomers=(asking,)))
 
@@ -317,7 +331,8 @@ def _plan(problem: Problem, found: Found, method: str, exact: bool, *, why: bool
             left_out.discard(item)
             starts[instance.newcomers[problem.position[item]].id] = int(start)
     deferred: dict[str, str] = {}
-    unseen = set(problem.by_density()[LOOKED_AT_NEWCOMERS:])
+    many = len(problem.newcomers) > LOOKED_AT_NEWCOMERS
+    unseen = set(problem.by_density()[LOOKED_AT_NEWCOMERS:] if many else ())
     for at in sorted(left_out):
         newcomer = instance.newcomers[problem.position[at]]
         looked_into = why and len(deferred) < EXPLAINED_NEWCOMERS
@@ -411,19 +426,5 @@ def tier_depths(instance: Instance, *, kv_bound: bool) -> list[int]:
     return list(chosen.depths)
 
 
-def _dues(
-    due_s: np.ndarray[Any, Any], period_s: np.ndarray[Any, Any], slots: np.ndarray[Any, Any], horizon_s: float
-) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Due times of the tokens of running decodes until the horizon, sorted; the sum of their slots so far."""
-    if not len(due_s):
-        return np.empty(0), np.zeros(1)
-    count = np.maximum(np.ceil((horizon_s - due_s) / period_s), 0).astype(np.int64) + 1
-    which = np.repeat(np.arange(len(due_s)), count)
-    nth = np.arange(len(which)) - np.repeat(np.cumsum(count) - count, count)
-    times_s = due_s[which] + nth * period_s[which]
-    order = np.argsort(times_s, kind="stable")
-    return times_s[order], np.concatenate(([0.0], np.cumsum(slots[which][order])))
-
-
 def _by_weight(items: np.ndarray[Any, Any], weight: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    return items[np.argsort(-weight[items], kind="stable")]
+    return items[np.argsort(-weight[items], kind="stable")] if len(items) > 1 else items

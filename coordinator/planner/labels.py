@@ -15,7 +15,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
+
+from engine.compiled import compiled
 
 # Kinds of items: a running tier begins to bind, promised, asking, memory comes free (a batch may end there).
 ACTIVATE, PREFILL, NEWCOMER, MEMORY = 0, 1, 2, 3
@@ -29,7 +30,7 @@ HASH_SIZE = 4096  # a power of two
 BEAM = 128  # labels that go on from an item that must be taken
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def capacity(seconds, share_s, line, load, period_s, counts, tier_s, joined_s):  # type: ignore[no-untyped-def]
     """Time2BS: most tokens of a batch that takes `seconds` beside the decodes that are there (a float, whole).
 
@@ -47,7 +48,7 @@ def capacity(seconds, share_s, line, load, period_s, counts, tier_s, joined_s): 
     return max(math.floor(tokens + EPS_TOKENS) - load[1], 0.0)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def net_budget(seconds, share_s, line, load, period_s, slots, counts, tier_s, joined_s):  # type: ignore[no-untyped-def]
     """B(x, n): what a batch of `seconds` holds beside the joined decodes, at their fluid rate. Can be < 0."""
     tokens = capacity(seconds, share_s, line, load, period_s, counts, tier_s, joined_s)
@@ -57,7 +58,7 @@ def net_budget(seconds, share_s, line, load, period_s, slots, counts, tier_s, jo
     return math.floor(tokens - joined + EPS_TOKENS)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _length(full_s, period_s, counts, active):  # type: ignore[no-untyped-def]
     """L: the longest that a batch may take with these decodes."""
     length_s = full_s
@@ -67,13 +68,13 @@ def _length(full_s, period_s, counts, active):  # type: ignore[no-untyped-def]
     return length_s
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _needed(before_s, due_s, due_slots):  # type: ignore[no-untyped-def]
     """need(x): tokens of running decodes that are due before `before_s`."""
     return due_slots[np.searchsorted(due_s, before_s - EPS_S)]
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _sustainable(full_s, line, load, period_s, slots, counts, running, tier_s, joined_s):  # type: ignore[no-untyped-def]
     """Whether every decode, running and joined, could be kept for ever in batches of the tightest pace."""
     length_s = full_s
@@ -89,12 +90,12 @@ def _sustainable(full_s, line, load, period_s, slots, counts, running, tier_s, j
     )
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _round(seconds):  # type: ignore[no-untyped-def]
     return math.floor(seconds / TICK_S + 0.5) * TICK_S
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _most_by(order, first, modes, sizes, values, budget):  # type: ignore[no-untyped-def]
     """Most value of optional items from `first` on within `budget`, with the last one taken in part."""
     total = 0.0
@@ -110,7 +111,7 @@ def _most_by(order, first, modes, sizes, values, budget):  # type: ignore[no-unt
     return total
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def search(  # type: ignore[no-untyped-def]
     line, load, full_s,  # cost
     period_s, slots, running, active_s, tier_s, joined_s,  # [T] tiers
@@ -441,7 +442,7 @@ def search(  # type: ignore[no-untyped-def]
     return val[best], pb[best], made, overflow, rows
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def take_in_order(  # type: ignore[no-untyped-def]
     order, modes, begun,
     line, load, full_s,
@@ -473,7 +474,7 @@ def take_in_order(  # type: ignore[no-untyped-def]
     return found
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _dominates(one, two, val, pb, seqs, counts, mem, w, began, kv_from_s, tight):  # type: ignore[no-untyped-def]
     """Whether label `one` is at least as good as `two` for every future (same counts, same time)."""
     if val[one] < val[two] or pb[one] < pb[two] or seqs[one] > seqs[two]:

@@ -15,18 +15,17 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from coordinator.planner.survival_kernel import BIN_OF, LONGEST_TOKENS, WIDTHS, mean_remaining_of_all
+from coordinator.planner.survival_kernel import EDGES as EDGES
+
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-LONGEST_TOKENS = 1 << 20
-EDGES: Ints = np.concatenate([np.arange(32), np.rint(2 ** np.arange(5, 20.01, 1 / 8))]).astype(np.int64)
 WINDOW = 2048  # requests of a bucket until 1/e of an old one's weight is left
 PRIOR = 16.0  # requests that the wider group counts for at each length
 ROOT_PRIOR = 1.0  # rule of succession: one request more, that outlives all seen
 MOST_BEFORE_REFRESH = 32  # new lengths that may wait before distributions are made anew
 RESCALE_AT = 1e9
-WIDTHS: Ints = np.diff(EDGES)
-BIN_OF: Ints = np.repeat(np.arange(len(WIDTHS)), WIDTHS)  # [LONGEST_TOKENS]: a search costs 20 times a look-up
 ALWAYS: Floats = np.ones(len(EDGES))
 
 
@@ -80,6 +79,10 @@ class Lengths(Protocol):
         """What is known of the output of a request like this one."""
         ...
 
+    def survival(self, class_name: str, prompt_tokens: int) -> Floats:
+        """The curve of that distribution, which `max_tokens` only cuts."""
+        ...
+
 
 class KnownLengths:
     """The oracle, for comparison only: `max_tokens` is the true length, and every output runs to it."""
@@ -87,6 +90,10 @@ class KnownLengths:
     def lengths(self, class_name: str, prompt_tokens: int, max_tokens: int) -> LengthDistribution:
         """Surely `max_tokens`, whatever the class and prompt."""
         return LengthDistribution(ALWAYS, max_tokens)
+
+    def survival(self, class_name: str, prompt_tokens: int) -> Floats:
+        """Every output runs to `max_tokens`."""
+        return ALWAYS
 
 
 @dataclass(slots=True, eq=False)
@@ -151,11 +158,15 @@ class LearnedLengths:
 
     def lengths(self, class_name: str, prompt_tokens: int, max_tokens: int) -> LengthDistribution:
         """What the outputs seen say of one of this class and prompt; `max_tokens` caps it."""
+        return LengthDistribution(self.survival(class_name, prompt_tokens), min(max_tokens, LONGEST_TOKENS))
+
+    def survival(self, class_name: str, prompt_tokens: int) -> Floats:
+        """The same without a cap."""
         key = (class_name, bucket(prompt_tokens))
         survival = self._made.get(key)
         if survival is None:
             survival = self._made[key] = self._survival(key)
-        return LengthDistribution(survival, min(max_tokens, LONGEST_TOKENS))
+        return survival
 
     def _survival(self, key: tuple[str, int]) -> Floats:
         if not self._seen:
@@ -194,17 +205,8 @@ class LengthTable:
 
     def mean_remaining(self, made: Ints) -> Floats:
         """E[o - made | o > made], [n] tokens: sum of P(o > x | o > made) over x from made to max_tokens - 1."""
-        areas = np.zeros_like(self.survival)
-        np.cumsum((self.survival[:, 1:] + self.survival[:, :-1]) / 2 * WIDTHS, axis=1, out=areas[:, 1:])
-        span = np.stack([np.minimum(made, self.max_tokens), self.max_tokens], axis=1)  # [n, 2]
-        at = self._at(span)
-        below = BIN_OF[np.minimum(span, LONGEST_TOKENS - 1)]
-        row = self.row[:, None]
-        area = areas[row, below] + (span - EDGES[below]) * (self.survival[row, below] + at) / 2
-        # Edges are whole numbers, so a sum over tokens is the area and half of what is lost on the way.
-        total = area[:, 1] - area[:, 0] + (at[:, 0] - at[:, 1]) / 2
-        mean: Floats = np.maximum(total / at[:, 0], 0.0)
-        return mean
+        means: Floats = mean_remaining_of_all(self.survival, self.row, self.max_tokens, made, BIN_OF)
+        return means
 
     def _at(self, tokens: Ints) -> Floats:
         """Survival of each request's row at `tokens` [n, times]."""

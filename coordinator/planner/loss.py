@@ -7,14 +7,12 @@ token a batch. Taking the candidate that loses least gathers classes by itself.
 from __future__ import annotations
 
 from coordinator.planner.admission import Problem
-from coordinator.planner.instance import Instance
 from coordinator.planner.labels import NEWCOMER, PREFILL, capacity
 
 
-def loss_s(instance: Instance, residence_s: float) -> float:
-    """Seconds of this replica that the newcomers of `instance` take: their prompts, and what their decodes
-    take away from every batch while they stay (`residence_s` each)."""
-    problem = Problem(instance)
+def loss_s(problem: Problem, residence_s: float) -> float:
+    """Seconds of this replica that the newcomers of `problem` take: their prompts, and what their decodes
+    take away from every batch while they stay (`residence_s` each). They decode plainly."""
     before, after = budget_rate(problem, joined=False), budget_rate(problem, joined=True)
     idle = float(problem.load[0]) / problem.full_s
     prompts = float(problem.tokens[problem.newcomers].sum())

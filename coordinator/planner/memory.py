@@ -14,23 +14,22 @@ when memory runs over only the last one let in has to go, and need is bounded fr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Self
+from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
-from numpy.typing import NDArray
 
 from coordinator.planner.instance import FreeKv
-from coordinator.planner.lengths import Floats, Ints, LengthDistribution, LengthTable, stack
+from coordinator.planner.lengths import ALWAYS, Floats, KnownLengths, LengthDistribution
+from coordinator.planner.outlook_kernel import MOST_INTERVALS as MOST_INTERVALS
+from coordinator.planner.outlook_kernel import REQUEST_FIELDS, outlook_of
+from coordinator.planner.survival_kernel import BIN_OF, EDGES
 
-MOST_INTERVALS = 6
-CELLS = 24  # need is bounded cell by cell, by those alive at its start and what they hold at its end
 BLOCK_TOKENS = 16
 OVERFLOW_Z = 1.25  # tuned: the module's docstring says how
 OVERFLOW_AIM = 0.007  # of promises; somewhat below the 1 % that is promised
 LEAST_Z, MOST_Z = 0.5, 4.0  # never without a reserve: while nothing binds, nothing overflows
 Z_PER_OVERFLOW = 0.2
-ROUNDING = 1e-6  # of a token: a time that is a whole number of tokens may come out a hair off
 GOLDEN = (5**0.5 - 1) / 2
 
 
@@ -71,6 +70,49 @@ class Outlook:
     charges: tuple[tuple[int, ...], ...]
 
 
+@dataclass(slots=True, eq=False)
+class Cohort:
+    """Residents as rows of numbers: what compiled code takes, and quicker to make where there are many."""
+
+    _requests: list[tuple[float, ...]] = field(default_factory=list)
+    _curves: dict[int, tuple[int, Floats]] = field(default_factory=dict)  # by identity: which row, and itself
+
+    def add(
+        self,
+        base_tokens: int,
+        made_tokens: int,
+        pace_s: float,
+        starts_s: float,
+        survival: Floats,
+        max_tokens: int,
+    ) -> None:
+        """One more. See `Resident` and `LengthDistribution` for what the numbers are."""
+        if not pace_s > 0:
+            raise ValueError(f"pace_s is {pace_s}; give seconds per token, above 0")
+        curve = self._curves.get(id(survival))
+        if curve is None:
+            curve = self._curves[id(survival)] = len(self._curves), survival
+        self._requests.append((base_tokens, made_tokens, pace_s, starts_s, curve[0], max_tokens))
+
+    def outlook(self, count: int, capacity_tokens: int, block_tokens: int, z: float) -> Outlook:
+        """What the first `count` leave, and what the others would take. See `outlook`."""
+        requests = np.array(self._requests, dtype=np.float64).reshape(-1, REQUEST_FIELDS)
+        curves = [curve for _, curve in self._curves.values()]
+        starts_s, free, charges = outlook_of(
+            requests,
+            _spread(len(requests)),
+            np.array(curves).reshape(-1, len(EDGES)),
+            np.array([curve is ALWAYS for curve in curves], dtype=np.bool_),
+            BIN_OF,
+            count,
+            capacity_tokens - capacity_tokens % block_tokens,
+            block_tokens,
+            float(z),
+        )
+        intervals = tuple(map(FreeKv, starts_s.tolist(), free.tolist()))
+        return Outlook(intervals, tuple(map(tuple, charges.tolist())))
+
+
 def outlook(
     running: Sequence[Resident],
     newcomers: Sequence[Resident],
@@ -82,19 +124,13 @@ def outlook(
 
     Looks up to the longest expected residence. KV is held in whole blocks of `block_tokens`.
     """
-    cohort, count = _Cohort.of([*running, *newcomers]), len(running)
-    cell_ends_s, first_cell = _cells(cohort.likely_ends_s(), cohort.sure_ends_s(count))
-    mean, variance, most = cohort.need(cell_ends_s, block_tokens)  # [requests, cells] each
-    run_mean, run_variance, run_most = (part[:count].sum(axis=0) for part in (mean, variance, most))
-    # Where few hold much, mean + z * sd may pass what all of them, alive to the end, can hold: that is certain.
-    sure = run_mean + z * np.sqrt(run_variance) >= run_most
-    run_mean, run_variance = np.where(sure, run_most, run_mean), np.where(sure, 0.0, run_variance)
-    usable_tokens = capacity_tokens - capacity_tokens % block_tokens
-    run_sd = np.sqrt(run_variance)
-    free = np.minimum.reduceat(usable_tokens - run_mean - z * run_sd, first_cell)
-    added = z * (np.sqrt(run_variance + variance[count:]) - run_sd)
-    charge = np.maximum.reduceat(np.minimum(mean[count:] + added, most[count:]), first_cell, axis=1)
-    return Outlook(_intervals(free, cell_ends_s, first_cell), _whole(charge))
+    cohort = Cohort()
+    for one in (*running, *newcomers):
+        lengths = one.lengths
+        cohort.add(
+            one.base_tokens, one.made_tokens, one.pace_s, one.starts_s, lengths.survival, lengths.max_tokens
+        )
+    return cohort.outlook(len(running), capacity_tokens, block_tokens, z)
 
 
 def free_kv(
@@ -107,6 +143,11 @@ def free_kv(
     return outlook(running, (), capacity_tokens, block_tokens, z).free
 
 
+def warm_up() -> None:
+    """Compile the outlook, or load it from the cache, before the first request asks."""
+    free_kv([Resident(1, 0, 1.0, KnownLengths().lengths("", 1, 1))], BLOCK_TOKENS)
+
+
 def next_z(z: float, admitted: int, overflowed: int, aim: float = OVERFLOW_AIM) -> float:
     """z after `admitted` more promises, of which `overflowed` were preempted for want of memory.
 
@@ -117,90 +158,8 @@ def next_z(z: float, admitted: int, overflowed: int, aim: float = OVERFLOW_AIM) 
     return min(max(z + Z_PER_OVERFLOW * (overflowed - aim * admitted), LEAST_Z), MOST_Z)
 
 
-def _intervals(free: Floats, cell_ends_s: Floats, first_cell: Ints) -> tuple[FreeKv, ...]:
-    starts_s = np.concatenate([[0.0], cell_ends_s])[first_cell]
-    tokens = np.maximum(np.floor(free + ROUNDING), 0).astype(np.int64)
-    return tuple(FreeKv(*pair) for pair in zip(starts_s.tolist(), tokens.tolist(), strict=True))
-
-
-def _whole(charges: Floats) -> tuple[tuple[int, ...], ...]:
-    rows = np.ceil(charges - ROUNDING).astype(np.int64).tolist()
-    return tuple(tuple(row) for row in rows)
-
-
-def _cells(ends_s: Floats, sure_ends_s: Floats) -> tuple[Floats, Ints]:
-    """Ends of the cells, and the first cell of each interval: these begin now and at coming completions.
-
-    Cells split the intervals, and end at each completion that is sure: need peaks just before it.
-    """
-    ends_s = np.sort(ends_s[ends_s > 0])
-    if not len(ends_s):
-        return np.ones(1), np.zeros(1, dtype=np.int64)
-    picks = np.arange(1, MOST_INTERVALS) * len(ends_s) // MOST_INTERVALS
-    starts_s = np.unique(np.concatenate([[0.0], ends_s[picks]]))
-    starts_s = starts_s[starts_s < ends_s[-1]]
-    bounds_s = np.append(starts_s, ends_s[-1])
-    parts = np.linspace(0, 1, CELLS // len(starts_s) + 1)[1:]
-    within_s = bounds_s[:-1, None] * (1 - parts) + bounds_s[1:, None] * parts  # the last is the bound itself
-    cell_ends_s = np.unique(np.concatenate([within_s.ravel(), sure_ends_s]))
-    return cell_ends_s, np.searchsorted(cell_ends_s, starts_s, side="right")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Cohort:
-    """Requests as columns, [n] each. `base`: KV tokens beside those that were made here."""
-
-    base: Ints
-    made: Ints
-    pace_s: Floats
-    starts_s: Floats
-    certain: NDArray[np.bool_]
-    table: LengthTable
-
-    @classmethod
-    def of(cls, residents: Sequence[Resident]) -> Self:
-        return cls(
-            base=np.array([r.base_tokens for r in residents], dtype=np.int64),
-            made=np.array([r.made_tokens for r in residents], dtype=np.int64),
-            pace_s=np.array([r.pace_s for r in residents], dtype=np.float64),
-            starts_s=np.array([r.starts_s for r in residents], dtype=np.float64),
-            certain=np.array([r.lengths.certain for r in residents], dtype=np.bool_),
-            table=stack([r.lengths for r in residents]),
-        )
-
-    def likely_ends_s(self) -> Floats:
-        """[n] seconds until each ends: as spread out as completions are, the latest at the longest mean.
-
-        Means alone lie close together. So each length is its mean times an evenly spread exponential draw.
-        """
-        mean_s = self.table.mean_remaining(self.made) * self.pace_s
-        spread = -np.log1p(-((np.arange(len(mean_s)) + 0.5) * GOLDEN % 1.0))
-        ends_s = self.starts_s + mean_s * np.where(self.certain, 1.0, spread)
-        longest_s = np.max(self.starts_s + mean_s, initial=0.0)
-        return np.append(np.minimum(ends_s, longest_s), longest_s)
-
-    def sure_ends_s(self, count: int) -> Floats:
-        """Seconds until those of the first `count` end whose lengths are certain."""
-        sure = np.flatnonzero(self.certain[:count])
-        ends_s = self.starts_s[sure] + (self.table.max_tokens - self.made)[sure] * self.pace_s[sure]
-        return ends_s[ends_s > 0]
-
-    def need(self, cell_ends_s: Floats, block_tokens: int) -> tuple[Floats, Floats, Floats]:
-        """(mean, variance, most) of the KV tokens that each holds in each cell, [n, cells].
-
-        An upper bound over the cell: alive with the chance of its start, holding what it has at its end. The
-        last token is never held: a request ends with it.
-        """
-        tokens = self._tokens_until(np.concatenate([[0.0], cell_ends_s]))
-        made, last = self.made[:, None], self.table.max_tokens[:, None] - 1
-        by_start = made + (tokens[:, :-1] + ROUNDING).astype(np.int64)
-        by_end = made + np.maximum(np.ceil(tokens[:, 1:] - ROUNDING).astype(np.int64) - 1, 0)
-        alive = self.table.longer_than(by_start) / self.table.longer_than(np.minimum(made, last))
-        held = -(-(self.base[:, None] + np.minimum(by_end, last)) // block_tokens) * block_tokens
-        mean = held * alive
-        return mean, held * (mean - mean * alive), np.where(alive > 0, held, 0)
-
-    def _tokens_until(self, at_s: Floats) -> Floats:
-        """[n, times] tokens that each makes until then, if it goes on for so long."""
-        tokens: Floats = np.maximum(at_s - self.starts_s[:, None], 0) / self.pace_s[:, None]
-        return tokens
+@lru_cache(maxsize=512)
+def _spread(count: int) -> Floats:
+    """[count] draws of an exponential distribution, evenly spread and in no order."""
+    draws: Floats = -np.log1p(-((np.arange(count) + 0.5) * GOLDEN % 1.0))
+    return draws

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from coordinator.planner.instance import Decode, Instance, Newcomer, Prefill, Tier
-from coordinator.planner.lengths import KnownLengths, LengthDistribution, Lengths
-from coordinator.planner.memory import OVERFLOW_Z, Resident, outlook
+from coordinator.planner.lengths import ALWAYS, Lengths
+from coordinator.planner.memory import OVERFLOW_Z, Cohort, Outlook
 from engine.cost import StepCost
 from engine.messages import WorkState
 from engine.request import WorkKind
@@ -17,7 +17,6 @@ MOST_TIERS = 8  # paces beyond are rounded down to the next one of these many
 THETA = 0.7  # of the time that accepted tokens give on average: they come at random (paper's rule, corrected)
 TOLERANCE = 0.05  # of the decode time so far: later than that a promise is broken (the scoring rule)
 HORIZON_S = 60.0  # deadlines beyond are taken for this: a plan counts every token that is due before them
-ONE_TOKEN: LengthDistribution = KnownLengths().lengths("", 0, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,46 +60,21 @@ class Asking:
 
 def to_instance(replica: Replica, asking: Asking, lengths: Lengths) -> Instance:
     """The admission problem of `asking` on `replica`. What is broken already is no promise any more."""
-    cost = replace(replica.cost, drift=replica.cost.drift * (1 + replica.margin))
-    start_s = replica.step_s if replica.works else 0.0  # a plan begins when the batch in flight ends
+    cost = replica.cost
+    if replica.margin:
+        cost = replace(cost, drift=cost.drift * (1 + replica.margin))
+    start_s = _in_flight_s(replica)
     shift_s = replica.age_s + start_s
     promised = [work for work in replica.works if not work.best_effort]
     decoding = [
-        work for work in promised if work.kind is not WorkKind.PREFILL and work.prefill_left_tokens == 0
+        work for work in promised if work.prefill_left_tokens == 0 and work.kind is not WorkKind.PREFILL
     ]
-    computing = [work for work in promised if work.prefill_left_tokens > 0]
+    # Of one that is handed on only the KV is still here, under a lease.
+    handed_on = sum(1 for work in promised if work.kind is WorkKind.PREFILL and work.prefill_left_tokens == 0)
     names = _tiers([*(work.tpot_s for work in promised), *([] if asking.tpot_s is None else [asking.tpot_s])])
-    floor_s = cost.predict(
-        len(decoding) + 1, seqs=len(decoding), context_tokens=sum(map(_context_tokens, decoding))
-    )
     chances = _acceptance(decoding, names)
-    decodes = []
-    late = 0
-    for work in decoding:
-        # Whether it is late is for the report to say: since then it has made tokens that we do not know of.
-        if _due_left_s(work) < -max(work.tpot_s, TOLERANCE * work.output_tokens * work.tpot_s):
-            late += 1
-        else:
-            due_s = max(_due_left_s(work) - shift_s, floor_s)
-            decodes.append(Decode(_name(work), names[work.tpot_s], due_s, _context_tokens(work)))
-    prefills = []
-    for work in computing:
-        left_s = _due_left_s(work)
-        tokens = work.prefill_left_tokens + 1
-        cached = work.prompt_tokens + work.output_tokens - tokens
-        alone_s = cost.prefill_alone_s(cached + tokens, replica.max_batch_tokens, max(cached, 0))
-        if left_s >= alone_s:
-            left_s = min(max(left_s - shift_s, alone_s), HORIZON_S)
-            tier = None if work.kind is WorkKind.PREFILL else names[work.tpot_s]
-            prefills.append(Prefill(_name(work), tokens, left_s, tier, max(cached, 0)))
-    residents = [_resident(work, lengths, shift_s) for work in promised]
-    view = outlook(
-        residents,
-        [_newcomer_resident(asking, lengths)],
-        replica.kv_tokens,
-        replica.block_tokens,
-        replica.overflow_z,
-    )
+    decodes, late = _decodes(decoding, names, cost, shift_s)
+    view = _outlook(replica, promised, asking, lengths, shift_s)
     newcomer = Newcomer(
         id=asking.id,
         tokens=max(asking.tokens, 1),
@@ -114,15 +88,24 @@ def to_instance(replica: Replica, asking: Asking, lengths: Lengths) -> Instance:
         cost=cost,
         max_batch_tokens=replica.max_batch_tokens,
         tiers=tuple(Tier(name, tpot_s, chances.get(name)) for tpot_s, name in _distinct(names)),
-        decodes=tuple(decodes),
-        prefills=tuple(prefills),
+        decodes=decodes,
+        prefills=_prefills(promised, names, replica, cost, shift_s),
         newcomers=tuple(asked),
         free_kv=view.free,
-        free_seqs=max(replica.max_seqs - sum(not _handed_on(work) for work in promised), 0),
+        free_seqs=max(replica.max_seqs - len(promised) + handed_on, 0),
         late_seqs=late,
         max_depth=replica.max_depth,
         theta=THETA,
     )
+
+
+def _in_flight_s(replica: Replica) -> float:
+    """Until the batch in flight ends, where a plan begins. A report is made between two batches: while it is
+    young the batch is the one that began then; later some other is, half done on average."""
+    if not replica.works:
+        return 0.0
+    left_s = replica.step_s - replica.age_s
+    return left_s if left_s > 0 else replica.step_s / 2
 
 
 def expected_residence_s(asking: Asking, lengths: Lengths) -> float:
@@ -131,6 +114,65 @@ def expected_residence_s(asking: Asking, lengths: Lengths) -> float:
         return 0.0
     known = lengths.lengths(asking.class_name, asking.tokens + asking.cached_tokens, asking.max_tokens)
     return known.mean_remaining() * asking.tpot_s
+
+
+def _decodes(
+    works: Sequence[WorkState], names: dict[float, str], cost: StepCost, shift_s: float
+) -> tuple[tuple[Decode, ...], int]:
+    """What the decodes still owe, and how many are so late that they owe nothing."""
+    context = [work.prompt_tokens + work.output_tokens for work in works]
+    floor_s = cost.predict(len(works) + 1, seqs=len(works), context_tokens=sum(context))
+    decodes, late = [], 0
+    for work, context_tokens in zip(works, context, strict=True):
+        left_s, tpot_s = _due_left_s(work), work.tpot_s
+        # Whether it is late is for the report to say: since then it has made tokens that we do not know of.
+        if left_s < -tpot_s and left_s < -TOLERANCE * work.output_tokens * tpot_s:
+            late += 1
+        else:
+            decodes.append(Decode(_name(work), names[tpot_s], max(left_s - shift_s, floor_s), context_tokens))
+    return tuple(decodes), late
+
+
+def _prefills(
+    works: Sequence[WorkState], names: dict[float, str], replica: Replica, cost: StepCost, shift_s: float
+) -> tuple[Prefill, ...]:
+    """What is left of the prompts, but for those that are late whatever is done."""
+    prefills = []
+    for work in works:
+        if work.prefill_left_tokens <= 0:
+            continue
+        left_s = _due_left_s(work)
+        tokens = work.prefill_left_tokens + 1
+        known = work.prompt_tokens + work.output_tokens
+        cached = max(known - tokens, 0)
+        alone_s = cost.prefill_alone_s(known, replica.max_batch_tokens, cached)
+        if left_s >= alone_s:
+            left_s = min(max(left_s - shift_s, alone_s), HORIZON_S)
+            tier = None if work.kind is WorkKind.PREFILL else names[work.tpot_s]
+            prefills.append(Prefill(_name(work), tokens, left_s, tier, cached))
+    return tuple(prefills)
+
+
+def _outlook(
+    replica: Replica, promised: Sequence[WorkState], asking: Asking, lengths: Lengths, shift_s: float
+) -> Outlook:
+    """The memory that is left, and what the one who asks would take. What decodes elsewhere makes one token."""
+    cohort = Cohort()
+    for work in promised:
+        made, prompt_tokens = work.output_tokens, work.prompt_tokens
+        starts_s = max(work.first_token_left_s - shift_s, 0.0) if made == 0 else 0.0
+        if work.kind is WorkKind.PREFILL:
+            cohort.add(prompt_tokens, 0, 1.0, starts_s, ALWAYS, 1)
+        else:
+            survival = lengths.survival(work.class_name, prompt_tokens)
+            cohort.add(prompt_tokens, made, work.tpot_s, starts_s, survival, work.max_tokens)
+    prompt_tokens, starts_s = asking.tokens + asking.cached_tokens, max(asking.left_s, 0.0)
+    if asking.tpot_s is None:
+        cohort.add(prompt_tokens, 0, 1.0, starts_s, ALWAYS, 1)
+    else:
+        survival = lengths.survival(asking.class_name, prompt_tokens)
+        cohort.add(prompt_tokens, 0, asking.tpot_s, starts_s, survival, asking.max_tokens)
+    return cohort.outlook(len(promised), replica.kv_tokens, replica.block_tokens, replica.overflow_z)
 
 
 def _numbered(newcomer: Newcomer, index: int) -> Newcomer:
@@ -177,35 +219,9 @@ def _distinct(names: dict[float, str]) -> list[tuple[float, str]]:
     return [(pace_s, name) for name, pace_s in paces.items()]
 
 
-def _handed_on(work: WorkState) -> bool:
-    """Whether its prefill is over and only its KV is still here, under a lease."""
-    return work.kind is WorkKind.PREFILL and work.prefill_left_tokens == 0
-
-
 def _name(work: WorkState) -> str:
     return f"{work.request_id}#{work.attempt}"
 
 
-def _context_tokens(work: WorkState) -> int:
-    return work.prompt_tokens + work.output_tokens
-
-
 def _due_left_s(work: WorkState) -> float:
     return work.first_token_left_s if work.next_due_left_s is None else work.next_due_left_s
-
-
-def _resident(work: WorkState, lengths: Lengths, shift_s: float) -> Resident:
-    starts_s = max(work.first_token_left_s - shift_s, 0.0) if work.output_tokens == 0 else 0.0
-    if work.kind is WorkKind.PREFILL:
-        return Resident(work.prompt_tokens, 0, 1.0, ONE_TOKEN, starts_s)
-    known = lengths.lengths(work.class_name, work.prompt_tokens, max(work.max_tokens, 1))
-    return Resident(work.prompt_tokens, work.output_tokens, work.tpot_s, known, starts_s)
-
-
-def _newcomer_resident(asking: Asking, lengths: Lengths) -> Resident:
-    prompt_tokens = asking.tokens + asking.cached_tokens
-    starts_s = max(asking.left_s, 0.0)
-    if asking.tpot_s is None:
-        return Resident(prompt_tokens, 0, 1.0, ONE_TOKEN, starts_s)
-    known = lengths.lengths(asking.class_name, prompt_tokens, max(asking.max_tokens, 1))
-    return Resident(prompt_tokens, 0, asking.tpot_s, known, starts_s)

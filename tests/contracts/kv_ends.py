@@ -1,14 +1,17 @@
-"""The two ends of a KV transfer as the contract suite drives them: over the fake, and over NIXL."""
+"""The two ends of a KV transfer as the contract suite drives them: the fake, NIXL, and virtual engines."""
 
 from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
 
+from engine.base import UNPLANNED, Work
+from engine.virtual import VirtualEngine
 from kv_transfer.base import Handoff, Lease, Link, Pull, PullOutcome
 from kv_transfer.fake import FakeFabric, Faults, ManualClock
 from tests.contracts.engine_process import EngineProcess
 from tests.contracts.paged_engine import PagedConfig, PagedEngine, expected_tokens
+from tests.engine.virtual_replica import Stage
 
 LEASE_S = 3.0
 DEADLINE_S = 15.0  # far away: only rows about deadlines come near one
@@ -296,6 +299,122 @@ class NixlEnds(Ends):
 
     def held_blocks(self) -> int:
         return int(self._target.call("held_blocks"))
+
+
+class VirtualEnds(Ends):
+    """Two virtual engines on a clock that is moved by hand. What the target says is right if it says the same
+    as an engine that got nothing handed over."""
+
+    def __init__(self) -> None:
+        self._stage = Stage(latency_s=1e-3, bytes_per_s=1e8)
+        self._target = self._engine("target")
+        self._judge = self._engine("judge")
+        self._restarts = 0
+        self._said: dict[str, list[int]] = {}
+        self._prompts: dict[str, list[int]] = {}
+        self.restart_source()
+
+    def _engine(self, engine_id: str) -> VirtualEngine:
+        # No caches: every row is about bytes that move.
+        sizes = {"kv_tokens": 256 * 32, "max_model_len": 4096, "max_batch_tokens": 4096}
+        return self._stage.engine(engine_id, lease_s=LEASE_S, enable_prefix_caching=False, **sizes)
+
+    def restart_source(self) -> None:
+        self._restarts += 1
+        self._source: VirtualEngine | None = self._engine(f"source-{self._restarts}")
+
+    @property
+    def _alive(self) -> VirtualEngine:
+        assert self._source is not None
+        return self._source
+
+    def offer(self, request_id: str, num_tokens: int = 2000) -> Handoff:
+        self._alive.submit(Work(request_id, _prompt(request_id, num_tokens), b"", 1, offer_kv=True))
+        (output,) = self._alive.step(lambda _: UNPLANNED).outputs
+        assert output.handoff is not None
+        return output.handoff
+
+    def begin_pull(self, request_id: str, handoff: Handoff, deadline_s: float = DEADLINE_S) -> None:
+        self._prompts[request_id] = _prompt(request_id, handoff.num_tokens)
+        self._said[request_id] = []
+        pulling = Work(
+            request_id, self._prompts[request_id], b"", 2, handoff=handoff, pull_deadline_s=deadline_s
+        )
+        self._target.submit(pulling)
+        self._step()
+
+    def _step(self) -> None:
+        for output in self._target.step(lambda _: UNPLANNED).outputs:
+            self._said[output.work_id] += output.token_ids
+
+    def end_pull(self, request_id: str) -> Pull:
+        for _ in range(20000):
+            if pulls := self._target.kv.take_pulls():
+                assert [pull.request_id for pull in pulls] == [request_id]
+                return pulls[0]
+            self._stage.clock.advance(1e-3)
+            self._step()
+        raise TimeoutError(f"the pull of {request_id} did not end")
+
+    def go_on(self, request_id: str) -> None:
+        self._say(request_id, 1)
+
+    def is_right(self, request_id: str) -> bool:
+        self._say(request_id, 2)
+        self._judge.submit(Work(request_id, self._prompts[request_id], b"", 2))
+        expected: list[int] = []
+        while self._judge.has_work():
+            for output in self._judge.step(lambda _: UNPLANNED).outputs:
+                expected += output.token_ids
+        return self._said[request_id] == expected
+
+    def _say(self, request_id: str, tokens: int) -> None:
+        for _ in range(100):
+            if len(self._said[request_id]) >= tokens:
+                return
+            self._step()
+        raise TimeoutError(f"{request_id} did not go on")
+
+    def cancel(self, request_id: str) -> None:
+        self._target.cancel([request_id])
+
+    def release(self, request_id: str) -> bool:
+        return self._alive.kv.release(request_id)
+
+    def leases(self) -> list[Lease]:
+        return self._alive.kv.leases()
+
+    def probe(self) -> Link:
+        return self._target.kv.probe(self._alive.kv.address())
+
+    def reuse_source_blocks(self) -> None:
+        self._alive.step(lambda _: UNPLANNED)
+
+    def wait(self, seconds: float) -> None:
+        self._stage.clock.advance(seconds)
+
+    def stop_source(self) -> None:
+        self._alive.kv.stalled = True
+
+    def wake_source(self) -> None:
+        self._alive.kv.stalled = False
+
+    def kill_source(self) -> None:
+        self._alive.stop()
+        self._source = None
+
+    def used_blocks(self) -> tuple[int, int]:
+        ends = [self._target] if self._source is None else [self._source, self._target]
+        for _ in range(50):
+            self._stage.clock.advance(1e-3)
+            self._step()
+            if self._source is not None:
+                self._source.step(lambda _: UNPLANNED)
+        used = [end.usage().used_blocks for end in ends]
+        return (used[0], used[-1]) if len(ends) == 2 else (0, used[0])
+
+    def held_blocks(self) -> int:
+        return self._target.kv.held_blocks()
 
 
 def _prompt(request_id: str, num_tokens: int) -> list[int]:

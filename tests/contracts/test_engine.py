@@ -11,9 +11,12 @@ import pytest
 from engine.base import BatchPlan, Engine, EngineInfo, Seq, Work
 from engine.cost import StepCost
 from engine.errors import EngineError, RequestError
+from engine.virtual import VirtualEngine
+from engine.virtual_tokens import VirtualSampling
 from engine.vllm import VllmEngine
 from kv_transfer.base import Handoff, PullOutcome
 from tests.engine.replica import Drive, greedy, prompt, running_engine
+from tests.engine.virtual_replica import virtual_engine
 
 MAX_TOKENS = 6
 
@@ -22,7 +25,7 @@ MAX_TOKENS = 6
 class Kind:
     """An engine under the contract: how it is started, and its encoding of greedy sampling."""
 
-    start: Callable[[], AbstractContextManager[VllmEngine]]
+    start: Callable[[], AbstractContextManager[VllmEngine | VirtualEngine]]
     sampling: Callable[[int], bytes]
 
 
@@ -32,7 +35,13 @@ KINDS = {
             "contract", max_num_seqs=4, max_batch_tokens=128, num_blocks=80, side_channel_port=5743
         ),
         sampling=greedy,
-    )
+    ),
+    "virtual": Kind(
+        start=lambda: virtual_engine(
+            "contract", max_num_seqs=4, max_batch_tokens=128, kv_tokens=80 * 32, max_model_len=1024
+        ),
+        sampling=lambda max_tokens: VirtualSampling().encode(),
+    ),
 }
 
 
@@ -42,7 +51,7 @@ def kind(request: pytest.FixtureRequest) -> Kind:
 
 
 @pytest.fixture(scope="module")
-def engine(kind: Kind) -> Iterator[VllmEngine]:
+def engine(kind: Kind) -> Iterator[VllmEngine | VirtualEngine]:
     with kind.start() as started:
         yield started
     with pytest.raises(EngineError, match="not running"):
@@ -59,7 +68,7 @@ def make(kind: Kind) -> Callable[..., Work]:
 
 
 @pytest.fixture(autouse=True)
-def _all_comes_back(engine: VllmEngine) -> Iterator[None]:
+def _all_comes_back(engine: VllmEngine | VirtualEngine) -> Iterator[None]:
     """Whatever a test did: no block is used after it, and nothing is left to do."""
     assert engine.reset_prefix_cache()
     yield
@@ -68,7 +77,7 @@ def _all_comes_back(engine: VllmEngine) -> Iterator[None]:
     assert (usage.used_blocks, usage.running, usage.waiting) == (0, 0, 0)
 
 
-def test_info_says_what_the_engine_is(engine: VllmEngine) -> None:
+def test_info_says_what_the_engine_is(engine: VllmEngine | VirtualEngine) -> None:
     info: EngineInfo = engine.describe()
     assert info.engine
     assert info.engine_id == "contract"
@@ -243,7 +252,7 @@ def _from_nowhere(offered: Handoff) -> Handoff:
     return replace(offered, source="nowhere", params=params)
 
 
-def test_profile_leaves_the_engine_clean(engine: VllmEngine) -> None:
+def test_profile_leaves_the_engine_clean(engine: VllmEngine | VirtualEngine) -> None:
     reports = engine.profile_step_times()
     assert engine.usage().used_blocks == 0
     assert not engine.has_work()
@@ -253,7 +262,7 @@ def test_profile_leaves_the_engine_clean(engine: VllmEngine) -> None:
     assert 0 < cost.predict(1) <= cost.predict(128) < 60
 
 
-def test_profile_needs_an_idle_engine(engine: VllmEngine, make: Callable[..., Work]) -> None:
+def test_profile_needs_an_idle_engine(engine: VllmEngine | VirtualEngine, make: Callable[..., Work]) -> None:
     engine.submit(make("a", 10))
     with pytest.raises(EngineError, match="idle"):
         engine.profile_step_times()

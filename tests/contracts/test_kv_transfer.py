@@ -1,4 +1,4 @@
-"""The failure contract of kv_transfer/base.py, row by row, over the fake and over NIXL.
+"""The failure contract of kv_transfer/base.py, row by row: the fake, NIXL, and virtual engines.
 
 Every row ends with the same promise: the target says what its prompt gives, and the blocks in use on both
 ends are what they were.
@@ -13,20 +13,22 @@ from collections.abc import Iterator
 import pytest
 
 from kv_transfer.base import PullOutcome
-from tests.contracts.kv_ends import LEASE_S, Ends, FakeEnds, NixlEnds
+from tests.contracts.kv_ends import LEASE_S, Ends, FakeEnds, NixlEnds, VirtualEnds
 
 pytestmark = pytest.mark.timeout(300)
 
 # A step that waits for a stopped peer would wait for ever; a busy machine may take a while for a step.
 BLOCKED_S = 20.0
 
+IN_MEMORY = {"fake": FakeEnds, "virtual": VirtualEnds}
+
 _NAMES = (f"request-{number}" for number in itertools.count())
 
 
-@pytest.fixture(scope="module", params=["fake", "nixl"])
+@pytest.fixture(scope="module", params=["fake", "virtual", "nixl"])
 def shared_ends(request: pytest.FixtureRequest) -> Iterator[Ends]:
-    if request.param == "fake":
-        yield FakeEnds()
+    if request.param in IN_MEMORY:
+        yield IN_MEMORY[request.param]()
         return
     pytest.importorskip("vllm")
     pytest.importorskip("nixl")

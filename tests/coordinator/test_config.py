@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from coordinator.cluster import node_names
 from coordinator.config import ClusterConfig, load_config
 from coordinator.config_layers import parse_assignment, shipped_configs
+from coordinator.virtual_nodes import hosted, virtual_cost
 from engine.errors import ConfigError
 
 
@@ -179,3 +181,25 @@ def test_a_step_profile_is_found_by_name_by_path_or_by_the_model() -> None:
     assert named.name == "scale.json"
     with pytest.raises(ConfigError, match=r"engine\.step_profile: there is no such file.*scale, tiny"):
         load_config(None, {"engine.step_profile": "nowhere.json"})
+
+
+def test_virtual_engines_cost_what_their_own_section_says() -> None:
+    config = load_config("virtual")
+    assert config.engines == "virtual"
+    assert config.step_profile is None, "never the profile of the model whose tokenizer they use"
+    assert virtual_cost(config).predict(100) == pytest.approx(0.0248 + 100 * 68.8e-6)
+    profiled = load_config("virtual", {"virtual.profile": "a100-opt-13b"})
+    assert profiled.step_profile is not None
+    assert virtual_cost(profiled).predict(100) < virtual_cost(config).predict(100)
+    with pytest.raises(ConfigError, match=r"virtual\.profile: there is no such file"):
+        load_config("virtual", {"virtual.profile": "b200"})
+
+
+def test_every_host_gets_its_part_of_every_pool() -> None:
+    config = load_config("virtual", {"pools.prefill": 2, "pools.mixed": 3, "virtual.processes": 2})
+    hosts = hosted(config)
+    assert {name: sorted(nodes.values()) for name, nodes in hosts.items()} == {
+        "virtual-0": ["decode", "mixed", "mixed", "prefill"],
+        "virtual-1": ["decode", "mixed", "prefill"],
+    }
+    assert {name for nodes in hosts.values() for name in nodes} == set(node_names(config))

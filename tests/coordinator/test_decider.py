@@ -51,6 +51,22 @@ def _finished(request: Place, **changes: object) -> Finished:
 LATE = replace(ASK, first_token_left_s=5.0)
 
 
+def test_without_reasons_the_decisions_are_the_same() -> None:
+    asks = [replace(LATE, request_id=str(at), prompt_tokens=100 * at + 1) for at in range(20)]
+
+    def verdicts(decider: Decider) -> list[tuple[str, str]]:
+        mirrors = {"m": _node("m", RoleName.MIXED, FULL[2:])}
+        placed = [decider.place(ask, ENDPOINT, mirrors, {}, 0.0) for ask in asks]
+        return [(one.verdict, one.reason) for one in placed]
+
+    explained, silent = verdicts(Decider(99, 8)), verdicts(Decider(99, 0, why=False))
+    assert [verdict for verdict, _ in silent] == [verdict for verdict, _ in explained]
+    assert {verdict for verdict, _ in silent} == {"admitted", "best_effort"}
+    assert {reason for verdict, reason in silent if verdict == "best_effort"} == {
+        "it does not fit beside those admitted"
+    }
+
+
 def test_a_deferred_request_is_promised_as_soon_as_there_is_room() -> None:
     decider, mirror = Decider(8, 8), _full_node()
     mirrors = {"m": mirror}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from coordinator.links import MeasuredLinks
+from coordinator.links import GivenLinks, MeasuredLinks
 from kv_transfer.base import Link, Pull, PullOutcome
 
 
@@ -42,3 +42,12 @@ def test_a_link_that_turns_slow_is_learned_from_its_pulls_each_once() -> None:
         links.observe("d", pulls)
     learned = links.by_name()["p", "d"]
     assert 0.5e7 < learned.bytes_per_s < 2e7
+
+
+def test_given_links_are_there_for_any_pair_and_ask_for_no_probe() -> None:
+    links = GivenLinks(0.001, 1e9)
+    links.node_is("p", "p-1")
+    links.observe("d", [Pull("r", "p-1", PullOutcome.PULLED, 1_000_000, 5.0)])
+    assert links.by_name()["p", "d"] == links.by_name().get(("p", "d")) == Link("p", "d", 0.001, 1e9)
+    assert links.unmeasured([str(at) for at in range(1000)]) == []
+    assert [row["source"] for row in links.rows()] == ["any"]

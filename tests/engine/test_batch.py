@@ -239,7 +239,7 @@ def test_prompts_of_best_effort_make_no_batch_long_while_promises_are_kept() -> 
 def test_best_effort_is_begun_only_while_memory_stays_free() -> None:
     seqs = [decoding("promised"), waiting("spare", 300), waiting("next", 300)]
     duties = {"promised": promise("promised", 9.0, tpot_s=9.0)}
-    memory = Memory(kv_tokens=4000, free_tokens=800, free_slots=9)
+    memory = Memory(kv_tokens=4000, free_tokens=1600, free_slots=9)
     assert compose(seqs, duties, replace(FAST, memory=memory)).skip == {"next"}
     assert compose(seqs, duties, replace(FAST, memory=replace(memory, free_slots=0))).skip == {"spare", "next"}
 

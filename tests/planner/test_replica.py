@@ -28,10 +28,16 @@ def problem(*works: WorkState, **changes: object):  # type: ignore[no-untyped-de
 
 
 def test_what_a_report_says_has_aged_and_what_is_asked_now_has_not() -> None:
+    instance = problem(DECODING, QUEUED, age_s=0.004, step_s=0.02)  # the batch ends in 0.016
+    assert instance.decodes[0].due_s == pytest.approx(0.04 - 0.02)
+    assert instance.prefills[0].deadline_s == pytest.approx(0.5 - 0.02)
+    assert instance.newcomers[0].deadline_s == pytest.approx(1.0 - 0.016)
+
+
+def test_after_an_old_report_some_batch_is_half_done() -> None:
     instance = problem(DECODING, QUEUED, age_s=0.01, step_s=0.005)
-    assert instance.decodes[0].due_s == pytest.approx(0.04 - 0.015)
-    assert instance.prefills[0].deadline_s == pytest.approx(0.5 - 0.015)
-    assert instance.newcomers[0].deadline_s == pytest.approx(1.0 - 0.005)
+    assert instance.prefills[0].deadline_s == pytest.approx(0.5 - 0.01 - 0.0025)
+    assert instance.newcomers[0].deadline_s == pytest.approx(1.0 - 0.0025)
 
 
 def test_a_batch_in_flight_is_waited_for_only_where_something_runs() -> None:

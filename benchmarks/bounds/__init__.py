@@ -1,0 +1,1 @@
+"""What no scheduler can do better, on the same arrivals: requests served, and rates at which enough are."""

@@ -1,0 +1,244 @@
+"""Capacity: the highest rate per GPU at which a share of requests keeps every promise, and how it is searched.
+
+A point is one run at one rate. It holds if enough requests were met and the queue drained. Points are kept on
+disk by what goes into them and by the code that made them, so that a search that was interrupted goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from benchmarks.hardware import hardware
+from benchmarks.scenarios import make
+from benchmarks.simulator.outcome import summary
+from benchmarks.simulator.run import Network, run
+from benchmarks.simulator.systems import Deployment, Tuning, design, roles_for, tuned
+
+PRECISION = 0.03
+FIRST_STEP = 1.3
+LEAST_RATE = 1e-3
+MOST_DOUBLINGS = 12
+CODE = ("benchmarks", "coordinator", "engine", "kv_transfer", "configs/hardware")
+SECONDS = 600.0
+SECONDS_OF = {"reasoning": 3000.0}  # ten times the mean residence of a request: 5,500 tokens at up to 50 ms
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """Everything that is the same at every rate of a search.
+
+    `acceptance`: chance that a draft is right; None without speculation. `one_of`: extra facts for variants of
+    ours (see benchmarks/simulator/variants.py).
+    """
+
+    scenario: str
+    hardware: str
+    system: str
+    mode: str
+    replicas: int
+    tuning: Tuning
+    acceptance: float | None = None
+    kv_tokens: int | None = None
+    link_bytes_per_s: float = Network().bytes_per_s
+    arrivals: str | None = None
+    duration_s: float | None = None
+    variant: str = ""
+
+    @property
+    def seconds(self) -> float:
+        """Simulated time in which requests arrive."""
+        return self.duration_s or SECONDS_OF.get(self.scenario, SECONDS)
+
+    def deployment(self) -> Deployment:
+        """The replicas."""
+        tuning = self.tuning
+        chosen = hardware(self.hardware)
+        if design(self.system).disaggregated or self.mode == "disaggregated":
+            roles = roles_for("disaggregated", 0, tuning.prefill or 1, tuning.decode or 1)
+        else:
+            roles = roles_for(self.mode, self.replicas)
+        return Deployment(
+            self.system,
+            chosen,
+            roles,
+            tuning,
+            self.acceptance,
+            self.kv_tokens,
+            one_node=self.mode == "colocated",
+            variant=self.variant,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One run: the rate that came (requests a second and GPU), and how it went."""
+
+    asked_per_gpu: float
+    rate_per_gpu: float
+    attainment: float
+    drained: bool
+    facts: dict[str, Any]
+
+    def holds(self, share: float) -> bool:
+        """Whether this rate is within capacity."""
+        return self.drained and self.attainment >= share
+
+
+def measure(setting: Setting, rate_per_gpu: float, seed: int, stop_below: float | None = None) -> Point:
+    """Run one point. With `stop_below` it may stop as soon as it cannot hold."""
+    deployment = setting.deployment()
+    workload = make(
+        setting.scenario,
+        rate_per_gpu * deployment.gpus,
+        setting.seconds,
+        seed,
+        tpot_scale=deployment.hardware.tpot_scale,
+        arrivals=setting.arrivals,
+    ).clipped((setting.kv_tokens or deployment.hardware.kv_tokens) // 2)
+    network = Network(bytes_per_s=setting.link_bytes_per_s)
+    outcome = run(workload, deployment, network, seed=seed, stop_below=stop_below)
+    facts = summary(outcome, deployment.gpus)
+    return Point(rate_per_gpu, facts["rate_per_gpu_per_s"], outcome.attainment, outcome.drained, facts)
+
+
+class Cache:
+    """Points on disk. `folder` None keeps nothing."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+
+    def point(self, setting: Setting, rate_per_gpu: float, seed: int, stop_below: float | None) -> Point:
+        """The point, run now if it never was."""
+        key = [asdict(setting), rate_per_gpu, seed, stop_below]
+        return Point(**self.kept(key, lambda: asdict(measure(setting, rate_per_gpu, seed, stop_below))))
+
+    def kept(self, key: Sequence[Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What `make` makes, which `key` and the code say all about: made now if it never was."""
+        if self._folder is None:
+            return make()
+        text = json.dumps([*key, code_fingerprint()], sort_keys=True)
+        name = hashlib.sha256(text.encode()).hexdigest()[:32]
+        path = self._folder / name[:2] / f"{name}.json"
+        if path.exists():
+            found: dict[str, Any] = json.loads(path.read_text())
+            return found
+        made = make()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(f".{os.getpid()}")
+        unfinished.write_text(json.dumps(made))
+        unfinished.rename(path)  # a run that is interrupted leaves no half of it
+        return made
+
+
+@lru_cache(maxsize=1)
+def code_fingerprint() -> str:
+    """Of the source that a point depends on: figures of older code are not taken for those of this one."""
+    root = Path(__file__).resolve().parent.parent
+    digest = hashlib.sha256()
+    for folder in CODE:
+        for path in sorted((root / folder).rglob("*")):
+            if path.suffix in (".py", ".json") and "results" not in path.parts and _counts(path):
+                digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+# Of benchmarks/ only what a point runs: a change of a report or a plot recomputes nothing.
+RUN_BY_A_POINT = {
+    "scenarios.py",
+    "parts.py",
+    "recorded.py",
+    "traces.py",
+    "traffic.py",
+    "workload.py",
+    "hardware.py",
+}
+
+
+def _counts(path: Path) -> bool:
+    parts = path.parts
+    if "benchmarks" in parts:
+        return "simulator" in parts or "baselines" in parts or path.name in RUN_BY_A_POINT
+    if "coordinator" in parts:
+        return not {"cli", "endpoint"} & set(parts) or path.name == "slo.py"
+    return True
+
+
+def capacity(
+    at: Callable[[float], Point], share: float, guess: float, precision: float = PRECISION
+) -> tuple[float, list[Point]]:
+    """Highest rate per GPU that holds, by bracketing from `guess` and bisection. Returns it with all points.
+
+    The figure is the rate that really came at the highest point that held below the first that did not.
+    """
+    points: list[Point] = []
+
+    def holds(rate: float) -> bool:
+        point = at(rate)
+        points.append(point)
+        return point.holds(share)
+
+    low, high = 0.0, math.inf
+    rate, step = guess, FIRST_STEP
+    for _ in range(MOST_DOUBLINGS):
+        if holds(rate):
+            low = rate
+            if high < math.inf:
+                break
+            rate *= step
+        else:
+            high = rate
+            if low > 0 or rate < LEAST_RATE:
+                break
+            rate /= step
+        step = min(step * 1.3, 3.0)
+    while low > 0 and high < math.inf and high / low > 1 + precision:
+        middle = math.sqrt(low * high)
+        if holds(middle):
+            low = middle
+        else:
+            high = middle
+    best = [point.rate_per_gpu for point in points if point.asked_per_gpu == low]
+    return (best[0] if best else 0.0), points
+
+
+def tune(setting: Setting, share: float, guess: float, seed: int, cache: Cache) -> tuple[Tuning, float]:
+    """The best settings on a seed of its own: one thing after the other, each kept if it holds a higher rate."""
+
+    def at(tuning: Tuning) -> Callable[[float], Point]:
+        trial = replace(setting, tuning=tuning)
+        return lambda rate: cache.point(trial, rate, seed, share)
+
+    best, rate, asked = setting.tuning, 0.0, guess
+
+    def search(tuning: Tuning, start: float) -> tuple[float, float]:
+        found, points = capacity(at(tuning), share, start, 2 * PRECISION)
+        held = [point.asked_per_gpu for point in points if point.holds(share)]
+        return found, max(held, default=0.0)
+
+    rate, asked = search(best, guess)
+    for field, values in design(setting.system).tried.items():
+        if field == "ratio" and not setting.tuning.prefill:
+            continue
+        for value in values:
+            trial = tuned(design(setting.system), field, value, best)
+            if trial == best:
+                continue
+            start = max(asked, LEAST_RATE) * (1 + PRECISION)
+            if at(trial)(start).holds(share):
+                found, held = search(trial, start)
+                if found > rate:
+                    best, rate, asked = trial, found, held
+    return best, rate
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Mean, least and most."""
+    return {"mean": sum(values) / len(values), "least": min(values), "most": max(values)}

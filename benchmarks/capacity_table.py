@@ -1,0 +1,399 @@
+"""`slosserve bench capacity`: how many requests a second each system keeps its promises for, per GPU.
+
+For every scenario and hardware each baseline is measured as it comes and tuned, ours in each mode, against the
+bounds that hold for any scheduler. Everything is tuned on a seed that is not reported.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from benchmarks.bounds.bound import bound
+from benchmarks.capacity import Cache, Point, Setting, capacity, spread, tune
+from benchmarks.hardware import hardware
+from benchmarks.provenance import provenance
+from benchmarks.scenarios import SCENARIOS, TRACES, make
+from benchmarks.simulator.systems import DESIGNS, MODES, OURS_NAME, design
+from benchmarks.traces import data_directory
+from engine.errors import ConfigError
+
+TUNING_SEED = 0
+SEEDS = (1, 2, 3)
+SHARES = (0.9, 0.98)
+REPLICAS = 2
+GUESS_OF_BOUND = 0.6
+FIXED_FRACTIONS = (0.4, 0.6, 0.8)
+QUICK_SECONDS = 120.0
+BOUND_SECONDS = 600.0
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """What one worker measures: a system in a mode, as it comes or tuned, in a scenario on a hardware."""
+
+    setting: Setting
+    tuned: bool
+    guess: float
+    bound_per_gpu: float
+    seeds: tuple[int, ...]
+    shares: tuple[float, ...]
+
+    @property
+    def name(self) -> str:
+        """For the progress bar."""
+        s = self.setting
+        return f"{s.hardware} {s.scenario} {s.system} {s.mode} {'tuned' if self.tuned else 'default'}"
+
+
+def bench_capacity(
+    scenario: Annotated[list[str] | None, typer.Option(help="Only this one (repeatable).")] = None,
+    on: Annotated[
+        list[str] | None, typer.Option(help="Hardware (repeatable); else paper and a GQA model.")
+    ] = None,
+    system: Annotated[list[str] | None, typer.Option(help="Only this one (repeatable).")] = None,
+    traces: Annotated[bool, typer.Option(help="Also the recorded traces, where they are at hand.")] = True,
+    speculation: Annotated[bool, typer.Option(help="Also with speculation, acceptance 0.7.")] = True,
+    seeds: Annotated[int, typer.Option(min=1, help="How many are reported.")] = len(SEEDS),
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = os.cpu_count() or 1,
+    quick: Annotated[bool, typer.Option(help="Two scenarios, one seed, short runs: a laptop minute.")] = False,
+    cache: Annotated[Path, typer.Option(help="Where points are kept.")] = Path("out/bench/cache"),
+    out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("out/bench/capacity.json"),
+) -> None:
+    """Search the capacity of every system in every scenario. What was measured before is not measured again.
+
+    Example: slosserve bench capacity --scenario chatbot --on paper --seeds 3
+    """
+    console = Console()
+    plan = _plan(scenario, on, system, traces, speculation, tuple(range(1, seeds + 1)), quick)
+    rows: list[Row] = []
+    fixed: list[Row] = []
+    bounds: list[Row] = []
+    with _progress(console) as progress, ProcessPoolExecutor(workers) as pool:
+        settings = _distinct(plan)
+        task = progress.add_task("bounds", total=len(settings))
+        found = {}
+        for key, row in zip(settings, pool.map(_bound, settings), strict=True):
+            found[key] = row
+            bounds.append(row)
+            progress.advance(task)
+        cells = _cells(plan, found, tuple(range(1, seeds + 1)))
+        progress.update(task, total=len(settings) + len(cells))
+        futures: dict[Future[tuple[list[Row], list[Row]]], Cell] = {
+            pool.submit(_measure, cell, cache): cell for cell in cells
+        }
+        for future in as_completed(futures):
+            more, at_rates = future.result()
+            rows += more
+            fixed += at_rates
+            progress.update(task, description=futures[future].name)
+            progress.advance(task)
+            _write(out, rows, bounds, fixed, finished=len(rows), seeds=seeds)
+    results = _write(out, rows, bounds, fixed, finished=len(cells), seeds=seeds)
+    _show(console, results)
+    console.print(f"written to {out}")
+
+
+def _plan(
+    scenarios: Sequence[str] | None,
+    on: Sequence[str] | None,
+    systems: Sequence[str] | None,
+    traces: bool,
+    speculation: bool,
+    seeds: tuple[int, ...],
+    quick: bool,
+) -> list[Setting]:
+    """Every setting of the table, with default tuning."""
+    names = list(scenarios or SCENARIOS)
+    recorded = [] if scenarios or quick or not traces or data_directory() is None else list(TRACES)
+    machines = list(on or ("paper", "rtxpro6000-llama-3.1-8b"))
+    duration_s = QUICK_SECONDS if quick else None
+    if quick and not scenarios:
+        names = ["chatbot", "coder"]
+    if quick and not on:
+        machines = ["paper"]
+    settings = []
+    for machine in machines:
+        acceptances = [None, 0.7] if speculation and not quick and machine == machines[0] else [None]
+        for name in [*names, *(recorded if machine == machines[0] else [])]:
+            for acceptance in acceptances if name in SCENARIOS else [None]:
+                settings += _of_scenario(name, machine, acceptance, systems, duration_s, quick)
+    if not settings:
+        raise ConfigError("nothing to measure: no system fits what was asked for")
+    return settings
+
+
+def _of_scenario(
+    name: str,
+    machine: str,
+    acceptance: float | None,
+    systems: Sequence[str] | None,
+    duration_s: float | None,
+    quick: bool,
+) -> list[Setting]:
+    settings = []
+    for system in systems or DESIGNS:
+        chosen = design(system)
+        if chosen.drafts != (acceptance is not None) and system != OURS_NAME:
+            continue
+        modes = MODES if system == OURS_NAME and not quick else ("colocated",)
+        if chosen.disaggregated:
+            modes = ("disaggregated",)
+        for mode in modes:
+            tuning = chosen.defaults
+            if mode == "disaggregated":
+                tuning = replace(tuning, prefill=1, decode=1)
+            settings.append(
+                Setting(name, machine, system, mode, REPLICAS, tuning, acceptance, duration_s=duration_s)
+            )
+    return settings
+
+
+Where = tuple[str, str, float | None, float | None]
+
+
+def _distinct(plan: Iterable[Setting]) -> list[Where]:
+    """Scenario, hardware, acceptance and duration: what a bound depends on."""
+    return list(dict.fromkeys((s.scenario, s.hardware, s.acceptance, s.duration_s) for s in plan))
+
+
+def _bound(where: Where) -> Row:
+    """The bounds of a scenario on a hardware, from a long run of the tuning seed's arrivals, per GPU."""
+    scenario, machine, acceptance, duration_s = where
+    chosen = hardware(machine)
+    workload = make(scenario, 10.0, BOUND_SECONDS, TUNING_SEED, tpot_scale=chosen.tpot_scale)
+    workload = workload.clipped(chosen.kv_tokens // 2)
+    cost = chosen.cost if acceptance is None else chosen.speculative_cost
+    found = bound(
+        workload, cost, chosen.kv_tokens, 1, share=SHARES[0], acceptance=acceptance, clairvoyant_too=False
+    )
+    return {
+        "scenario": scenario,
+        "hardware": machine,
+        "acceptance": acceptance,
+        "everybody_per_gpu": found.everybody_per_s / chosen.tp,
+        "blind_per_gpu": found.steady_blind_per_s / chosen.tp,
+        "clairvoyant_per_gpu": found.steady_clairvoyant_per_s / chosen.tp,
+        "limit": found.limit,
+        "parts": dict(found.parts),
+    }
+
+
+def _cells(plan: Iterable[Setting], bounds: Mapping[Where, Row], seeds: tuple[int, ...]) -> list[Cell]:
+    """A cell per setting and column. The slowest come first, so that workers end together."""
+    cells = []
+    for setting in plan:
+        found = bounds[setting.scenario, setting.hardware, setting.acceptance, setting.duration_s]
+        blind = float(found["blind_per_gpu"])
+        guess = blind * GUESS_OF_BOUND * (0.5 if setting.mode == "disaggregated" else 1.0)
+        shares = SHARES if setting.duration_s is None else SHARES[:1]
+        columns = (True,) if setting.system == OURS_NAME else (False, True)
+        cells += [Cell(setting, tuned, guess, blind, seeds, shares) for tuned in columns]
+    return sorted(cells, key=lambda cell: cell.setting.system != OURS_NAME)
+
+
+def _measure(cell: Cell, folder: Path) -> tuple[list[Row], list[Row]]:
+    """Tune, then search the capacity for every share and seed; then the attainment at fixed rates."""
+    cache = Cache(folder)
+    setting, guess = cell.setting, cell.guess
+    tries = cell.tuned and (setting.system != OURS_NAME or setting.mode == "disaggregated")
+    if tries:
+        tuning, rate = tune(setting, cell.shares[0], guess, TUNING_SEED, cache)
+        setting, guess = replace(setting, tuning=tuning), rate or guess
+    rows = []
+    for share in cell.shares:
+        per_seed = []
+        for seed in cell.seeds:
+            found, points = _search(setting, guess, seed, share, cache)
+            per_seed.append(found)
+            held = [point.asked_per_gpu for point in points if point.holds(share)]
+            guess = max(held, default=guess)
+        guess *= 0.85
+        rows.append(_row(cell, setting, share, per_seed))
+    return rows, [_at_rate(cell, setting, fraction, cache) for fraction in _fractions(cell)]
+
+
+def _search(setting: Setting, guess: float, seed: int, share: float, cache: Cache) -> tuple[float, list[Point]]:
+    return capacity(lambda rate: cache.point(setting, rate, seed, share), share, guess)
+
+
+def _row(cell: Cell, setting: Setting, share: float, per_seed: Sequence[float]) -> Row:
+    return {
+        "hardware": setting.hardware,
+        "scenario": setting.scenario,
+        "share": share,
+        "system": setting.system,
+        "mode": setting.mode,
+        "column": "tuned" if cell.tuned else "default",
+        "acceptance": setting.acceptance,
+        "gpus": setting.deployment().gpus,
+        "tuning": setting.tuning.words,
+        "settings": asdict(setting.tuning),
+        "seconds": setting.seconds,
+        "seeds": list(cell.seeds),
+        "per_seed": list(per_seed),
+        **spread(per_seed),
+    }
+
+
+def _fractions(cell: Cell) -> tuple[float, ...]:
+    """Fixed rates are for the headline hardware, tuned, without speculation."""
+    wanted = cell.tuned and cell.setting.acceptance is None and cell.setting.hardware == "paper"
+    return FIXED_FRACTIONS if wanted and cell.setting.duration_s is None else ()
+
+
+def _at_rate(cell: Cell, setting: Setting, fraction: float, cache: Cache) -> Row:
+    rate = fraction * cell.bound_per_gpu
+    points = [cache.point(setting, rate, seed, None) for seed in cell.seeds]
+    facts = [point.facts for point in points]
+    return {
+        "hardware": setting.hardware,
+        "scenario": setting.scenario,
+        "system": setting.system,
+        "mode": setting.mode,
+        "column": "tuned",
+        "acceptance": setting.acceptance,
+        "fraction": fraction,
+        "rate_per_gpu": rate,
+        "attainment": [point.attainment for point in points],
+        "attainment_strict": [one["attainment_strict"] for one in facts],
+        "goodput_share": [one["goodput_share"] for one in facts],
+        "admitted_kept": [one["admitted_kept"] for one in facts],
+        "ttft_p99_s": [one["ttft_s"]["p99"] for one in facts],
+        "tpot_p99_s": [one["tpot_s"]["p99"] for one in facts],
+        "best_effort": [one["best_effort"] for one in facts],
+        "best_effort_completed": [one["best_effort_completed"] for one in facts],
+        "bound_attainment": None,
+    }
+
+
+def _write(
+    out: Path, rows: list[Row], bounds: list[Row], fixed: list[Row], finished: int, seeds: int
+) -> dict[str, Any]:
+    results = {
+        **headline(rows, bounds, acceptance=None),
+        "with_speculation": headline(rows, bounds, acceptance=0.7),
+        "cells": finished,
+        "rows": rows,
+        "bounds": bounds,
+        "fixed_rates": fixed,
+        "settings": {"tuning_seed": TUNING_SEED, "replicas": REPLICAS, "seeds": seeds},
+        "provenance": provenance(TUNING_SEED),
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = out.with_suffix(".part")
+    unfinished.write_text(json.dumps(results, indent=1))
+    unfinished.rename(out)
+    return results
+
+
+def headline(rows: Iterable[Row], bounds: Iterable[Row], acceptance: float | None) -> dict[str, float | None]:
+    """Ours against the best of the others over the six scenarios on the first hardware, at 90 %.
+
+    Ours is its best mode. With speculation, the others are the best of those with and without it.
+    """
+    rows = [row for row in rows if row["share"] == SHARES[0] and row["hardware"] == "paper"]
+    ours = _best([row for row in rows if row["system"] == OURS_NAME and row["acceptance"] == acceptance])
+    others = [row for row in rows if row["system"] != OURS_NAME and row["acceptance"] in (None, acceptance)]
+    claimed = ("vllm", "vllm-spec", "sarathi", "distserve")
+    default = _best([r for r in others if r["column"] == "default" and r["system"] in claimed])
+    tuned = _best([row for row in others if row["column"] == "tuned"])
+    blind = {
+        row["scenario"]: row["blind_per_gpu"]
+        for row in bounds
+        if row["hardware"] == "paper" and row["acceptance"] == acceptance
+    }
+    names = [name for name in SCENARIOS if name in ours]
+    over_tuned = [ours[name] / tuned[name] for name in names if tuned.get(name)]
+    over_default = [ours[name] / default[name] for name in names if default.get(name)]
+    of_bound = [ours[name] / blind[name] for name in names if blind.get(name)]
+    return {
+        "geomean_vs_best_tuned": _geomean(over_tuned),
+        "geomean_vs_best_default": _geomean(over_default),
+        "worst_ratio": min(over_tuned, default=None),
+        "share_of_bound": sum(of_bound) / len(of_bound) if of_bound else None,
+    }
+
+
+def _best(rows: Iterable[Row]) -> dict[str, float]:
+    best: dict[str, float] = {}
+    for row in rows:
+        best[row["scenario"]] = max(best.get(row["scenario"], 0.0), row["mean"])
+    return best
+
+
+def _geomean(values: Sequence[float]) -> float | None:
+    positive = [value for value in values if value > 0]
+    if not positive or len(positive) < len(values):
+        return 0.0 if values else None
+    return math.exp(sum(map(math.log, positive)) / len(positive))
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def _show(console: Console, results: Mapping[str, Any]) -> None:
+    for machine in dict.fromkeys(row["hardware"] for row in results["rows"]):
+        for acceptance in (None, 0.7):
+            _table(console, results, machine, acceptance)
+    for name in ("geomean_vs_best_tuned", "geomean_vs_best_default", "worst_ratio", "share_of_bound"):
+        plain, drafted = results[name], results["with_speculation"][name]
+        words = ", ".join("-" if value is None else f"{value:.2f}" for value in (plain, drafted))
+        console.print(f"{name}: {words} (without, with speculation)")
+
+
+def _table(console: Console, results: Mapping[str, Any], machine: str, acceptance: float | None) -> None:
+    rows = [
+        row
+        for row in results["rows"]
+        if row["hardware"] == machine and row["acceptance"] == acceptance and row["share"] == SHARES[0]
+    ]
+    if not rows:
+        return
+    drafts = "" if acceptance is None else f", acceptance {acceptance}"
+    table = Table(title=f"{machine}{drafts}: requests a second and GPU at 90 %")
+    columns = list(dict.fromkeys((row["system"], row["mode"], row["column"]) for row in rows))
+    columns.sort(key=lambda key: (list(DESIGNS).index(key[0]), key[2], MODES.index(key[1])))
+    table.add_column("scenario")
+    for system, mode, column in columns:
+        table.add_column(f"{system}\n{mode if system == OURS_NAME else column}", justify="right")
+    table.add_column("bound", justify="right")
+    blind = {
+        row["scenario"]: row["blind_per_gpu"]
+        for row in results["bounds"]
+        if row["hardware"] == machine and row["acceptance"] == acceptance
+    }
+    figures = {(row["scenario"], row["system"], row["mode"], row["column"]): row["mean"] for row in rows}
+    for name in dict.fromkeys(row["scenario"] for row in rows):
+        cells = [figures.get((name, *key)) for key in columns]
+        words = ["-" if value is None else f"{value:.2f}" for value in cells]
+        table.add_row(name, *words, f"{blind.get(name, math.nan):.2f}")
+    console.print(table)

@@ -1,0 +1,180 @@
+"""A real node asked over HTTP: open-loop runs, and what a lone request takes beside its steps."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import numpy as np
+import psutil
+
+from benchmarks.cluster_facts import Facts, fetch_facts
+from benchmarks.open_loop import TIMEOUT_S, Sent, Writer, send, send_all
+from benchmarks.workload import Workload
+from engine.cost import StepCost
+from engine.errors import EngineError
+from engine.models import load_recipe
+
+LONE_PROMPTS = (32, 64, 128, 256, 512)
+LONE_OUTPUT, LONE_ROUNDS = 24, 4
+REST_S = 3.0  # before a run: what the last one taught the node of its speed fades meanwhile
+FACTS_EVERY_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Lone:
+    """A request that had the node to itself, and what came of it."""
+
+    prompt_tokens: int
+    sent: Sent
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A run: what came of each request, what the node said of itself meanwhile, and who else was at work.
+
+    `other_cores`: cores of the machine that were busy with neither the cluster nor the client, on average.
+    """
+
+    sent: list[Sent]
+    node: list[Facts]
+    other_cores: float
+
+    def facts(self) -> Facts:
+        """Of the node: how far its steps were from what it measured at the start, and what it gave up."""
+        busy = [one for one in self.node if one["running"]] or self.node
+        return {
+            "step_over_predicted": float(np.mean([one["cost_drift"] for one in busy])),
+            "cost_margin": float(np.mean([one["cost_margin"] for one in busy])),
+            "promises_preempted": self.node[-1]["promises_preempted"] - self.node[0]["promises_preempted"],
+            "other_cores": self.other_cores,
+        }
+
+
+class RealNode:
+    """The endpoint of a cluster with one node of the model `recipe`. `seed`: of prompts."""
+
+    def __init__(self, base_url: str, recipe: str, seed: int) -> None:
+        self._base_url = base_url
+        self._vocab_size = load_recipe(recipe).vocab_size
+        self._seed = seed
+
+    async def facts(self) -> Facts:
+        """What the cluster says of itself."""
+        async with self._client() as client:
+            return await fetch_facts(client)
+
+    async def lone(self, slo_class: str) -> list[Lone]:
+        """Requests one at a time. The first round, which warms up, is not told of.
+
+        Raises EngineError for one that fails.
+        """
+        gone = []
+        async with self._client() as client:
+            writer = await self._writer(client)
+            for prompt in LONE_PROMPTS * (LONE_ROUNDS + 1):
+                body = writer.body(slo_class, prompt, LONE_OUTPUT, 2 * LONE_OUTPUT)
+                sent = await send(client, body, time.perf_counter())
+                if sent.error is not None or len(sent.token_times_s) != LONE_OUTPUT:
+                    raise EngineError(f"a lone request gave {len(sent.token_times_s)} tokens: {sent.error}")
+                gone.append(Lone(prompt, sent))
+        return gone[len(LONE_PROMPTS) :]
+
+    async def serve(self, workload: Workload, tell: Callable[[float], None]) -> Served:
+        """Send a workload open loop. `tell` is called now and then with the time."""
+        said: list[Facts] = []
+        async with self._client() as client:
+            bodies = (await self._writer(client)).bodies(workload)
+            await asyncio.sleep(REST_S)
+            said.append(await _node(client))
+            watching = asyncio.create_task(_watch(client, said))
+            try:
+                with _others() as others:
+                    sent = await send_all(client, bodies, workload.arrival_s.tolist(), tell)
+            finally:
+                watching.cancel()
+            said.append(await _node(client))
+        return Served(sent, said, others[0])
+
+    def _client(self) -> httpx.AsyncClient:
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        return httpx.AsyncClient(base_url=self._base_url, timeout=TIMEOUT_S, limits=limits)
+
+    async def _writer(self, client: httpx.AsyncClient) -> Writer:
+        response = await client.get("/v1/models")
+        response.raise_for_status()
+        return Writer(str(response.json()["data"][0]["id"]), self._vocab_size, self._seed)
+
+
+def overheads(cost: StepCost, max_batch_tokens: int, lone: Sequence[Lone]) -> dict[str, Any]:
+    """What lone requests took beside the steps that `cost` predicts, in ms: medians, and by prompt length.
+
+    `overhead_ms` of a first token is everything: HTTP, placing, messages, and a step's own. `host_ms` is what a
+    decode step takes more: what comes with every step.
+    """
+    rows = []
+    for prompt in sorted({one.prompt_tokens for one in lone}):
+        times_s = [one.sent.token_times_s for one in lone if one.prompt_tokens == prompt]
+        ttft_s = float(np.median([times[0] for times in times_s]))
+        tpot_s = float(np.median([(times[-1] - times[0]) / (len(times) - 1) for times in times_s]))
+        steps = range(1, len(times_s[0]))
+        predicted_s = float(np.mean([cost.predict(1, seqs=1, context_tokens=prompt + n) for n in steps]))
+        prefill_s = cost.prefill_alone_s(prompt, max_batch_tokens)
+        rows.append(
+            {
+                "prompt_tokens": prompt,
+                "ttft_ms": ttft_s * 1e3,
+                "prefill_predicted_ms": prefill_s * 1e3,
+                "tpot_ms": tpot_s * 1e3,
+                "step_predicted_ms": predicted_s * 1e3,
+            }
+        )
+    return {
+        "overhead_ms": float(np.median([row["ttft_ms"] - row["prefill_predicted_ms"] for row in rows])),
+        "host_ms": float(np.median([row["tpot_ms"] - row["step_predicted_ms"] for row in rows])),
+        "by_prompt": rows,
+    }
+
+
+async def _node(client: httpx.AsyncClient) -> Facts:
+    facts: Facts = (await fetch_facts(client))["nodes"][0]
+    return facts
+
+
+async def _watch(client: httpx.AsyncClient, said: list[Facts]) -> None:
+    while True:
+        await asyncio.sleep(FACTS_EVERY_S)
+        said.append(await _node(client))
+
+
+@contextmanager
+def _others() -> Iterator[list[float]]:
+    """A list that has, after the block, how many cores others kept busy during it."""
+    measured: list[float] = []
+    began_s, busy_s, ours_s = time.perf_counter(), _busy_s(), _ours_s()
+    yield measured
+    seconds = time.perf_counter() - began_s
+    measured.append(max(_busy_s() - busy_s - (_ours_s() - ours_s), 0.0) / seconds)
+
+
+def _busy_s() -> float:
+    times = psutil.cpu_times()
+    return float(sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0))
+
+
+def _ours_s() -> float:
+    """CPU seconds of this process and of all that it has started and that still run."""
+    total_s = 0.0
+    me = psutil.Process()
+    for process in [me, *me.children(recursive=True)]:
+        try:
+            times = process.cpu_times()
+        except psutil.NoSuchProcess:
+            continue
+        total_s += times.user + times.system
+    return total_s

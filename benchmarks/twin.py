@@ -1,0 +1,111 @@
+"""A simulated twin of a node that runs: the same step times, memory, limits and promises, and no engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from benchmarks.capacity import Point, capacity
+from benchmarks.hardware import Hardware, hardware
+from benchmarks.scenarios import make
+from benchmarks.simulator.outcome import Outcome
+from benchmarks.simulator.run import promises, run
+from benchmarks.simulator.systems import OURS_NAME, Deployment, Tuning, roles_for
+from benchmarks.workload import Workload
+from coordinator.config import ClusterConfig, SloClass
+from engine.cost import StepCost
+from engine.errors import ConfigError
+from engine.request import Slo
+
+DIVIDE = 6.0  # of lengths, for the scale model
+
+
+@dataclass(frozen=True, slots=True)
+class Twin:
+    """What a node said of itself. `cost` is that of its engine as measured when it started.
+
+    `host_s`: what a step takes beside that, in everything around the engine. The twin's steps take both; what
+    requests are promised comes from `cost` alone, as in the cluster.
+    """
+
+    cost: StepCost
+    host_s: float
+    kv_tokens: int
+    block_tokens: int
+    max_seqs: int
+    max_batch_tokens: int
+    slo_classes: Mapping[str, SloClass]
+
+    @classmethod
+    def of(cls, facts: Mapping[str, Any], config: ClusterConfig, host_s: float = 0.0) -> Twin:
+        """From GET /cluster of a cluster with one node. Raises ConfigError for any other."""
+        nodes = facts["nodes"]
+        if len(nodes) != 1 or not facts.get("idle_cost") or config.engine.block_size is None:
+            raise ConfigError("a twin is made of one node that serves, with engine.block_size set")
+        return cls(
+            cost=msgspec.convert(facts["idle_cost"], StepCost),
+            host_s=host_s,
+            kv_tokens=int(nodes[0]["num_blocks"]) * config.engine.block_size,
+            block_tokens=config.engine.block_size,
+            max_seqs=config.engine.max_num_seqs,
+            max_batch_tokens=config.engine.max_batch_tokens,
+            slo_classes=config.slo_classes,
+        )
+
+    def workload(self, scenario: str, rate_per_s: float, seconds: float, seed: int) -> Workload:
+        """Requests with lengths for the scale model, Poisson, promised what the cluster promises its classes."""
+        made = make(scenario, rate_per_s, seconds, seed, divide=DIVIDE, arrivals="poisson")
+        unknown = sorted(set(made.class_names) - set(self.slo_classes))
+        if unknown:
+            raise ConfigError(f"the cluster has no SLO class {unknown[0]!r}")
+        promised = {name: self.slo_classes[name] for name in made.class_names}
+        return replace(made, slo_classes=promised)
+
+    def promises(self, workload: Workload) -> list[Slo]:
+        """The SLO of each request, as the endpoint makes it."""
+        return promises(workload, self._hardware(self.cost))
+
+    def serve(self, workload: Workload, seed: int, stop_below: float | None = None) -> Outcome:
+        """The same requests in simulated time."""
+        return run(workload, self._deployment(), seed=seed, stop_below=stop_below, slos=self.promises(workload))
+
+    def capacity(
+        self, scenario: str, seconds: float, seed: int, share: float, guess: float
+    ) -> tuple[float, list[Point]]:
+        """Highest rate at which the twin keeps `share` of its promises, and the points that were tried."""
+
+        def at(rate_per_s: float) -> Point:
+            workload = self.workload(scenario, rate_per_s, seconds, seed)
+            out = self.serve(workload, seed, stop_below=share)
+            return Point(rate_per_s, workload.rate_per_s, out.attainment, out.drained, {})
+
+        return capacity(at, share, guess)
+
+    def guess(self, scenario: str) -> float:
+        """A rate that one replica is about busy with: where a search may begin."""
+        some = make(scenario, 10.0, 60.0, 0, divide=DIVIDE)
+        half = self.max_seqs // 2
+        context = int(half * np.mean(some.prompt_tokens + some.output_tokens / 2))
+        decode_s = self.cost.predict(half, seqs=half, context_tokens=context) / half
+        prefill_s = self.cost.prefill_alone_s(int(some.prompt_tokens.mean()), self.max_batch_tokens)
+        return 1.0 / (prefill_s + float(some.output_tokens.mean()) * decode_s)
+
+    def _hardware(self, cost: StepCost) -> Hardware:
+        known = hardware("scale")
+        sizes = {"kv_tokens": self.kv_tokens, "max_batch_tokens": self.max_batch_tokens}
+        return replace(known, cost=cost, speculative_cost=cost, **sizes)
+
+    def _deployment(self) -> Deployment:
+        pieces = tuple(replace(piece, base_s=piece.base_s + self.host_s) for piece in self.cost.pieces)
+        return Deployment(
+            OURS_NAME,
+            self._hardware(replace(self.cost, pieces=pieces)),
+            roles_for("colocated", 1),
+            Tuning(token_budget=self.max_batch_tokens, max_seqs=self.max_seqs),
+            block_tokens=self.block_tokens,
+            one_node=True,
+        )

@@ -1,0 +1,235 @@
+"""RESULTS.md says what the JSON of results says: no more, and with what is missing named."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.capacity_table import FIXED_FRACTIONS, SEEDS, SHARES, headline
+from benchmarks.markdown import number, source, spread
+from benchmarks.report import commands, page, read, report
+from benchmarks.scenarios import SCENARIOS
+from benchmarks.simulator.systems import DESIGNS, MODES, OURS_NAME
+from engine.errors import ConfigError
+
+BLIND = {"chatbot": 5.49, "coder": 18.1, "summarizer": 4.03, "mixed": 6.2, "tool": 8.4, "reasoning": 0.41}
+HELD = {"vllm": 0.6, "vllm-spec": 0.62, "sarathi": 0.67, "sarathi-edf": 0.76, "distserve": 0.4, "ours": 0.86}
+MODE_FACTOR = {"colocated": 1.0, "disaggregated": 0.55, "mixed": 0.99}
+PROVENANCE = {
+    "command": "slosserve bench capacity --cache /home/somebody/cache/points",
+    "seed": 0,
+    "commit": "0123456789ab",
+    "date": "2026-11-24T12:00:00+00:00",
+    "hardware": {"cpu": "a CPU", "cores": 2},
+    "versions": {"python": "3.11.7"},
+}
+Row = dict[str, Any]
+
+
+def _held(scenario: str, system: str, mode: str, column: str, share: float) -> float:
+    bursts = 0.35 if scenario in ("coder", "tool") else 1.0
+    own = {("tool", OURS_NAME): 0.7, ("reasoning", OURS_NAME): 1.06}.get((scenario, system), 1.0)
+    default = 0.45 if column == "default" else 1.0
+    strict = 0.8 if share > 0.9 else 1.0
+    return (
+        BLIND[scenario]
+        * HELD[system]
+        * MODE_FACTOR[mode if system == OURS_NAME else "colocated"]
+        * (bursts * own * default * strict)
+    )
+
+
+def capacity_file() -> Row:
+    """A capacity.json as the command writes it: six scenarios, two machines, with and without speculation."""
+    rows, bounds, fixed = [], [], []
+    cases = [("paper", None), ("paper", 0.7), ("rtxpro6000-llama-3.1-8b", None)]
+    for machine, acceptance in cases:
+        for scenario in SCENARIOS:
+            blind = BLIND[scenario] * (1.6 if acceptance else 1.0)
+            bounds.append(
+                {
+                    "hardware": machine, "scenario": scenario, "acceptance": acceptance,
+                    "everybody_per_gpu": 0.8 * blind, "blind_per_gpu": blind, "clairvoyant_per_gpu": 1.1 * blind,
+                    "limit": "tokens 0.62, floor 0.38",
+                    "parts": {"tokens": 0.62, "floor": 0.378, "drafts": 0.0, "attention": 0.002},
+                }
+            )  # fmt: skip
+            for system, design in DESIGNS.items():
+                if design.drafts != (acceptance is not None) and system != OURS_NAME:
+                    continue
+                pool = "disaggregated" if design.disaggregated else "colocated"
+                for mode in MODES if system == OURS_NAME else (pool,):
+                    for column in ("tuned",) if system == OURS_NAME else ("tuned", "default"):
+                        key = {
+                            "hardware": machine, "scenario": scenario, "system": system, "mode": mode,
+                            "column": column, "acceptance": acceptance,
+                        }  # fmt: skip
+                        for share in SHARES:
+                            held = _held(scenario, system, mode, column, share) * (1.5 if acceptance else 1.0)
+                            per_seed = [held * factor for factor in (0.97, 1.0, 1.03)]
+                            rows.append(
+                                {
+                                    **key, "share": share, "gpus": 2, "tuning": "budget 512, cap 128",
+                                    "seeds": list(SEEDS), "per_seed": per_seed, "mean": held,
+                                    "least": min(per_seed), "most": max(per_seed),
+                                }
+                            )  # fmt: skip
+                        if machine == "paper" and acceptance is None and column == "tuned":
+                            fixed += [_at_rate(key, blind, fraction) for fraction in FIXED_FRACTIONS]
+    return {
+        **headline(rows, bounds, None),
+        "with_speculation": headline(rows, bounds, 0.7),
+        "rows": rows,
+        "bounds": bounds,
+        "fixed_rates": fixed,
+        "notes": ["Agent sessions were left out."],
+        "settings": {"tuning_seed": 0},
+        "provenance": PROVENANCE,
+    }
+
+
+def _at_rate(key: Row, blind: float, fraction: float) -> Row:
+    held = _held(key["scenario"], key["system"], key["mode"], "tuned", 0.9)
+    kept = 1 / (1 + math.exp(9 * (fraction * blind / held - 1) - math.log(9)))
+    return {
+        **key, "fraction": fraction, "rate_per_gpu": fraction * blind,
+        "attainment": [kept - 0.01, kept, kept + 0.005], "attainment_strict": [0.9 * kept] * 3,
+        "goodput_share": [kept] * 3, "admitted_kept": [0.995, 0.996, math.nan], "ttft_p99_s": [0.8, 0.9, 1.2],
+        "tpot_p99_s": [0.05, None, 0.06], "bound_attainment": None,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with RESULTS.md of the sample, and its pictures."""
+    folder = tmp_path_factory.mktemp("made")
+    (folder / "capacity.json").write_text(json.dumps(capacity_file()))
+    report(folder, folder / "RESULTS.md")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(made: Path) -> str:
+    return (made / "RESULTS.md").read_text()
+
+
+def _section(text: str, title: str) -> str:
+    _, _, rest = text.partition(f"## {title}")
+    return rest.partition("\n## ")[0]
+
+
+def _cells(section: str, first: str) -> list[str]:
+    line = next(line for line in section.splitlines() if line.startswith(f"| {first} |"))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_capacity_table_has_mean_and_spread_of_every_system_the_bound_and_the_ratios(text: str) -> None:
+    section = _section(text, "Capacity at 90%: OPT-6.7B on A100-40G")
+    assert _cells(section, "vLLM, tuned")[1] == "3.29 (3.20 to 3.39)"
+    assert _cells(section, "vLLM, as it comes")[1] == "1.48 (1.44 to 1.53)"
+    assert _cells(section, "slosserve, colocated")[1] == "**4.72 (4.58 to 4.86)**"
+    assert _cells(section, "*bound, lengths unknown*")[1] == "5.49"
+    assert _cells(section, "ours / bound")[1] == "0.86"
+    assert _cells(section, "ours / best tuned")[1] == "1.13x"
+    assert _cells(section, "ours / best default")[1] == f"{0.86 / (0.67 * 0.45):.2f}x"
+    assert "seeds 1, 2, 3" in section
+    assert "commit 0123456789ab" in section
+
+
+def test_headline_equals_that_of_the_command_and_misses_are_named(text: str) -> None:
+    section, file = _section(text, "In short"), capacity_file()
+    share, tuned = number(file["share_of_bound"]), number(file["geomean_vs_best_tuned"], "x")
+    assert f"| {share} | **missed by {number(0.9 - file['share_of_bound'])}** |" in section
+    assert f"geometric mean | - | {tuned} |" in section
+    default = number(file["geomean_vs_best_default"], "x")
+    assert f"| >= 2.2x | {default} | met |" in section
+    worst = file["worst_ratio"]
+    assert f"the worst scenario (tool) | >= 1.0x | {number(worst, 'x')} | **missed by" in section
+
+
+def test_every_view_has_a_table_and_drafting_is_compared_with_those_who_do_not_draft(text: str) -> None:
+    for title in (
+        "Capacity at 98%: OPT-6.7B",
+        "Capacity at 90%: Llama-3.1-8B",
+        "Capacity at 90%, with speculation (a draft is right with 0.7): OPT-6.7B",
+    ):
+        assert "| slosserve, mixed |" in _section(text, title), title
+    drafted = _section(text, "Capacity at 90%, with speculation")
+    assert "| Sarathi-Serve, no drafts, tuned |" in drafted
+    assert "| vLLM, fixed speculation, tuned |" in drafted
+
+
+def test_limits_say_which_target_is_missed_by_how_much(text: str) -> None:
+    section = _section(text, "What limits us")
+    assert "**tool**: 0.21 of the bound, 0.69 short." in section
+    assert "21% below Sarathi-EDF, dynamic chunks, the best tuned." in section
+    assert "the rest was not promised, rather than broken" in section
+    assert "Most of the work there is computing tokens." in section
+    assert "**reasoning**" not in section  # 0.91 of the bound
+
+
+def test_bursty_scenarios_are_shown_at_equal_rates(text: str) -> None:
+    section = _section(text, "Bursty scenarios at equal rates")
+    for name in ("coder", "tool", "mixed"):
+        assert f"| {name}, at a share of the bound |" in section
+    assert "| chatbot, at a share of the bound |" not in section
+
+
+def test_what_is_missing_is_named_with_its_command(text: str) -> None:
+    for name, command in commands().items():
+        if name != "capacity":
+            assert f"*Not run: `{command}` makes `{name}.json`.*" in text
+
+
+def test_an_empty_folder_makes_a_page(tmp_path: Path) -> None:
+    text = page(read(tmp_path), tmp_path / "plots")
+    assert "*Not run: `slosserve bench capacity` makes `capacity.json`.*" in text
+
+
+def test_no_nan_and_no_folder_of_the_machine_comes_into_the_page(text: str) -> None:
+    assert "nan" not in text.lower().replace("nano", "")
+    assert "None" not in text
+    assert "/home/" not in text
+    assert "--cache points" in text
+
+
+def test_pictures_are_small_and_the_page_shows_them(made: Path, text: str) -> None:
+    pictures = sorted((made / "results" / "plots").glob("*.png"))
+    assert [one.name for one in pictures] == ["attainment.png", "capacity.png"]
+    for one in pictures:
+        assert f"(results/plots/{one.name})" in text
+        assert one.read_bytes().startswith(b"\x89PNG")
+        assert 5_000 < one.stat().st_size < 120_000
+
+
+def test_results_that_are_committed_make_a_page(tmp_path: Path) -> None:
+    folder = Path(__file__).parents[2] / "benchmarks" / "results"
+    text = page(read(folder), tmp_path / "plots")
+    assert "| 64, 10, 3 | 0.35 / 0.54 ms |" in text
+    assert "nan" not in text.lower()
+
+
+@pytest.mark.parametrize(("content", "said"), [("{", "no JSON"), ("[]", "expected an object")])
+def test_a_broken_file_is_named(tmp_path: Path, content: str, said: str) -> None:
+    (tmp_path / "planner.json").write_text(content)
+    with pytest.raises(ConfigError, match=rf"planner\.json: {said}.*python -m benchmarks\.planner"):
+        read(tmp_path)
+
+
+def test_a_file_of_another_version_is_named(tmp_path: Path) -> None:
+    (tmp_path / "fidelity.json").write_text('{"rows": [{}]}')
+    with pytest.raises(ConfigError, match=r"fidelity\.json: not as this version writes it"):
+        page(read(tmp_path), tmp_path / "plots")
+
+
+def test_figures_are_short_and_never_nan() -> None:
+    assert [number(x) for x in (math.nan, None, math.inf, 0.0, 0.001234, 3.14159, 42.42, 12345.6, 7)] == [
+        "-", "-", "-", "0.00", "0.00123", "3.14", "42.4", "12,346", "7",
+    ]  # fmt: skip
+    assert spread([1.0, math.nan, 3.0]) == "2.00 (1.00 to 3.00)"
+    assert spread([]) == "-"
+    assert source({"command": "x", "commit": None}) == "<sub>`x`; commit unknown</sub>"
