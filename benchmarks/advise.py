@@ -62,8 +62,8 @@ def advise(
     ] = None,
     share: Annotated[float, typer.Option(help="To be kept, where the capacity is searched.")] = 0.9,
     kv_tokens: Annotated[int | None, typer.Option(min=64, help="KV memory of a replica, in tokens.")] = None,
-    seconds: Annotated[float, typer.Option(min=1, help="Of the trace, at most.")] = SECONDS,
-    seed: Annotated[int, typer.Option(min=0, help="Says which window of a longer trace.")] = 1,
+    seconds: Annotated[float, typer.Option(min=1, help="Of traffic; a shorter trace goes round.")] = SECONDS,
+    seed: Annotated[int, typer.Option(min=0, help="Says where in the trace it begins.")] = 1,
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = os.cpu_count() or 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw the splits into this file, PNG or SVG.")] = None,
@@ -86,7 +86,7 @@ def advise(
     if plot is not None:
         from benchmarks.plots import draw_splits
 
-        draw_splits(plot, [(one.split.name, one.value) for one in advice.ranked], advice.unit, advice.head)
+        draw_splits(plot, advice.bars(), advice.unit, advice.head)
     if as_json:
         typer.echo(json.dumps(advice.as_json() | {"provenance": provenance(seed)}))
     else:
@@ -119,15 +119,10 @@ def _question(
         )
     if not 0 < share < 1:
         raise ConfigError(f"--share must be between 0 and 1, not {share:g}")
-    recording = load_recording(trace)
-    own_per_s = 1 / recording.mean_gap_s
     if rate is not None and rate <= 0:
         raise ConfigError(f"--rate must be above 0, not {rate:g}")
-    rate_per_s = own_per_s if rate is None else rate
-    lasts_s = len(recording) / rate_per_s
-    replicas, whole = gpus // chosen.tp, lasts_s <= seconds
-    duration_s = min(seconds, lasts_s)
-    asked = Question(trace, *slo, chosen, replicas, rate_per_s, duration_s, whole, share, seed)
+    rate_per_s = 1 / load_recording(trace).mean_gap_s if rate is None else rate
+    asked = Question(trace, *slo, chosen, gpus // chosen.tp, rate_per_s, seconds, share, seed)
     asked.workload(rate_per_s)  # raises what is wrong with the promise here, once, and not in every process
     return asked
 
@@ -189,7 +184,7 @@ class Advice:
             level = [one.split.name for one in others if best.value - one.value <= noise(best, one)]
             said.append(
                 f"{lead}{others[0].split.name}: no more than noise ({self._gap(scatter)}). "
-                f"{' and '.join([best.split.name, *level])} are level; colocated is the simplest."
+                f"{', '.join([best.split.name, *level])} are level; colocated is the simplest."
             )
         if any(one.split.name == "mixed" and not one.facts["pairs"] for one in others):
             said.append("Mixed never found a second node worth its transfer.")
@@ -207,7 +202,7 @@ class Advice:
         ratio, other, turn = best_ratio(self.tried), best_other(self.tried), self.turn
         gap, scatter = ratio.value - other.value, noise(ratio, other)
         values = [f"{one.split.name} {self._words(one.value)}" for one in (ratio, other)]
-        worth = "pays" if gap > scatter else "changes little" if gap > -scatter else "is not worth it"
+        worth = "pays" if gap > scatter else "changes little" if gap >= -scatter else "is not worth it"
         said = [f"Disaggregation {worth} here: {values[0]}, {values[1]}."]
         moved_s, of_ttft = ratio.facts["kv_transfer_s"], ratio.facts["kv_share_of_ttft"]
         if moved_s is not None:
@@ -218,7 +213,8 @@ class Advice:
             slowest = f"down to about {turn.gbps:g} Gbit/s" if turn.gbps else "even over 1 Gbit/s"
             said.append(f"It stays ahead over slower links, {slowest}.")
         elif turn.gbps is None and turn.free is not None:
-            said.append(f"No link changes that: were moving KV free, {self._words(turn.free)}.")
+            at_best = f"{ratio.split.name} {self._words(turn.free)}"
+            said.append(f"No link changes that: if it took no time, {at_best}.")
         else:
             said.append(f"From about {turn.gbps:g} Gbit/s on it would be ahead.")
         return " ".join(said)
@@ -233,6 +229,13 @@ class Advice:
         if not self.search:
             return f"{self._gap(best.value - other.value)} more than"
         return f"{best.value / other.value:.2f}x as much as" if other.value else "and nothing by"
+
+    def bars(self) -> list[tuple[str, float, str]]:
+        """For a picture."""
+        return [
+            (one.split.name, one.value, f"{one.value:.2f}" if self.search else f"{one.value:.1%}")
+            for one in self.ranked
+        ]
 
     def as_json(self) -> dict[str, Any]:
         """For programs."""
@@ -262,10 +265,11 @@ class Advice:
         """For people."""
         asked = self.question
         console.print(self.head)
+        rounds = asked.rate_per_s * asked.duration_s / len(load_recording(asked.trace))
         served = f"{asked.rate_per_s:.3g} requests a second for {asked.duration_s:.0f} s"
-        console.print(f"{served}; the first tenth is not counted")
+        console.print(f"{served}, {rounds:.2g} times the trace; the first tenth is not counted")
         table = Table(box=None, padding=(0, 2, 0, 0))
-        columns = ("kept", "in halves", "TTFT p50, p99", "TPOT p99", "on two nodes")
+        columns = ("kept", "in halves", "TTFT p50, p99", "TPOT p99", "pairs")
         for heading in ("split", *(["req/s a GPU"] if self.search else []), *columns):
             table.add_column(heading, justify="left" if heading == "split" else "right", no_wrap=True)
         for one in self.ranked:
@@ -282,7 +286,7 @@ def _cells(facts: dict[str, Any]) -> list[str]:
     ttft, grows = facts["ttft_s"], "" if facts["drained"] else ", queue left"
     return [
         f"{facts['attainment']:.1%}{grows}",
-        f"{facts['attainment_first_half']:.1%}, {facts['attainment_second_half']:.1%}",
+        f"{100 * facts['attainment_first_half']:.1f}, {facts['attainment_second_half']:.1%}",
         ms(ttft["p50"], ttft["p99"]),
         ms(facts["tpot_s"]["p99"]),
         f"{facts['pairs'] / max(facts['counted'], 1):.0%}",

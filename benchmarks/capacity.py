@@ -10,6 +10,8 @@ import hashlib
 import json
 import math
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -26,7 +28,6 @@ PRECISION = 0.03
 FIRST_STEP = 1.3
 LEAST_RATE = 1e-3
 MOST_DOUBLINGS = 12
-CODE = ("benchmarks", "coordinator", "engine", "kv_transfer", "configs/hardware")
 SECONDS = 600.0
 SECONDS_OF = {"reasoning": 3000.0}  # ten times the mean residence of a request: 5,500 tokens at up to 50 ms
 
@@ -140,35 +141,22 @@ class Cache:
 
 @lru_cache(maxsize=1)
 def code_fingerprint() -> str:
-    """Of the source that a point depends on: figures of older code are not taken for those of this one."""
+    """Of the source that a point runs: figures of older code are not taken for those of this one.
+
+    Which modules these are, a fresh interpreter says that imports what `measure` calls.
+    """
     root = Path(__file__).resolve().parent.parent
+    script = (
+        "import sys, benchmarks.simulator.run, benchmarks.scenarios;"
+        "print(*[m.__file__ for m in list(sys.modules.values()) if getattr(m, '__file__', None)], sep='\\n')"
+    )
+    listed = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True)
+    sources = [Path(line) for line in listed.stdout.splitlines()]
+    ours = [path for path in sources if path.is_relative_to(root) and ".venv" not in path.parts]
     digest = hashlib.sha256()
-    for folder in CODE:
-        for path in sorted((root / folder).rglob("*")):
-            if path.suffix in (".py", ".json") and "results" not in path.parts and _counts(path):
-                digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    for path in [*sorted(ours), *sorted((root / "configs" / "hardware").glob("*.json"))]:
+        digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()[:16]
-
-
-# Of benchmarks/ only what a point runs: a change of a report or a plot recomputes nothing.
-RUN_BY_A_POINT = {
-    "scenarios.py",
-    "parts.py",
-    "recorded.py",
-    "traces.py",
-    "traffic.py",
-    "workload.py",
-    "hardware.py",
-}
-
-
-def _counts(path: Path) -> bool:
-    parts = path.parts
-    if "benchmarks" in parts:
-        return "simulator" in parts or "baselines" in parts or path.name in RUN_BY_A_POINT
-    if "coordinator" in parts:
-        return not {"cli", "endpoint"} & set(parts) or path.name == "slo.py"
-    return True
 
 
 def capacity(

@@ -178,7 +178,7 @@ def _distinct(plan: Iterable[Setting]) -> list[Where]:
 
 def _bound(where: Where) -> Row:
     """The bounds of a scenario on a hardware, from a long run of the tuning seed's arrivals, per GPU."""
-    scenario, machine, acceptance, duration_s = where
+    scenario, machine, acceptance, _ = where
     chosen = hardware(machine)
     workload = make(scenario, 10.0, BOUND_SECONDS, TUNING_SEED, tpot_scale=chosen.tpot_scale)
     workload = workload.clipped(chosen.kv_tokens // 2)

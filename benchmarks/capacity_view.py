@@ -15,6 +15,7 @@ from benchmarks.simulator.systems import DESIGNS, MODES, OURS_NAME
 Row = Mapping[str, Any]
 Key = tuple[str, str, str, float | None]  # system, mode, column, acceptance
 HEAD_SHARE = 0.9
+SHORT = {"vllm-spec": "vLLM + speculation", "sarathi-edf": "Sarathi-EDF"}
 NOT_A_DEFAULT = ("sarathi-edf", OURS_NAME)  # what nobody ships: compared only as tuned
 
 
@@ -141,4 +142,9 @@ def label_of(key: Key, acceptance: float | None) -> str:
     if system == OURS_NAME:
         return f"slosserve, {mode}"
     plain = ", no drafts" if acceptance is not None and drafts is None else ""
-    return f"{DESIGNS[system].label}{plain}, {'tuned' if column == 'tuned' else 'as it comes'}"
+    return f"{name_of(system)}{plain}, {column}"
+
+
+def name_of(system: str) -> str:
+    """Short, for tables."""
+    return SHORT.get(system, DESIGNS[system].label)

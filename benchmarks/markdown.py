@@ -23,10 +23,13 @@ def number(value: Any, unit: str = "") -> str:
         return NOTHING
     if isinstance(value, int):
         return f"{value:,}{unit}"
-    digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 20 else 2
-    if 0 < abs(value) < 0.1:
-        digits = min(2 - math.floor(math.log10(abs(value))), 6)
+    digits = 2 if value == 0 else min(max(2 - math.floor(math.log10(abs(value))), 0), 6)
     return f"{value:,.{digits}f}{unit}"
+
+
+def ratio(value: Any, unit: str = "") -> str:
+    """Two places after the point: what is near 1."""
+    return f"{value:.2f}{unit}" if is_number(value) else NOTHING
 
 
 def percent(value: Any, digits: int = 1) -> str:

@@ -30,22 +30,23 @@ SURE_BIAS = 100.0
 class Sent:
     """How a request went. Times are seconds since it should have been sent, one per output token.
 
-    `late_s`: by how much this client sent it later than that.
+    `late_s`: by how much this client sent it later than that. `verdict`: what the endpoint said at first.
     """
 
     late_s: float = 0.0
     token_times_s: list[float] = field(default_factory=list)
+    request_id: str | None = None
     verdict: str | None = None
     error: str | None = None
 
 
 class Writer:
-    """Writes bodies for a model. Everything random comes from `seed`; prompts share no beginning."""
+    """Writes bodies for a model. Prompts come from `rng` and share no beginning: nothing is in a prefix cache."""
 
-    def __init__(self, model: str, vocab_size: int, seed: int) -> None:
+    def __init__(self, model: str, vocab_size: int, rng: np.random.Generator) -> None:
         self._model = model
         self._stop_id = vocab_size - 1
-        self._rng = np.random.default_rng([seed, vocab_size])
+        self._rng = rng
 
     def body(self, slo_class: str, prompt_tokens: int, output_tokens: int, max_tokens: int) -> bytes:
         """A request with a prompt of just so many tokens, answered by just so many."""
@@ -97,6 +98,7 @@ async def send(client: httpx.AsyncClient, body: bytes, due_s: float) -> Sent:
     headers = {"content-type": "application/json"}
     try:
         async with client.stream("POST", PATH, content=body, headers=headers) as response:
+            sent.request_id = response.headers.get("x-slosserve-request-id")
             sent.verdict = response.headers.get("x-slosserve-verdict")
             async for part in response.aiter_raw():
                 now_s = time.perf_counter() - due_s

@@ -125,23 +125,25 @@ def in_turn(name: str, windows: Sequence[Workload]) -> Workload:
         replace(
             window,
             arrival_s=window.arrival_s + start_s,
-            parent=np.where(window.parent < 0, -1, window.parent + rows),
+            parent=np.where(window.parent < 0, -1, window.parent + before),
             class_index=np.array([names.index(each) for each in window.class_names])[window.class_index],
         )
-        for window, start_s, rows in zip(windows, starts_s, rows_before, strict=False)
+        for window, start_s, before in zip(windows, starts_s, rows_before, strict=False)
     ]
-    columns_of = ("arrival_s", "prompt_tokens", "output_tokens", "thinking_tokens", "max_tokens", "class_index")
-    chained = ("parent", "delay_s", "prefix_tokens")
+    rows = {
+        column: np.concatenate([getattr(window, column) for window in moved])
+        for column in (
+            "arrival_s", "prompt_tokens", "output_tokens", "thinking_tokens", "max_tokens", "class_index",
+            "parent", "delay_s", "prefix_tokens",
+        )
+    }  # fmt: skip
     return replace(
         windows[0],
         name=name,
         duration_s=float(starts_s[-1]),
         class_names=names,
         slo_classes=promised,
-        **{
-            column: np.concatenate([getattr(window, column) for window in moved])
-            for column in (*columns_of, *chained)
-        },
+        **rows,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ import httpx
 import numpy as np
 import psutil
 
-from benchmarks.cluster_facts import Facts, fetch_facts
+from benchmarks.cluster_facts import Facts, fetch_facts, fetch_timeline
 from benchmarks.open_loop import TIMEOUT_S, Sent, Writer, send, send_all
 from benchmarks.workload import Workload
 from engine.cost import StepCost
@@ -21,17 +21,28 @@ from engine.errors import EngineError
 from engine.models import load_recipe
 
 LONE_PROMPTS = (32, 64, 128, 256, 512)
-LONE_OUTPUT, LONE_ROUNDS = 24, 4
+LONE_OUTPUT, LONE_ROUNDS = 64, 3  # of a usual step, the last 64 are all but a thousandth
+TOLD_S = 0.5  # by then the coordinator has the node's report of what has just ended
 REST_S = 3.0  # before a run: what the last one taught the node of its speed fades meanwhile
 FACTS_EVERY_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class Lone:
-    """A request that had the node to itself, and what came of it."""
+    """A request that had the node to itself: when the client had its tokens, and what the node says of it.
+
+    `step_s`: a usual step, as the node measured it. `at_node_s`: from its submission to its first token there.
+    """
 
     prompt_tokens: int
-    sent: Sent
+    token_times_s: list[float]
+    step_s: float
+    at_node_s: float
+
+    @property
+    def tpot_s(self) -> float:
+        """Between two tokens, at the client."""
+        return (self.token_times_s[-1] - self.token_times_s[0]) / (len(self.token_times_s) - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +73,9 @@ class RealNode:
     def __init__(self, base_url: str, recipe: str, seed: int) -> None:
         self._base_url = base_url
         self._vocab_size = load_recipe(recipe).vocab_size
-        self._seed = seed
+        # One for all runs: the runs of a seed have the same lengths, and with the same tokens in them the prefix
+        # cache would have every prompt from the second run on.
+        self._rng = np.random.default_rng([seed, self._vocab_size])
 
     async def facts(self) -> Facts:
         """What the cluster says of itself."""
@@ -82,7 +95,10 @@ class RealNode:
                 sent = await send(client, body, time.perf_counter())
                 if sent.error is not None or len(sent.token_times_s) != LONE_OUTPUT:
                     raise EngineError(f"a lone request gave {len(sent.token_times_s)} tokens: {sent.error}")
-                gone.append(Lone(prompt, sent))
+                await asyncio.sleep(TOLD_S)
+                step_s = (await _node(client))["step_ms"] / 1e3
+                timeline = await fetch_timeline(client, str(sent.request_id))
+                gone.append(Lone(prompt, sent.token_times_s, step_s, timeline["decode"]["first_token_s"]))
         return gone[len(LONE_PROMPTS) :]
 
     async def serve(self, workload: Workload, tell: Callable[[float], None]) -> Served:
@@ -108,37 +124,38 @@ class RealNode:
     async def _writer(self, client: httpx.AsyncClient) -> Writer:
         response = await client.get("/v1/models")
         response.raise_for_status()
-        return Writer(str(response.json()["data"][0]["id"]), self._vocab_size, self._seed)
+        return Writer(str(response.json()["data"][0]["id"]), self._vocab_size, self._rng)
 
 
 def overheads(cost: StepCost, max_batch_tokens: int, lone: Sequence[Lone]) -> dict[str, Any]:
-    """What lone requests took beside the steps that `cost` predicts, in ms: medians, and by prompt length.
+    """What lone requests took beside the engine's steps, in ms: medians over all, and by prompt length.
 
-    `overhead_ms` of a first token is everything: HTTP, placing, messages, and a step's own. `host_ms` is what a
-    decode step takes more: what comes with every step.
+    `overhead_ms`: a first token, beyond the prefill that `cost` predicts; of it `outside_ms` outside of the node.
+    `host_ms`: the time between two tokens at the client, beyond the step that the node measured.
     """
-    rows = []
+    by_prompt = []
     for prompt in sorted({one.prompt_tokens for one in lone}):
-        times_s = [one.sent.token_times_s for one in lone if one.prompt_tokens == prompt]
-        ttft_s = float(np.median([times[0] for times in times_s]))
-        tpot_s = float(np.median([(times[-1] - times[0]) / (len(times) - 1) for times in times_s]))
-        steps = range(1, len(times_s[0]))
-        predicted_s = float(np.mean([cost.predict(1, seqs=1, context_tokens=prompt + n) for n in steps]))
-        prefill_s = cost.prefill_alone_s(prompt, max_batch_tokens)
-        rows.append(
-            {
-                "prompt_tokens": prompt,
-                "ttft_ms": ttft_s * 1e3,
-                "prefill_predicted_ms": prefill_s * 1e3,
-                "tpot_ms": tpot_s * 1e3,
-                "step_predicted_ms": predicted_s * 1e3,
-            }
-        )
+        those = [one for one in lone if one.prompt_tokens == prompt]
+        steps = range(1, len(those[0].token_times_s))
+        seconds = {
+            "ttft_ms": _median(one.token_times_s[0] for one in those),
+            "at_node_ms": _median(one.at_node_s for one in those),
+            "prefill_predicted_ms": cost.prefill_alone_s(prompt, max_batch_tokens),
+            "tpot_ms": _median(one.tpot_s for one in those),
+            "step_ms": _median(one.step_s for one in those),
+            "step_predicted_ms": _median(cost.predict(1, seqs=1, context_tokens=prompt + n) for n in steps),
+        }
+        by_prompt.append({"prompt_tokens": prompt} | {key: 1e3 * value for key, value in seconds.items()})
     return {
-        "overhead_ms": float(np.median([row["ttft_ms"] - row["prefill_predicted_ms"] for row in rows])),
-        "host_ms": float(np.median([row["tpot_ms"] - row["step_predicted_ms"] for row in rows])),
-        "by_prompt": rows,
+        "overhead_ms": _median(row["ttft_ms"] - row["prefill_predicted_ms"] for row in by_prompt),
+        "outside_ms": 1e3 * _median(one.token_times_s[0] - one.at_node_s for one in lone),
+        "host_ms": 1e3 * _median(one.tpot_s - one.step_s for one in lone),
+        "by_prompt": by_prompt,
     }
+
+
+def _median(values: Iterable[float]) -> float:
+    return float(np.median(list(values)))
 
 
 async def _node(client: httpx.AsyncClient) -> Facts:

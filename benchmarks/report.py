@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from benchmarks import report_serving as serving
 from benchmarks import report_studies as studies
 from benchmarks.capacity_view import HEAD_SHARE, Row, View, views
 from benchmarks.markdown import NOTHING, command_of, machine, origin, source, table
@@ -48,10 +49,10 @@ class Study:
 
 CAPACITY = "slosserve bench capacity"
 STUDIES = (
-    Study("ablation", "What each part adds", "slosserve bench ablation", studies.rows_as_they_are),
-    Study("scaling", "More replicas", "slosserve bench scaling", studies.rows_as_they_are),
-    Study("burst", "Through a spike", "slosserve bench burst", studies.rows_as_they_are),
-    Study("rebalance", "Changing roles under load", "slosserve bench rebalance", studies.rows_as_they_are),
+    Study("ablation", "What each part adds", "slosserve bench ablation", serving.ablation),
+    Study("scaling", "More replicas", "slosserve bench scaling", serving.scaling),
+    Study("burst", "Through a spike", "slosserve bench burst", serving.burst),
+    Study("rebalance", "Changing roles under load", "slosserve bench rebalance", serving.rebalance),
     Study("lengths", "Unknown lengths", "slosserve bench lengths", studies.lengths),
     Study("speculation", "Models of drafting", "python -m benchmarks.speculation", studies.speculation),
     Study("planner", "The time of an admission", "python -m benchmarks.planner", studies.planner),
@@ -79,9 +80,10 @@ A promise is kept if every stage of a request is on time: the first token by its
 at its pace. Rejected, deferred and failed requests are misses, for every system. **Capacity** is the highest
 rate per GPU at which the share named keeps every promise and the queue drains. All systems run in one
 simulator: the same requests, step times, KV memory and links; of slosserve it runs the code that serves. Each
-baseline is tuned on a seed that is not reported, and is also shown as it comes. A figure is the mean over seeds,
-the least and the most of them in brackets; the best of a column is bold. Ours, where one figure stands for it,
-is its best mode."""
+baseline is tuned on a seed that is not reported, and is also shown with its defaults; the best default is that
+of vLLM, Sarathi-Serve and DistServe (nobody ships Sarathi-EDF). A figure is the mean over seeds, the least and
+the most of them in brackets; the best of a column is bold. Ours, where one figure stands for it, is its best
+mode."""
 MISSING = "*Not run: `{command}` makes `{file}`.*"
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.capacity_view import HEAD_SHARE, Row, View, geomean, key_of, label_of, machine_words
-from benchmarks.markdown import NOTHING, image, is_number, mean, number, percent, source, spread, table
+from benchmarks.capacity_view import HEAD_SHARE, Row, View, geomean, key_of, label_of, machine_words, name_of
+from benchmarks.markdown import NOTHING, image, is_number, mean, number, percent, ratio, source, spread, table
 from benchmarks.plots import Bar, Line, Panel, draw_bars, draw_lines
 from benchmarks.report_limits import times
 from benchmarks.scenarios import SCENARIOS
@@ -29,7 +29,7 @@ def capacity_table(view: View, file: Row, names: Sequence[str]) -> str:
     if view.share == HEAD_SHARE:
         lines.append(["*bound, lengths unknown*", *[number(view.blind.get(name)) for name in names], ""])
         shares = [view.of_bound(name) for name in names]
-        lines.append(["ours / bound", *map(number, shares), f"{number(mean(shares))} mean"])
+        lines.append(["ours / bound", *map(ratio, shares), f"{ratio(mean(shares))} mean"])
     for column, text in (("tuned", "ours / best tuned"), ("default", "ours / best default")):
         ratios = [view.over(name, column) for name in names]
         average = geomean(ratio for ratio in ratios if ratio is not None)
@@ -116,7 +116,7 @@ def draw_capacity(view: View, path: Path) -> str:
                     )
                 )
         panels.append(Panel(name, bars, limit=view.blind.get(name), xlabel="requests/s per GPU"))
-    title = f"{heading(view)} (dashed: bound, lengths unknown; pale: as it comes)"
+    title = f"{heading(view)} (dashed: bound, lengths unknown; pale: default)"
     draw_bars(path, panels, title)
     return image(f"results/plots/{path.name}", f"{heading(view)}: bars per system and scenario, with spread")
 
@@ -160,7 +160,7 @@ def _attained(file: Row, view: View, name: str, rows: Sequence[Row]) -> list[Lin
             and row["mean"]
         ]
         known = sorted((x, y) for x, y in points if is_number(x) and y is not None)
-        label = "slosserve, best mode" if system == OURS_NAME else DESIGNS[system].label
+        label = "slosserve, best mode" if system == OURS_NAME else name_of(system)
         lines.append(
             Line(
                 label, [x for x, _ in known], [y for _, y in known], system, mode if system != OURS_NAME else ""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from benchmarks.capacity_view import HEAD_SHARE, Row, View, geomean, key_of
-from benchmarks.markdown import NOTHING, mean, number, percent, table
+from benchmarks.capacity_view import HEAD_SHARE, Row, View, geomean, key_of, name_of
+from benchmarks.markdown import NOTHING, mean, percent, ratio, table
 from benchmarks.scenarios import SCENARIOS
-from benchmarks.simulator.systems import DESIGNS
 
 BOUND_TARGET, DEFAULT_TARGET, TUNED_TARGET = 0.9, 2.2, 1.0
 MOST_BROKEN = 0.02  # of what was admitted: above, promises were broken rather than not made
@@ -29,7 +28,7 @@ def targets(view: View) -> str:
         [
             "share of the length-blind bound, mean",
             f">= {BOUND_TARGET:.2f}",
-            number(average),
+            ratio(average),
             verdict(average, BOUND_TARGET),
         ],
         [
@@ -70,7 +69,7 @@ def limits(file: Row, view: View) -> str:
         parts = bounds.get(name, {}).get("parts") or {}
         short = verdict(of_bound, BOUND_TARGET)
         shown = ", ".join(f"{part} {percent(value, 0)}" for part, value in _largest(parts) if value >= 0.005)
-        lines.append([name, number(of_bound), short, times(over), verdict(over, 1.0, "x"), shown or NOTHING])
+        lines.append([name, ratio(of_bound), short, times(over), verdict(over, 1.0, "x"), shown or NOTHING])
         said += [f"- **{name}**: {text}" for text in [_why(file, view, name, parts)] if text]
     columns = [
         "",
@@ -93,7 +92,7 @@ def _why(file: Row, view: View, name: str, parts: Row) -> str:
         said += [f"Most of the work there is {PART_WORDS.get(most[0][0], most[0][0])}."] if most else []
     if over is not None and over < 1:
         rival = view.rival(name, "tuned")
-        label = "" if rival is None else DESIGNS[rival["system"]].label
+        label = "" if rival is None else name_of(rival["system"])
         said.append(f"{1 - over:.0%} below {label}, the best tuned.")
     if not said or ours is None:
         return " ".join(said)
@@ -125,11 +124,11 @@ def verdict(value: float | None, target: float, unit: str = "") -> str:
     """`met`, or by how much it is missed."""
     if value is None:
         return NOTHING
-    return "met" if value >= target else f"**missed by {number(target - value)}{unit}**"
+    return "met" if value >= target else f"**missed by {ratio(target - value, unit)}**"
 
 
-def times(ratio: float | None) -> str:
-    return number(ratio, "x")
+def times(value: float | None) -> str:
+    return ratio(value, "x")
 
 
 def _largest(parts: Row) -> list[tuple[str, float]]:

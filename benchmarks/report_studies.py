@@ -58,9 +58,10 @@ def distserve_facts(file: Row, plots: Path) -> list[str]:
         "crossing, our draws",
     ]
     return [
-        f"Published by DistServe's authors: {published['placement']} is best, at {published['per_gpu']} requests/s "
-        f"per GPU. Our simulator with their draw: {best['placement']} at {number(best['their_search'])} "
-        f"({_signed(file['error'])}). The best {len(rows)} of {len(placements)} placements:",
+        f"Published by DistServe's authors: {published['placement']} is best, at {published['per_gpu']} "
+        f"requests/s per GPU. Our simulator with their draw: {best['placement']} at "
+        f"{number(best['their_search'])} ({_signed(file['error'])}). "
+        f"The best {len(rows)} of {len(placements)} placements:",
         table(headings, rows),
         f"The crossing depends on the draw of 300 requests: {len(file['our_seeds'])} draws of ours scatter so.",
     ]
@@ -80,8 +81,8 @@ def thousand(file: Row, plots: Path) -> list[str]:
     size = f"{taken['cpu_share']:.0%} of a core, {taken['rss_mib']:.0f} MiB" if taken else ""
     held = f" The coordinator takes {size}." if size else ""
     return [
-        f"{file['nodes']:,} virtual replicas, one coordinator, {load['rate']:g} requests/s, {file['requests']:,} "
-        "in all. The engines are virtual, everything else is what serves.",
+        f"{file['nodes']:,} virtual replicas, one coordinator, {load['rate']:g} requests/s, "
+        f"{file['requests']:,} in all. The engines are virtual, everything else is what serves.",
         table(["", "p50", "p99"], rows),
         f"Target: p99 below {target:g} ms: {_below(p99, target, ' ms')}. "
         f"{file['met']:,} of {admitted:,} admitted promises kept.{held}",
@@ -137,9 +138,9 @@ def exactness(file: Row, plots: Path) -> list[str]:
     """The planner against judges that share no code with it."""
     count, random, moore = file["instances"], file["random"], file["moore_hodgson"]
     return [
-        f"{random['equal']:,} of {count:,} random instances have the best value of their family of plans; with one "
-        f"tier {moore['equal']:,} of {count:,} equal Moore and Hodgson's. Any batches at all would add at "
-        f"most {1 - random['value_share_at_least']:.1%} of value."
+        f"{random['equal']:,} of {count:,} random instances have the best value of their family of plans; "
+        f"with one tier {moore['equal']:,} of {count:,} equal Moore and Hodgson's. "
+        f"Any batches at all would add at most {1 - random['value_share_at_least']:.1%} of value."
     ]
 
 
@@ -199,8 +200,9 @@ def demo(file: Row, plots: Path) -> list[str]:
     kept = [f"{name} {percent(found['attainment'])}" for name, found in sorted(file["attainment"].items())]
     return [
         f"{file['completed']} of {file['requests']} calls completed, {file['errors']} errors, "
-        f"{file['tool_calls']} tool calls in {file['agent_sessions']} agent sessions, {file['handoffs']} handoffs"
-        f" ({file['kv_bytes'] / 1e6:.0f} MB of KV, p50 {number(file['handoff_p50_s'] * 1e3, ' ms')}). "
+        f"{file['tool_calls']} tool calls in {file['agent_sessions']} agent sessions, "
+        f"{file['handoffs']} handoffs ({file['kv_bytes'] / 1e6:.0f} MB of KV, "
+        f"p50 {number(file['handoff_p50_s'] * 1e3, ' ms')}). "
         f"Promises kept: {', '.join(kept)}."
     ]
 

@@ -126,7 +126,7 @@ def _tuning(
     system: str, budget: int | None, cap: int | None, drafts: int | None, prefill: int, decode: int
 ) -> Any:
     tuning = design(system).defaults
-    given = {"token_budget": budget, "max_seqs": cap, "draft_tokens": drafts}
+    given: dict[str, Any] = {"token_budget": budget, "max_seqs": cap, "draft_tokens": drafts}
     tuning = replace(tuning, **{name: value for name, value in given.items() if value is not None})
     return replace(tuning, prefill=prefill, decode=decode)
 

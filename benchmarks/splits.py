@@ -77,7 +77,6 @@ class Question:
     replicas: int
     rate_per_s: float
     duration_s: float
-    whole: bool  # the trace once from its beginning, else a window
     share: float
     seed: int
 
@@ -87,13 +86,12 @@ class Question:
         return self.replicas * self.hardware.tp
 
     def workload(self, rate_per_s: float) -> Workload:
-        """At this rate. A search needs the same time at every rate, so it goes round."""
-        once = self.whole and rate_per_s == self.rate_per_s
+        """At this rate, for the same time at every rate: a trace that is shorter goes round."""
         load = from_file(
             self.trace,
             self.slo_class,
             rate_per_s,
-            None if once else self.duration_s,
+            self.duration_s,
             self.seed,
             ttft_s=None if self.ttft_ms is None else self.ttft_ms / 1e3,
             tpot_ms=self.tpot_ms,

@@ -28,27 +28,27 @@ DIVIDE = 6.0  # of lengths, for the scale model
 class Twin:
     """What a node said of itself. `cost` is that of its engine as measured when it started.
 
-    `host_s`: what a step takes beside that, in everything around the engine. The twin's steps take both; what
-    requests are promised comes from `cost` alone, as in the cluster.
+    Steps of the twin take `slowdown` times that, and `host_s`, in everything around the engine. What requests
+    are promised comes from `cost` alone, as in the cluster.
     """
 
     cost: StepCost
-    host_s: float
     kv_tokens: int
     block_tokens: int
     max_seqs: int
     max_batch_tokens: int
     slo_classes: Mapping[str, SloClass]
+    host_s: float = 0.0
+    slowdown: float = 1.0
 
     @classmethod
-    def of(cls, facts: Mapping[str, Any], config: ClusterConfig, host_s: float = 0.0) -> Twin:
+    def of(cls, facts: Mapping[str, Any], config: ClusterConfig) -> Twin:
         """From GET /cluster of a cluster with one node. Raises ConfigError for any other."""
         nodes = facts["nodes"]
         if len(nodes) != 1 or not facts.get("idle_cost") or config.engine.block_size is None:
             raise ConfigError("a twin is made of one node that serves, with engine.block_size set")
         return cls(
             cost=msgspec.convert(facts["idle_cost"], StepCost),
-            host_s=host_s,
             kv_tokens=int(nodes[0]["num_blocks"]) * config.engine.block_size,
             block_tokens=config.engine.block_size,
             max_seqs=config.engine.max_num_seqs,
@@ -57,7 +57,7 @@ class Twin:
         )
 
     def workload(self, scenario: str, rate_per_s: float, seconds: float, seed: int) -> Workload:
-        """Requests with lengths for the scale model, Poisson, promised what the cluster promises its classes."""
+        """Requests with lengths for the scale model, Poisson, promised what the cluster promises."""
         made = make(scenario, rate_per_s, seconds, seed, divide=DIVIDE, arrivals="poisson")
         unknown = sorted(set(made.class_names) - set(self.slo_classes))
         if unknown:
@@ -96,14 +96,20 @@ class Twin:
 
     def _hardware(self, cost: StepCost) -> Hardware:
         known = hardware("scale")
-        sizes = {"kv_tokens": self.kv_tokens, "max_batch_tokens": self.max_batch_tokens}
-        return replace(known, cost=cost, speculative_cost=cost, **sizes)
+        return replace(
+            known,
+            cost=cost,
+            speculative_cost=cost,
+            kv_tokens=self.kv_tokens,
+            max_batch_tokens=self.max_batch_tokens,
+        )
 
     def _deployment(self) -> Deployment:
-        pieces = tuple(replace(piece, base_s=piece.base_s + self.host_s) for piece in self.cost.pieces)
+        cost = self.cost.scaled(self.slowdown)
+        pieces = tuple(replace(piece, base_s=piece.base_s + self.host_s) for piece in cost.pieces)
         return Deployment(
             OURS_NAME,
-            self._hardware(replace(self.cost, pieces=pieces)),
+            self._hardware(replace(cost, pieces=pieces)),
             roles_for("colocated", 1),
             Tuning(token_budget=self.max_batch_tokens, max_seqs=self.max_seqs),
             block_tokens=self.block_tokens,

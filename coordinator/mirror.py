@@ -98,6 +98,11 @@ class NodeMirror:
         self.requests = len(self.reported) + sum(key not in self.reported for key in self.placed)
 
     @property
+    def _told_of_s(self) -> float:
+        """The moment of which the report tells: when the batch ends that was in flight when it was made."""
+        return self.reported_s + (0.0 if self.report is None else self.report.in_flight_s)
+
+    @property
     def serving(self) -> bool:
         """Whether work can be placed here."""
         return self.state == "ready" and self.report is not None
@@ -108,12 +113,13 @@ class NodeMirror:
 
     @property
     def works(self) -> list[WorkState]:
-        """What is here, and what is on its way here, with the times left as of the last report."""
+        """What is here, and what is on its way here, with the times left as of the end of the batch in flight at
+        the last report."""
         reported = [] if self.report is None else self.report.works
         return [*reported, *map(self._as_of_report, self.placed.values())]
 
     def _as_of_report(self, placement: Placement) -> WorkState:
-        left_s = placement.state.first_token_left_s + placement.at_s - self.reported_s
+        left_s = placement.state.first_token_left_s + placement.at_s - self._told_of_s
         return replace(placement.state, first_token_left_s=left_s)
 
     def replica(self, now_s: float) -> Replica:
@@ -130,7 +136,7 @@ class NodeMirror:
             block_tokens=report.info.block_size,
             max_seqs=report.info.max_num_seqs,
             works=self.works,
-            age_s=now_s - self.reported_s,
+            age_s=now_s - self._told_of_s,
             step_s=report.step_s,
         )
 

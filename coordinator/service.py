@@ -274,7 +274,7 @@ class Coordinator:
             address = await self._revive(name)
             if address is not None and self._mirrors[name].state == "lost":
                 self.add_node(name, address)  # a link that was cut is made anew, also to the same address
-                await asyncio.sleep(1.0)
+            await asyncio.sleep(1.0)
         except Exception:
             logger.exception("bringing %s back", name)
             await asyncio.sleep(1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Mapping
@@ -11,8 +12,11 @@ from typing import Any
 from coordinator.cluster import LOOPBACK, ROLES, NodeRef, connect, list_nodes, node_names, start_node
 from coordinator.config import ClusterConfig
 from engine.cost import StepCost
+from engine.errors import SlosserveError
 from engine.profile import StepProfile
 from engine.request import RoleName
+
+logger = logging.getLogger(__name__)
 
 HOST_ACTOR = "engine.virtual_host:VirtualHostActor"
 FRESH_S = 1.0  # a host that a thousand nodes of it are asked back from is asked once
@@ -42,22 +46,26 @@ class VirtualNodes:
         return self._ask(host)
 
     def revive(self, name: str) -> str | None:
-        """The address of a node that was silent: a new one if Ray has restarted its host."""
-        return str(self._ask(self._host_of[name])[name]["address"])
+        """The address of a node that was silent; None while its host is not back."""
+        host = self._host_of[name]
+        with self._locks[host]:
+            asked_s, nodes = self._described.get(host, (-FRESH_S, {}))
+            if time.monotonic() - asked_s > FRESH_S:
+                try:
+                    nodes = self._ask(host)
+                except SlosserveError as error:
+                    logger.warning("bringing %s back: %s", host, error)
+                    nodes = {}
+                self._described[host] = time.monotonic(), nodes
+        return str(nodes[name]["address"]) if nodes else None
 
     def _ask(self, host: str) -> dict[str, dict[str, Any]]:
         """The nodes of a host by name, once it is up."""
-        with self._locks[host]:
-            asked_s, nodes = self._described.get(host, (-FRESH_S, {}))
-            if time.monotonic() - asked_s < FRESH_S:
-                return nodes
-            if host not in self._refs:
-                spec = host_spec(self._config, host, self.hosts[host], self._run_dir)
-                self._refs[host] = start_node(self._config, host, "", spec, actor_class=HOST_ACTOR)
-            said = self._refs[host].start(self._config.timeouts.node_start_s)
-            nodes = {node["name"]: node | {"pid": said["pid"]} for node in said["nodes"]}
-            self._described[host] = time.monotonic(), nodes
-            return nodes
+        if host not in self._refs:
+            spec = host_spec(self._config, host, self.hosts[host], self._run_dir)
+            self._refs[host] = start_node(self._config, host, "", spec, actor_class=HOST_ACTOR)
+        said = self._refs[host].start(self._config.timeouts.node_start_s)
+        return {node["name"]: node | {"pid": said["pid"]} for node in said["nodes"]}
 
 
 def hosted(config: ClusterConfig) -> dict[str, dict[str, str]]:

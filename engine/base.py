@@ -70,7 +70,8 @@ class BatchPlan:
     `order`: first to last; `chunk_tokens`: most new tokens of a sequence in this batch; `skip`: left out of
     this batch with their KV kept; `depth`: draft tokens to verify (0 = none); `max_tokens`: size of the
     batch; `preempt`: give up slot and KV, keep tokens; `draft_tokens`: how many to draft for the batch after
-    this one (as many as the engine was started with if None).
+    this one (as many as the engine was started with if None). `expected_s`: what it is likely to take, for
+    those who ask meanwhile; engines do not read it.
     """
 
     order: Sequence[str] = ()
@@ -80,6 +81,7 @@ class BatchPlan:
     max_tokens: int | None = None
     preempt: Sequence[str] = ()
     draft_tokens: int | None = None
+    expected_s: float = 0.0
 
 
 UNPLANNED = BatchPlan()  # nothing planned: the engine's own batch

@@ -110,6 +110,7 @@ def compose(seqs: Sequence[Seq], duties: Mapping[str, Duty], moment: Moment) -> 
         max_tokens=moment.max_batch_tokens,
         preempt=tuple(seqs[index].work_id for index in gives_way),
         draft_tokens=None if draft_tokens < 0 else draft_tokens,
+        expected_s=_expected_s(pour[0], moment.cost),
     )
 
 
@@ -137,6 +138,17 @@ def _rows(seqs: Sequence[Seq], duties: Mapping[str, Duty]) -> Rows:
     rows["depth"] = [duty.depth or 0 for duty in mine]
     rows["cached_tokens"] = [duty.cached_tokens for duty in mine]
     return rows
+
+
+def _expected_s(pour: np.void, cost: StepCost) -> float:
+    return cost.predict(
+        int(pour["tokens"]),
+        seqs=int(pour["seqs"]),
+        context_tokens=int(pour["context_tokens"]),
+        prefill_work=float(pour["prefill_work"]),
+        draft_steps=int(pour["draft_steps"]),
+        prefill_kv_tokens=int(pour["prefill_kv_tokens"]),
+    )
 
 
 @lru_cache(maxsize=8)

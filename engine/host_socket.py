@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 import zmq
 
@@ -27,15 +28,20 @@ WATCHED_S = 2.0  # reports go to a peer that has asked no longer ago
 UNCHANGED_EVERY_S = 5.0  # an idle node is told of again
 # A coordinator takes tens of microseconds for a report, and a placement may be waiting meanwhile.
 REPORTS_A_MESSAGE = 16
-MESSAGES_A_TURN = 2
+REPORTS_A_SECOND = 1000.0
 _SEPARATOR = b"\0"
 
 
 @dataclass(slots=True)
 class _Watcher:
-    """A peer that wants reports. `news`: nodes whose report it has not been sent, the oldest news first."""
+    """A peer that wants reports. `news`: nodes whose report it has not been sent, the oldest news first.
+
+    `may_tell` grows with time: where many nodes are busy, each is told of less often, and as it is by then.
+    """
 
     asked_s: float
+    told_s: float
+    may_tell: float = REPORTS_A_MESSAGE
     news: dict[str, None] = field(default_factory=dict)
 
 
@@ -99,8 +105,9 @@ class HostSocket:
         if line is None:
             self._send(identity, HOST_CHANNEL, Alive(self._name, 0.0))
         if watch.reports:
-            watcher = self._watchers.setdefault(identity, _Watcher(0.0))
-            watcher.asked_s = time.monotonic()
+            now_s = time.monotonic()
+            watcher = self._watchers.setdefault(identity, _Watcher(now_s, now_s))
+            watcher.asked_s = now_s
             if line is not None:
                 watcher.news[line.node] = None
 
@@ -129,13 +136,15 @@ class HostSocket:
             if now_s - watcher.asked_s > WATCHED_S:
                 del self._watchers[identity]
                 continue
-            for _ in range(MESSAGES_A_TURN):
-                told = list(watcher.news)[:REPORTS_A_MESSAGE] if watcher.news else []
-                for node in told:
-                    del watcher.news[node]
-                reports = [report for node in told if (report := self._lines[node].aged_report(now_s))]
-                if reports:
-                    self._send(identity, HOST_CHANNEL, Reports(reports))
+            earned = (now_s - watcher.told_s) * REPORTS_A_SECOND
+            watcher.may_tell, watcher.told_s = min(watcher.may_tell + earned, REPORTS_A_MESSAGE), now_s
+            told = list(islice(watcher.news, int(watcher.may_tell)))
+            watcher.may_tell -= len(told)
+            for node in told:
+                del watcher.news[node]
+            reports = [report for node in told if (report := self._lines[node].aged_report(now_s))]
+            if reports:
+                self._send(identity, HOST_CHANNEL, Reports(reports))
             more = more or bool(watcher.news)
         return more
 
@@ -184,6 +193,9 @@ class HostedLine:
 
     def start(self) -> None:
         """The host serves already."""
+
+    def tell(self) -> None:
+        """The host tells by itself what has changed."""
 
     def send(self, peer: bytes, message: Message) -> None:
         """Say something to a peer."""

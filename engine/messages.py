@@ -18,7 +18,8 @@ from engine.errors import ProtocolError
 from engine.request import Pace, RoleName, WorkKind
 from kv_transfer.base import Handoff, Lease, Link, PeerAddress, Pull
 
-VERSION = 2
+VERSION = 3
+TELL_EVERY_S = 0.02  # a node tells of batches as they begin; of one that lasts longer, always
 
 
 # ---- to a node -------------------------------------------------------------------------------------------
@@ -177,7 +178,11 @@ class WorkState:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """A node's own account of itself: role, promises, leases, progress, and what steps cost."""
+    """A node's own account of itself: role, promises, leases, progress, and what steps cost.
+
+    One that is made as a batch begins tells of the works as they will be when it ends, in `in_flight_s`; the
+    times left count from then.
+    """
 
     node: str
     boot_id: str
@@ -197,7 +202,8 @@ class Report:
     stuck_s: float
     local_prefills: int
     pid: int
-    age_s: float = 0.0  # since all this was so; set when it is sent
+    in_flight_s: float = 0.0
+    age_s: float = 0.0  # since it was made; set when it is sent
 
 
 @dataclass(frozen=True, slots=True)

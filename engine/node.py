@@ -8,6 +8,7 @@ it; a coordinator that falls silent takes nothing.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import time
@@ -22,6 +23,7 @@ from engine.cost import StepCost
 from engine.drafting import Drafted, Drafting
 from engine.errors import RequestError
 from engine.messages import (
+    TELL_EVERY_S,
     Cancel,
     Credit,
     Declined,
@@ -121,6 +123,7 @@ class Node:
         self._promises_preempted = 0
         self._rested_s = clock()
         self._next_upkeep_s = 0.0
+        self._told_s = -math.inf
         self._stopping = threading.Event()
 
     @property
@@ -352,6 +355,10 @@ class Node:
             plan = self._role.compose(seqs, duties, moment)
         _note_batched(plan, here, now_s)
         self._depths = plan.depth
+        if now_s - self._told_s >= TELL_EVERY_S or plan.expected_s >= TELL_EVERY_S:
+            self._told_s = now_s
+            self._publish_report(plan)
+            self._socket.tell()
         return plan
 
     def _memory(self) -> Memory:
@@ -506,8 +513,12 @@ class Node:
         kv_bound = usage.used_blocks > KV_BOUND_SHARE * usage.num_blocks
         self._drafting.plan(decoding, self._cost, self._info.max_batch_tokens, kv_bound=kv_bound)
 
-    def _publish_report(self) -> None:
+    def _publish_report(self, begins: BatchPlan | None = None) -> None:
+        """Leave an account of this node for those who ask; of how it will be after a batch that begins now."""
         now_s = self._clock()
+        in_flight_s = 0.0 if begins is None else begins.expected_s
+        end_s = now_s + in_flight_s
+        chunks = {} if begins is None else begins.chunk_tokens
         self._socket.reported_s = time.monotonic()
         self._socket.report = Report(
             node=self.name,
@@ -516,7 +527,9 @@ class Node:
             info=self._info,
             kv=self._engine.kv.address(),
             usage=self._engine.usage(),
-            works=[self._state(promise, now_s) for promise in self._promises.values()],
+            works=[
+                self._state(promise, end_s, chunks.get(key, 0)) for key, promise in self._promises.items()
+            ],
             leases=self._engine.kv.leases(),
             pulls=list(self._recent_pulls),
             cost=self._cost,
@@ -528,25 +541,30 @@ class Node:
             stuck_s=0.0,
             local_prefills=self._local_prefills,
             pid=os.getpid(),
+            in_flight_s=in_flight_s,
         )
 
-    def _state(self, promise: Promise, now_s: float) -> WorkState:
-        submit = promise.submit
+    def _state(self, promise: Promise, at_s: float, chunk_tokens: int) -> WorkState:
+        """As it will be at `at_s`, when a batch has ended in which it has a chunk (0: in which it is not)."""
+        submit, duty = promise.submit, promise.duty
+        prefill_left = 0 if promise.offered else promise.prefill_left
+        says_one = chunk_tokens > prefill_left
+        tokens, next_due_s = promise.tokens + says_one, duty.next_token_due_s
+        if says_one:
+            next_due_s = (max(duty.first_token_due_s, at_s) if next_due_s is None else next_due_s) + duty.tpot_s
         return WorkState(
             request_id=submit.request_id,
             attempt=submit.attempt,
             kind=submit.kind,
             prompt_tokens=len(submit.prompt_token_ids),
-            prefill_left_tokens=0 if promise.offered else promise.prefill_left,
-            output_tokens=promise.tokens,
+            prefill_left_tokens=max(prefill_left - chunk_tokens, 0),
+            output_tokens=tokens,
             max_tokens=submit.max_tokens,
-            first_token_left_s=promise.duty.first_token_due_s - now_s,
-            tpot_s=promise.duty.tpot_s,
-            best_effort=promise.duty.best_effort,
+            first_token_left_s=duty.first_token_due_s - at_s,
+            tpot_s=duty.tpot_s,
+            best_effort=duty.best_effort,
             class_name=submit.class_name,
-            next_due_left_s=None
-            if promise.duty.next_token_due_s is None
-            else promise.duty.next_token_due_s - now_s,
+            next_due_left_s=None if next_due_s is None else next_due_s - at_s,
             acceptance=promise.drafted.estimate.acceptance if self._drafting.on else None,
         )
 

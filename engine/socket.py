@@ -15,6 +15,8 @@ import zmq
 from engine.errors import ProtocolError
 from engine.messages import Alive, Message, Report, Watch, decode, encode
 
+WATCHES_S = 1.0  # a peer that has not asked for so long is told nothing unasked
+
 
 class Line(Protocol):
     """How a node hears its peers and answers. Called from the step thread.
@@ -29,6 +31,9 @@ class Line(Protocol):
 
     def start(self) -> None:
         """Begin to serve."""
+
+    def tell(self) -> None:
+        """Send the report to those who watch, without being asked."""
 
     def send(self, peer: bytes, message: Message) -> None:
         """Queue a message for a peer."""
@@ -74,12 +79,19 @@ class NodeSocket:
         self.reported_s = 0.0
         self.step_began_s: float | None = None
         self._heard_s: dict[bytes, float] = {}
+        self._watchers: dict[bytes, float] = {}
+        self._news = False
         self.rejected_messages = 0
         self._thread = threading.Thread(target=self._serve, name=f"{name}-socket", daemon=True)
 
     def start(self) -> None:
         """Begin to serve."""
         self._thread.start()
+
+    def tell(self) -> None:
+        """Send the report to those who watch, without being asked. Called from the step thread."""
+        self._news = True
+        os.write(self._wake_write, b"x")
 
     def send(self, peer: bytes, message: Message) -> None:
         """Queue a message for a peer. Called from the step thread."""
@@ -146,6 +158,17 @@ class NodeSocket:
         while self._outbox:
             peer, frames = self._outbox.popleft()
             self._router.send_multipart([peer, *frames])
+        if self._news:
+            self._news = False
+            self._tell_watchers()
+
+    def _tell_watchers(self) -> None:
+        now_s = time.monotonic()
+        for peer, watched_s in list(self._watchers.items()):
+            if now_s - watched_s > WATCHES_S:
+                del self._watchers[peer]
+            else:
+                self._send_report(peer)
 
     def _receive(self) -> None:
         arrived = False
@@ -171,12 +194,12 @@ class NodeSocket:
     def _answer_watch(self, peer: bytes, watch: Watch) -> None:
         if not watch.reports:
             self._router.send_multipart([peer, *encode(Alive(self._name, self._stuck_s()))])
-        elif self.report is not None:
-            self._router.send_multipart(
-                [
-                    peer,
-                    *encode(
-                        replace(self.report, stuck_s=self._stuck_s(), age_s=time.monotonic() - self.reported_s)
-                    ),
-                ]
-            )
+        else:
+            self._watchers[peer] = time.monotonic()
+            self._send_report(peer)
+
+    def _send_report(self, peer: bytes) -> None:
+        if self.report is not None:
+            age_s = time.monotonic() - self.reported_s
+            report = replace(self.report, stuck_s=self._stuck_s(), age_s=age_s)
+            self._router.send_multipart([peer, *encode(report)])

@@ -27,6 +27,7 @@ from engine.virtual import VirtualEngine, VirtualEngineConfig, warm_up
 
 IDLE_UPKEEP_S = 1.0
 MOST_WAIT_S = 0.1
+NEWS_WAIT_S = 5e-3  # while reports are left to be told
 LEAST_WAIT_S = 1e-3  # before a node that could not go on is asked again
 NOTHING = StepResult([], None)
 
@@ -87,7 +88,7 @@ class VirtualHost:
 
     def _turn(self) -> None:
         wait_s = self._heap[0][0] - time.monotonic() if self._heap else MOST_WAIT_S
-        for name in self._socket.receive(0.0 if self._more_news else min(wait_s, MOST_WAIT_S)):
+        for name in self._socket.receive(min(wait_s, NEWS_WAIT_S if self._more_news else MOST_WAIT_S)):
             self._visit(self._stations[name])
         now_s = time.monotonic()
         while self._heap and self._heap[0][0] <= now_s:

@@ -1,6 +1,6 @@
 """Ours in the simulator: the coordinator's own decider over mirrors that are fed with reports of the replicas.
 
-What nodes and endpoints do around it is here in short: reports as of the last 0.1 s, works that a full node
+What nodes and endpoints do around it is here in short: reports as batches begin, works that a full node
 declines, handoffs, drafting depths. No message takes time.
 """
 
@@ -13,7 +13,7 @@ from itertools import repeat
 
 import numpy as np
 
-from benchmarks.simulator.steps import REPORTED_S, STEP_S, take_report
+from benchmarks.simulator.steps import REPORTED_S, STEP_S, TOLD_OF_S, take_report
 from benchmarks.simulator.variants import FULL, Variant
 from benchmarks.simulator.world import World
 from coordinator.decider import Decider
@@ -282,10 +282,11 @@ class Slosserve:
             reported_s = float(station.times[REPORTED_S])
             if reported_s > self._reported_s[replica]:
                 self._reported_s[replica] = reported_s
-                report = self._report(world, replica, reported_s)
+                report = self._report(world, replica, reported_s, float(station.times[TOLD_OF_S]))
                 self._mirrors[_node(replica)].take_report(report, world.now_s)
 
-    def _report(self, world: World, replica: int, at_s: float) -> Report:
+    def _report(self, world: World, replica: int, made_s: float, at_s: float) -> Report:
+        """The account that a replica made at `made_s` of how it will be at `at_s`."""
         station, spec = world.stations[replica], world.specs[replica]
         states = self._states(world, replica, at_s)
         states += [self._leased(world, request) for request in world.leases[replica]]
@@ -309,7 +310,8 @@ class Slosserve:
             stuck_s=0.0,
             local_prefills=0,
             pid=0,
-            age_s=world.now_s - at_s,
+            in_flight_s=at_s - made_s,
+            age_s=world.now_s - made_s,
         )
 
     def _states(self, world: World, replica: int, at_s: float) -> list[WorkState]:

@@ -14,6 +14,7 @@ from benchmarks.baselines.sarathi_edf import dynamic_chunks
 from benchmarks.baselines.vllm import prefill_first
 from engine.batch_kernel import POUR, compose_rows
 from engine.compiled import compiled
+from engine.messages import TELL_EVERY_S
 from engine.rows import ROW, CostArrays, Index, Rows
 from engine.virtual_kernel import (
     BATCH,
@@ -41,8 +42,7 @@ OURS, PREFILL_FIRST, CHUNKED, EDF, WHOLE_PROMPTS, DECODE_ALL = range(6)  # who c
 IDLE, PAUSED, EVENTS = range(3)  # why `advance` came back
 ENDED, OFFERED = 0, 1  # kinds of events
 
-CLOCK_S, REPORTED_S, BUSY_S, STEP_S = range(4)  # of `Station.times`
-REPORT_EVERY_S = 0.025  # as a node does (engine/node.py)
+CLOCK_S, REPORTED_S, BUSY_S, STEP_S, TOLD_OF_S = range(5)  # of `Station.times`
 
 
 class Settings(NamedTuple):
@@ -61,7 +61,8 @@ class Settings(NamedTuple):
 class Station(NamedTuple):
     """A replica with its clock, its scratch space, and what it last reported of itself.
 
-    `times` [4]: when its next step can begin, when it last reported, seconds of all steps, and of a usual one.
+    `times` [5]: when its next step can begin, when it last reported, seconds of all steps, and of a usual one,
+    and the moment of which that report tells.
     `events` [n, 2]: row and kind of what the last step ended. `report` [n]: copies of its live rows at the last
     report, of which `reported[0]` count; `reported_ids` says which rows they are; `reported[1]`: promises
     preempted until then.
@@ -85,7 +86,7 @@ class Station(NamedTuple):
         return cls(
             replica,
             cost,
-            np.array([0.0, -math.inf, 0.0, 0.0]),
+            np.array([0.0, -math.inf, 0.0, 0.0, 0.0]),
             np.empty(most, dtype=np.int64),
             np.empty(most, dtype=np.int64),
             np.zeros(1, dtype=POUR),
@@ -98,14 +99,35 @@ class Station(NamedTuple):
 
 @compiled
 def take_report(station, rows, now_s):
-    """Remember the replica as it is now."""
+    """Remember the replica as it is now, between two batches."""
     count = station.replica.counts[LIVE]
     for at in range(count):
         station.report[at] = rows[station.replica.live[at]]
         station.reported_ids[at] = station.replica.live[at]
     station.reported[0] = count
     station.reported[1] = station.replica.counts[PROMISES_PREEMPTED]
-    station.times[REPORTED_S] = now_s
+    station.times[REPORTED_S] = station.times[TOLD_OF_S] = now_s
+
+
+@compiled
+def announce(station, rows, now_s, end_s):
+    """Remember the replica as it will be when the batch that begins now has ended, as far as can be known: each
+    of its sequences goes on, and a verify makes one token."""
+    take_report(station, rows, now_s)
+    station.times[TOLD_OF_S] = end_s
+    for at in range(station.reported[0]):
+        row = station.report[at]
+        if row.chunk_tokens == 0:
+            continue
+        known = row.prompt_tokens + row.output_tokens
+        if row.computed_tokens + row.chunk_tokens < known:
+            row.computed_tokens += row.chunk_tokens
+            continue
+        row.computed_tokens = known
+        if not row.offers:
+            origin_s = max(row.first_due_s, end_s) if row.output_tokens == 0 else row.due_s
+            row.due_s = origin_s + row.tpot_s
+            row.output_tokens += 1
 
 
 @compiled
@@ -148,8 +170,6 @@ def advance(station, rows, until_s, settings, reports, token_times_s, first_time
     replica, times = station.replica, station.times
     while times[CLOCK_S] < until_s:
         now_s = times[CLOCK_S]
-        if reports and now_s >= times[REPORTED_S] + REPORT_EVERY_S:
-            take_report(station, rows, now_s)
         count = runnable(replica, rows, station.active)
         if count == 0:
             return IDLE, 0
@@ -164,6 +184,8 @@ def advance(station, rows, until_s, settings, reports, token_times_s, first_time
         drafting = settings.max_draft_tokens > 0 and replica.batch[DRAFTED] > 0
         seconds = batch_s(replica, station.cost, settings.draft_tokens if drafting else 0)
         end_s = now_s + seconds
+        if reports and (now_s >= times[REPORTED_S] + TELL_EVERY_S or seconds >= TELL_EVERY_S):
+            announce(station, rows, now_s, end_s)
         finish(replica, rows, end_s, settings.acceptance, settings.max_draft_tokens)
         times[CLOCK_S] = end_s
         times[BUSY_S] += seconds

@@ -23,7 +23,8 @@ HORIZON_S = 60.0  # deadlines beyond are taken for this: a plan counts every tok
 class Replica:
     """What a node can do, and what it has taken on.
 
-    `age_s`: since it said so. `step_s`: of a usual batch, as one may be in flight. `margin`: for model error,
+    `age_s`: since the moment that it told of; below 0 while the batch is in flight at whose end it will be so.
+    `step_s`: of a usual batch. `margin`: for model error,
     a share of what steps take. `max_depth`: most tokens of a verify; 1 where nothing is drafted.
     `overflow_z`: standard deviations of the KV need that are kept free.
     """
@@ -100,12 +101,11 @@ def to_instance(replica: Replica, asking: Asking, lengths: Lengths) -> Instance:
 
 
 def _in_flight_s(replica: Replica) -> float:
-    """Until the batch in flight ends, where a plan begins. A report is made between two batches: while it is
-    young the batch is the one that began then; later some other is, half done on average."""
-    if not replica.works:
-        return 0.0
-    left_s = replica.step_s - replica.age_s
-    return left_s if left_s > 0 else replica.step_s / 2
+    """Until the batch in flight ends, where a plan begins: as announced; after that, some other batch is half
+    done on average."""
+    if replica.age_s < 0:
+        return -replica.age_s
+    return replica.step_s / 2 if replica.works else 0.0
 
 
 def expected_residence_s(asking: Asking, lengths: Lengths) -> float:
