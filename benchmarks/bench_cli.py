@@ -1,51 +1,53 @@
-"""`slosserve bench`: the benchmark suite, one command per result."""
+"""`slosserve bench`: the benchmark suite, one command per result. Each is imported when it is called."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
 import typer
-from rich.console import Console
+import typer.core
+
+from coordinator.cli.main import as_command
 
 EXAMPLE = "Example: slosserve bench capacity --quick && slosserve bench report --from out/bench"
-# Command -> where it is. Each is a function whose docstring ends with its example.
+# Command -> its function, whose docstring ends with its example, and its line in --help.
 COMMANDS = {
-    "capacity": "benchmarks.capacity_table:bench_capacity",
-    "ablation": "benchmarks.studies.ablation:ablation",
-    "scaling": "benchmarks.studies.scaling:scaling",
-    "burst": "benchmarks.studies.burst:burst",
-    "lengths": "benchmarks.lengths:bench_lengths",
-    "rebalance": "benchmarks.studies.rebalance:rebalance",
-    "distserve-facts": "benchmarks.distserve_facts:distserve_facts",
-    "fidelity": "benchmarks.fidelity:fidelity",
-    "thousand": "benchmarks.thousand:thousand",
-    "speed": "benchmarks.speed:speed",
-    "report": "benchmarks.report:report",
+    "capacity": ("benchmarks.capacity_table:bench_capacity", "The table: rate per GPU of every system."),
+    "ablation": ("benchmarks.studies.ablation:ablation", "What each part of the planner adds."),
+    "scaling": ("benchmarks.studies.scaling:scaling", "1 to 16 replicas under bursts."),
+    "burst": ("benchmarks.studies.burst:burst", "Latency and promises through a spike."),
+    "lengths": ("benchmarks.lengths:bench_lengths", "What it costs not to know output lengths."),
+    "rebalance": ("benchmarks.studies.rebalance:rebalance", "Pools that follow a shift of the load."),
+    "distserve-facts": ("benchmarks.distserve_facts:distserve_facts", "The published figures of DistServe."),
+    "fidelity": ("benchmarks.fidelity:fidelity", "The virtual engine beside the real one."),
+    "thousand": ("benchmarks.thousand:bench_thousand", "A thousand virtual replicas, one coordinator."),
+    "speed": ("benchmarks.speed:speed", "Simulated seconds per second."),
+    "report": ("benchmarks.report:report", "Tables and plots of all of it, as RESULTS.md."),
 }
 
-app = typer.Typer(no_args_is_help=True, add_completion=False)
+
+class _LazyCommands(typer.core.TyperGroup):
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in COMMANDS:
+            return None
+        path, line = COMMANDS[cmd_name]
+        if ctx.resilient_parsing or ctx.meta.get("slosserve.bench") != cmd_name:
+            return typer.core.TyperCommand(cmd_name, help=line)
+        module, _, function = path.partition(":")
+        return as_command(cmd_name, getattr(import_module(module), function))
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        ctx.meta["slosserve.bench"] = args[0] if args else None
+        return super().resolve_command(ctx, args)
+
+
+app = typer.Typer(cls=_LazyCommands, no_args_is_help=True, add_completion=False)
 
 
 @app.callback(epilog=EXAMPLE)
 def bench() -> None:
     """Measure the cluster against vLLM, Sarathi-Serve and DistServe, in simulated time and on real engines."""
-
-
-def _register(name: str, path: str) -> None:
-    module, _, function = path.partition(":")
-    target: Callable[..., Any] = getattr(import_module(module), function)
-    text, _, example = (target.__doc__ or "").partition("Example:")
-    epilog = f"Example: {example.strip()}" if example else None
-    app.command(name=name, help=text.strip(), epilog=epilog)(target)
-
-
-for _name, _path in COMMANDS.items():
-    _register(_name, _path)
-
-
-def fail(message: str) -> None:
-    """Say what is wrong, on stderr, and end with status 2."""
-    Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {message}", highlight=False)
-    raise typer.Exit(2)

@@ -41,7 +41,7 @@ class Sent:
 
 
 class Writer:
-    """Writes bodies for a model. Prompts come from `rng` and share no beginning: nothing is in a prefix cache."""
+    """Writes bodies for a model. Prompts come from `rng` and share no beginning: no prefix cache has any."""
 
     def __init__(self, model: str, vocab_size: int, rng: np.random.Generator) -> None:
         self._model = model

@@ -16,11 +16,15 @@ CLI = [sys.executable, "-c", "from coordinator.cli import main; main()", "profil
 
 
 def profile_here(
-    model: str, given: str | None, folder: Path, minutes: float, max_batch_tokens: int, tell: Callable[[str], None]
+    model: str,
+    given: str | None,
+    folder: Path,
+    minutes: float,
+    max_batch_tokens: int,
+    tell: Callable[[str], None],
 ) -> Path:
-    """The profile that is given; else the one that ships for `model`, if it is of this processor; else a new one.
-
-    Measuring takes about `minutes` and leaves rows and profile in `folder`. Raises ConfigError, EngineStartError.
+    """The profile that is given; else the one that ships for `model`, if it is of this processor; else a new
+    one, measured in about `minutes` and left in `folder`. Raises ConfigError, EngineStartError.
     """
     try:
         known = find_profile(given, model)

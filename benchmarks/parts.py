@@ -121,29 +121,23 @@ def in_turn(name: str, windows: Sequence[Workload]) -> Workload:
     rows_before = np.cumsum([0, *(len(window) for window in windows)])
     promised = {key: value for window in windows for key, value in window.slo_classes.items()}
     names = tuple(promised)
-    moved = [
-        replace(
-            window,
-            arrival_s=window.arrival_s + start_s,
-            parent=np.where(window.parent < 0, -1, window.parent + before),
-            class_index=np.array([names.index(each) for each in window.class_names])[window.class_index],
-        )
-        for window, start_s, before in zip(windows, starts_s, rows_before, strict=False)
+    plain = ("prompt_tokens", "output_tokens", "thinking_tokens", "max_tokens", "delay_s", "prefix_tokens")
+    rows = {column: [getattr(window, column) for window in windows] for column in plain}
+    rows["arrival_s"] = [window.arrival_s + at for window, at in zip(windows, starts_s, strict=False)]
+    rows["parent"] = [
+        np.where(window.parent < 0, -1, window.parent + before)
+        for window, before in zip(windows, rows_before, strict=False)
     ]
-    rows = {
-        column: np.concatenate([getattr(window, column) for window in moved])
-        for column in (
-            "arrival_s", "prompt_tokens", "output_tokens", "thinking_tokens", "max_tokens", "class_index",
-            "parent", "delay_s", "prefix_tokens",
-        )
-    }  # fmt: skip
+    rows["class_index"] = [
+        np.array([names.index(each) for each in window.class_names])[window.class_index] for window in windows
+    ]
     return replace(
         windows[0],
         name=name,
         duration_s=float(starts_s[-1]),
         class_names=names,
         slo_classes=promised,
-        **rows,
+        **{column: np.concatenate(parts) for column, parts in rows.items()},
     )
 
 

@@ -73,7 +73,7 @@ class RealNode:
     def __init__(self, base_url: str, recipe: str, seed: int) -> None:
         self._base_url = base_url
         self._vocab_size = load_recipe(recipe).vocab_size
-        # One for all runs: the runs of a seed have the same lengths, and with the same tokens in them the prefix
+        # One for all runs: runs of a seed have the same lengths, and with the same tokens in them the prefix
         # cache would have every prompt from the second run on.
         self._rng = np.random.default_rng([seed, self._vocab_size])
 
@@ -130,7 +130,7 @@ class RealNode:
 def overheads(cost: StepCost, max_batch_tokens: int, lone: Sequence[Lone]) -> dict[str, Any]:
     """What lone requests took beside the engine's steps, in ms: medians over all, and by prompt length.
 
-    `overhead_ms`: a first token, beyond the prefill that `cost` predicts; of it `outside_ms` outside of the node.
+    `overhead_ms`: a first token, beyond the prefill that `cost` predicts; `outside_ms` of it outside the node.
     `host_ms`: the time between two tokens at the client, beyond the step that the node measured.
     """
     by_prompt = []

@@ -88,10 +88,15 @@ MISSING = "*Not run: `{command}` makes `{file}`.*"
 
 
 def report(
-    source_folder: Annotated[Path, typer.Option("--from", help="Folder with the JSON of results.")] = HERE
-    / "results",
-    out: Annotated[Path, typer.Option(help="The page; pictures go to results/plots beside it.")] = HERE
-    / "RESULTS.md",
+    source_folder: Annotated[
+        Path, typer.Option("--from", help="Folder with the JSON of results.", show_default="benchmarks/results")
+    ] = HERE / "results",
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="The page; pictures go to results/plots beside it.", show_default="benchmarks/RESULTS.md"
+        ),
+    ] = HERE / "RESULTS.md",
 ) -> None:
     """Make RESULTS.md and its pictures of the JSON that benchmarks have left in a folder.
 
@@ -158,7 +163,8 @@ def _capacity(file: Row | None, plots: Path) -> Iterator[str]:
         yield f"## Capacity\n\n{MISSING.format(command=CAPACITY, file='capacity.json')}"
         return
     head = next((view for view in found if (view.share, view.acceptance) == (HEAD_SHARE, None)), found[0])
-    yield from ("## In short", targets(head))
+    drafted = next((one for one in found if one.acceptance is not None and one.share == HEAD_SHARE), None)
+    yield from ("## In short", targets(head, drafted))
     for view in found:
         yield f"## {heading(view)}"
         if view.scenarios:

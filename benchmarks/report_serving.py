@@ -26,8 +26,8 @@ def ablation(file: Row, plots: Path) -> list[str]:
         cells = [_over(found["scenarios"][name]["full_over_this"]) for name in names]
         rows.append([part, *cells, ratio(found["geometric_mean"], "x"), ratio(found["paper"], "x")])
     panels = [
-        Panel(name, [bar for part in others for bar in _bar(part, parts[part]["scenarios"][name])], limit=1.0, most=MOST_TIMES,
-              xlabel="in full / without")
+        Panel(name, [bar for part in others for bar in _bar(part, parts[part]["scenarios"][name])],
+              limit=1.0, most=MOST_TIMES, xlabel="in full / without")
         for name in names
     ]  # fmt: skip
     machine = machine_words(method["hardware"])
@@ -172,8 +172,8 @@ def rebalance(file: Row, plots: Path) -> list[str]:
     best = ", ".join(f"{name}: {one['best']}" for name, one in file["pools"].items())
     return [
         f"{method['replicas']} replicas, {machine_words(method['hardware'])}, links {method['link']}. "
-        f"Most requests are {shift['before']} for {shift['half_s']:g} s, then {shift['after']}: {method['load']}. "
-        f"The best pools of each alone: {best}. Dip: {method['dip']}.",
+        f"Most requests are {shift['before']} for {shift['half_s']:g} s, then {shift['after']}: "
+        f"{method['load']}. The best pools of each alone: {best}. Dip: {method['dip']}.",
         table(["roles", "before", "dip", "after", "settled", "TTFT p99 after", "TPOT p99 after"], rows),
         image("results/plots/rebalance.png", "promises kept over time while the mix shifts, by arrangement"),
     ]

@@ -41,7 +41,7 @@ MEANING = {
     NO_ROUTING: "each request is offered to one replica alone, by turns",
     NO_SPECULATION: "nothing is drafted",
     NO_BURSTS: "a request that does not fit is refused at once, and never waits as best effort",
-    NO_ADMISSION: "everybody is promised, at the least loaded replica, whose batches are by deadline",
+    NO_ADMISSION: "everybody is promised at the least loaded replica; one with 256 waiting still declines",
     NO_PRICE: "whoever fits is admitted, however dear",
     COLOCATED: "no request is prefilled on one replica and decoded on another",
     DISAGGREGATED: "half of the replicas prefill, the others decode",

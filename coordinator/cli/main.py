@@ -112,11 +112,11 @@ def _load(name: str) -> Any:
     if isinstance(target, typer.Typer):
         return typer.main.get_command(target)
     if callable(target) and not hasattr(target, "make_context"):
-        return _command(name, target)
+        return as_command(name, target)
     return target
 
 
-def _command(name: str, function: Any) -> Any:
+def as_command(name: str, function: Any) -> Any:
     """A plain function as a command; its docstring ends with its example."""
     help_text, _, example = (function.__doc__ or "").partition("Example:")
     single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

@@ -27,4 +27,3 @@ def test_admitted_requests_are_kept(name: str) -> None:
     kept = np.concatenate([_kept(name, *which) for which in RUNS])
     assert len(kept) > 400
     assert kept.mean() >= 0.99
-

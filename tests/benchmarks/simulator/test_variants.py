@@ -47,7 +47,7 @@ def test_without_admission_all_are_promised_and_fewer_are_kept(full: Outcome) ->
     out = _run(NO_ADMISSION)
     assert out.admitted.all()
     assert not out.world.dropped.any()
-    assert out.attainment < full.attainment
+    assert full.met[full.admitted].mean() > 0.97 > 0.8 > out.attainment
 
 
 def test_without_routing_a_request_sees_one_replica_by_turns() -> None:
