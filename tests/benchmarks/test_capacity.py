@@ -1,0 +1,126 @@
+"""The search for capacity, and what it keeps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks import capacity as module
+from benchmarks.capacity import PRECISION, Cache, Point, Setting, capacity, measure, spread, tune
+from benchmarks.capacity_table import headline
+from benchmarks.simulator.systems import DESIGNS, Tuning
+
+SETTING = Setting("chatbot", "paper", "sarathi", "colocated", 1, DESIGNS["sarathi"].defaults, duration_s=20.0)
+
+
+def point(rate: float, attainment: float, *, drained: bool = True) -> Point:
+    return Point(rate, rate * 0.98, attainment, drained, {})
+
+
+@given(knee=st.floats(0.02, 200), guess=st.floats(0.02, 200))
+def test_the_highest_rate_that_holds_is_found_from_any_guess(knee: float, guess: float) -> None:
+    found, points = capacity(lambda rate: point(rate, 1.0 if rate <= knee else 0.5), 0.9, guess)
+    asked = max(one.asked_per_gpu for one in points if one.holds(0.9))
+    assert asked <= knee <= asked * (1 + PRECISION)
+    assert found == pytest.approx(asked * 0.98), "the rate that came counts, not the one asked for"
+    assert len(points) <= 25
+
+
+def test_a_queue_that_does_not_drain_is_beyond_capacity() -> None:
+    found, _ = capacity(lambda rate: point(rate, 1.0, drained=rate <= 3.0), 0.9, 2.0)
+    assert found == pytest.approx(3.0, rel=0.06)
+
+
+def test_nothing_holds_and_the_search_ends() -> None:
+    found, points = capacity(lambda rate: point(rate, 0.0), 0.9, 1.0)
+    assert found == 0.0
+    assert len(points) <= module.MOST_DOUBLINGS
+
+
+def test_a_point_is_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[float] = []
+
+    def counted(setting: Setting, rate: float, seed: int, stop_below: float | None) -> Point:
+        runs.append(rate)
+        return point(rate, 1.0)
+
+    monkeypatch.setattr(module, "measure", counted)
+    for _ in range(2):
+        cache = Cache(tmp_path)
+        assert cache.point(SETTING, 1.0, 1, 0.9).attainment == 1.0
+        cache.point(SETTING, 1.0, 2, 0.9)
+        cache.point(replace(SETTING, replicas=2), 1.0, 1, 0.9)
+    assert len(runs) == 3
+    monkeypatch.setattr(module, "code_fingerprint", lambda: "other code")
+    Cache(tmp_path).point(SETTING, 1.0, 1, 0.9)
+    assert len(runs) == 4, "what older code made is made anew"
+
+
+def test_the_fingerprint_covers_what_a_point_runs() -> None:
+    assert module.code_fingerprint() == module.code_fingerprint()
+    assert len(module.code_fingerprint()) == 16
+
+
+def test_tuning_takes_what_holds_a_higher_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    best = {"token_budget": 1024, "max_seqs": 64}
+
+    def measured(setting: Setting, rate: float, seed: int, stop_below: float | None) -> Point:
+        hits = sum(getattr(setting.tuning, name) == value for name, value in best.items())
+        return point(rate, 1.0 if rate <= 1.0 + hits else 0.0)
+
+    monkeypatch.setattr(module, "measure", measured)
+    tuning, rate = tune(SETTING, 0.9, 1.0, 0, Cache(None))
+    assert (tuning.token_budget, tuning.max_seqs) == (1024, 64)
+    assert rate == pytest.approx(3.0, rel=0.1)
+
+
+def test_a_run_that_cannot_hold_any_more_stops() -> None:
+    whole = measure(SETTING, 40.0, 1)
+    stopped = measure(SETTING, 40.0, 1, stop_below=0.9)
+    assert whole.attainment < 0.5
+    assert not stopped.holds(0.9)
+    assert stopped.facts["simulated_s"] < whole.facts["simulated_s"]
+
+
+def test_spread_is_mean_least_and_most() -> None:
+    assert spread([1.0, 2.0, 6.0]) == {"mean": 3.0, "least": 1.0, "most": 6.0}
+
+
+def row(scenario: str, system: str, mean: float, column: str = "tuned", **more: Any) -> dict[str, Any]:
+    plain = {"share": 0.9, "hardware": "paper", "acceptance": None, "mode": "colocated"}
+    return {**plain, "scenario": scenario, "system": system, "mean": mean, "column": column, **more}
+
+
+def test_the_headline_compares_the_best_of_each_side() -> None:
+    rows = [
+        row("chatbot", "ours", 4.0),
+        row("chatbot", "ours", 3.0, mode="disaggregated"),
+        row("chatbot", "sarathi", 2.0),
+        row("chatbot", "sarathi", 1.0, "default"),
+        row("chatbot", "sarathi-edf", 3.9, "default"),
+        row("chatbot", "vllm", 8.0, share=0.98),
+        row("coder", "ours", 1.0),
+        row("coder", "sarathi-edf", 2.0),
+        row("coder", "distserve", 0.5, "default", mode="disaggregated"),
+    ]
+    bounds = [
+        {"hardware": "paper", "acceptance": None, "scenario": "chatbot", "blind_per_gpu": 5.0},
+        {"hardware": "paper", "acceptance": None, "scenario": "coder", "blind_per_gpu": 10.0},
+    ]
+    found = headline(rows, bounds, None)
+    assert found["geomean_vs_best_tuned"] == pytest.approx((2.0 * 0.5) ** 0.5)
+    assert found["geomean_vs_best_default"] == pytest.approx((4.0 * 2.0) ** 0.5)
+    assert found["worst_ratio"] == 0.5
+    assert found["share_of_bound"] == pytest.approx((0.8 + 0.1) / 2)
+    assert headline(rows, bounds, 0.7)["worst_ratio"] is None
+
+
+def test_tuning_is_said_in_words() -> None:
+    assert Tuning(512, 64, 3, relegate=True, prefill=1, decode=2).words == (
+        "budget 512, cap 64, drafts 3, relegates, 1P2D"
+    )
