@@ -84,7 +84,7 @@ def advise(
         turn = turning_point(each, question, tried, network, search) if question.replicas > 1 else None
     advice = Advice(question, network, tried, search, turn)
     if plot is not None:
-        from benchmarks.plots import draw_splits
+        from benchmarks.report.plots import draw_splits
 
         draw_splits(plot, advice.bars(), advice.unit, advice.head)
     if as_json:

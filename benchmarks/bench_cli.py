@@ -23,7 +23,7 @@ COMMANDS = {
     "fidelity": ("benchmarks.fidelity:fidelity", "The virtual engine beside the real one."),
     "thousand": ("benchmarks.thousand:bench_thousand", "A thousand virtual replicas, one coordinator."),
     "speed": ("benchmarks.speed:speed", "Simulated seconds per second."),
-    "report": ("benchmarks.report:report", "Tables and plots of all of it, as RESULTS.md."),
+    "report": ("benchmarks.report.page:report", "Tables and plots of all of it, as RESULTS.md."),
 }
 
 

@@ -150,8 +150,9 @@ def code_fingerprint() -> str:
         "import sys, benchmarks.simulator.run, benchmarks.scenarios;"
         "print(*[m.__file__ for m in list(sys.modules.values()) if getattr(m, '__file__', None)], sep='\\n')"
     )
-    listed = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True)
-    sources = [Path(line) for line in listed.stdout.splitlines()]
+    command = [sys.executable, "-c", script]
+    listed = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
+    sources = [Path(line) for line in listed.splitlines()]
     ours = [path for path in sources if path.is_relative_to(root) and ".venv" not in path.parts]
     digest = hashlib.sha256()
     for path in [*sorted(ours), *sorted((root / "configs" / "hardware").glob("*.json"))]:
@@ -198,7 +199,7 @@ def capacity(
 
 
 def tune(setting: Setting, share: float, guess: float, seed: int, cache: Cache) -> tuple[Tuning, float]:
-    """The best settings on a seed of its own: one thing after the other, each kept if it holds a higher rate."""
+    """The best settings on a seed of its own: one thing after another, each kept if it holds a higher rate."""
 
     def at(tuning: Tuning) -> Callable[[float], Point]:
         trial = replace(setting, tuning=tuning)

@@ -84,7 +84,8 @@ def bench_capacity(
     Example: slosserve bench capacity --scenario chatbot --on paper --seeds 3
     """
     console = Console()
-    plan = _plan(scenario, on, system, traces, speculation, tuple(range(1, seeds + 1)), quick)
+    seeds = 1 if quick else seeds
+    plan = _plan(scenario, on, system, traces, speculation, quick)
     rows: list[Row] = []
     fixed: list[Row] = []
     bounds: list[Row] = []
@@ -119,7 +120,6 @@ def _plan(
     systems: Sequence[str] | None,
     traces: bool,
     speculation: bool,
-    seeds: tuple[int, ...],
     quick: bool,
 ) -> list[Setting]:
     """Every setting of the table, with default tuning."""

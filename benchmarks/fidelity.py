@@ -72,8 +72,7 @@ def fidelity(
             bar = progress.add_task("starting", total=seconds * len(rate or SHARES))
             shown = _Shown(progress, bar)
             settings = load_config(config, OVERRIDES)
-            most_tokens = settings.engine.max_batch_tokens
-            profile = profile_here(MODEL, step_profile, out.parent, profile_minutes, most_tokens, shown.say)
+            profile = profile_here(settings, step_profile, out.parent, profile_minutes, shown.say)
             settings = load_config(config, {**OVERRIDES, "engine.step_profile": str(profile)})
             result = _measure(settings, rate, seconds, host_ms, seed, shown, requests_out)
             result["facts"]["step_profile"] = _about(StepProfile.load(profile))

@@ -23,8 +23,8 @@ Floats = npt.NDArray[np.float64]
 class Workload:
     """Columns of shape [requests], in order of arrival; calls of a chain stand behind their first one.
 
-    `class_index` points into `class_names`, whose promises are in `slo_classes`. `thinking_tokens` of the output
-    come before the answer. The first `prefix_tokens` of a prompt are the whole prompt and output of `parent`,
+    `class_index` points into `class_names`, whose promises are in `slo_classes`. `thinking_tokens` of the
+    output come before the answer. The first `prefix_tokens` of a prompt are the whole prompt and output of `parent`,
     as far as they go. `duration_s`: no request arrives later, but calls of chains do.
     """
 
@@ -62,7 +62,7 @@ class Workload:
         return len(self) / self.duration_s
 
     def clipped(self, most_tokens: int) -> Workload:
-        """Prompt and output cut so that each request's KV is at most `most_tokens`; the prompt gives way last."""
+        """Prompt and output cut so that a request's KV is at most `most_tokens`; the prompt gives way last."""
         prompt = np.minimum(self.prompt_tokens, most_tokens - 1)
         output = np.minimum(self.output_tokens, most_tokens - prompt)
         return replace(

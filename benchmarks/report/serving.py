@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.capacity_view import machine_words, name_of
-from benchmarks.markdown import NOTHING, image, is_number, number, percent, ratio, table
-from benchmarks.plots import Bar, Line, Panel, draw_bars, draw_lines
+from benchmarks.report.capacity_view import machine_words, name_of
+from benchmarks.report.markdown import NOTHING, image, is_number, number, percent, ratio, table
+from benchmarks.report.plots import Bar, Line, Panel, draw_bars, draw_lines
 
 Row = Mapping[str, Any]
 MOST_TIMES = 3.0  # longer bars of the ablation are cut

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.hardware import HARDWARE, hardware
-from benchmarks.markdown import is_number
+from benchmarks.report.markdown import is_number
 from benchmarks.scenarios import SCENARIOS
 from benchmarks.simulator.systems import DESIGNS, MODES, OURS_NAME
 

@@ -11,12 +11,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from benchmarks import report_serving as serving
-from benchmarks import report_studies as studies
-from benchmarks.capacity_view import HEAD_SHARE, Row, View, views
-from benchmarks.markdown import NOTHING, command_of, machine, origin, source, table
-from benchmarks.report_capacity import (
-    bursty,
+from benchmarks.report import serving, studies
+from benchmarks.report.capacity import (
     capacity_table,
     draw_attainment,
     draw_capacity,
@@ -24,11 +20,13 @@ from benchmarks.report_capacity import (
     heading,
     tuning_table,
 )
-from benchmarks.report_limits import limits, targets
-from benchmarks.report_studies import Write
+from benchmarks.report.capacity_view import HEAD_SHARE, Row, View, views
+from benchmarks.report.limits import bursty, limits, targets
+from benchmarks.report.markdown import NOTHING, command_of, machine, origin, source, table
+from benchmarks.report.studies import Write
 from engine.errors import ConfigError
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent.parent
 PLOTS = Path("results") / "plots"  # beside RESULTS.md
 
 
@@ -73,7 +71,7 @@ TRUST = (
         "distserve_facts", "DistServe's own figures", "slosserve bench distserve-facts", studies.distserve_facts
     ),
     Study("steps", "Step times", "python -m benchmarks.steps", studies.steps),
-    Study("speed", "Speed of the simulator", "slosserve bench speed", studies.rows_as_they_are),
+    Study("speed", "Speed of the simulator", "slosserve bench speed", studies.speed),
 )
 INTRODUCTION = """\
 A promise is kept if every stage of a request is on time: the first token by its deadline, each stage after it

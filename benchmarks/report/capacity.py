@@ -5,11 +5,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.capacity_view import HEAD_SHARE, Row, View, geomean, key_of, label_of, machine_words, name_of
-from benchmarks.markdown import NOTHING, image, is_number, mean, number, percent, ratio, source, spread, table
-from benchmarks.plots import Bar, Line, Panel, draw_bars, draw_lines
-from benchmarks.report_limits import times
-from benchmarks.scenarios import SCENARIOS
+from benchmarks.report.capacity_view import (
+    HEAD_SHARE,
+    Row,
+    View,
+    geomean,
+    key_of,
+    label_of,
+    machine_words,
+    name_of,
+)
+from benchmarks.report.limits import times
+from benchmarks.report.markdown import (
+    NOTHING,
+    image,
+    is_number,
+    mean,
+    number,
+    percent,
+    ratio,
+    source,
+    spread,
+    table,
+)
+from benchmarks.report.plots import Bar, Line, Panel, draw_bars, draw_lines
 from benchmarks.simulator.systems import DESIGNS, MODES, OURS_NAME
 
 
@@ -37,7 +56,9 @@ def capacity_table(view: View, file: Row, names: Sequence[str]) -> str:
     told = table(["requests/s per GPU", *names, "mean"], lines)
     seeds = sorted({seed for row in view.rows for seed in row["seeds"]})
     gpus = "/".join(str(count) for count in sorted({row["gpus"] for row in view.rows}))
-    return f"{told}\n\n{source(file, f'{machine_words(view.hardware)}, {gpus} GPUs', seeds)}"
+    lasts = "/".join(f"{one:g}" for one in sorted({row["seconds"] for row in view.rows if "seconds" in row}))
+    ran_on = f"{machine_words(view.hardware)}, {gpus} GPUs" + (f"; {lasts} s of arrivals" if lasts else "")
+    return f"{told}\n\n{source(file, ran_on, seeds)}"
 
 
 def tuning_table(view: View) -> str:
@@ -59,11 +80,6 @@ def heading(view: View) -> str:
         "" if view.acceptance is None else f", with speculation (a draft is right with {view.acceptance:g})"
     )
     return f"Capacity at {view.share:.0%}{drafts}: {machine_words(view.hardware)}"
-
-
-def bursty(view: View) -> list[str]:
-    """Scenarios with bursty arrivals."""
-    return [name for name in view.scenarios if any(one.arrivals == "bursty" for one in SCENARIOS[name])]
 
 
 def fixed_rates(file: Row, name: str) -> str | None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from benchmarks.capacity_view import HEAD_SHARE, Row, View, geomean, key_of, name_of
-from benchmarks.markdown import NOTHING, mean, percent, ratio, table
+from benchmarks.report.capacity_view import HEAD_SHARE, Row, View, geomean, key_of, name_of
+from benchmarks.report.markdown import NOTHING, mean, percent, ratio, table
 from benchmarks.scenarios import SCENARIOS
 
 BOUND_TARGET, DEFAULT_TARGET, TUNED_TARGET = 0.9, 2.2, 1.0
@@ -72,6 +72,11 @@ def targets(view: View, drafted: View | None) -> str:
     return told
 
 
+def bursty(view: View) -> list[str]:
+    """Scenarios with bursty arrivals."""
+    return [name for name in view.scenarios if any(one.arrivals == "bursty" for one in SCENARIOS[name])]
+
+
 def limits(file: Row, view: View) -> str:
     """Per scenario: how far from the bound and the best rival, what the work is made of, and how it shows."""
     bounds = {
@@ -95,7 +100,11 @@ def limits(file: Row, view: View) -> str:
         "target 1.0x",
         "work of the bound",
     ]
-    return table(columns, lines) + ("\n\n" + "\n".join(said) if said else "")
+    loose = ", ".join(bursty(view))
+    told = [table(columns, lines)]
+    if loose:
+        told.append(f"The bound is of a run without end, over which bursts even out: it is loose for {loose}.")
+    return "\n\n".join([*told, *(["\n".join(said)] if said else [])])
 
 
 def _why(file: Row, view: View, name: str, parts: Row) -> str:

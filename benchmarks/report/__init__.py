@@ -1,0 +1,1 @@
+"""RESULTS.md: tables and pictures of what the benchmarks have left."""
