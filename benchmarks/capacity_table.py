@@ -199,7 +199,7 @@ def _bound(where: Where) -> Row:
 
 
 def _cells(plan: Iterable[Setting], bounds: Mapping[Where, Row], seeds: tuple[int, ...]) -> list[Cell]:
-    """A cell per setting and column. The slowest come first, so that workers end together."""
+    """A cell per setting and column: first what is quick, then ours, mode after mode."""
     cells = []
     for setting in plan:
         found = bounds[setting.scenario, setting.hardware, setting.acceptance, setting.duration_s]
@@ -208,7 +208,12 @@ def _cells(plan: Iterable[Setting], bounds: Mapping[Where, Row], seeds: tuple[in
         shares = SHARES if setting.duration_s is None else SHARES[:1]
         columns = (True,) if setting.system == OURS_NAME else (False, True)
         cells += [Cell(setting, tuned, guess, blind, seeds, shares) for tuned in columns]
-    return sorted(cells, key=lambda cell: cell.setting.system != OURS_NAME)
+
+    def effort(cell: Cell) -> tuple[bool, int, float]:
+        setting = cell.setting
+        return setting.system == OURS_NAME, MODES.index(setting.mode), setting.seconds
+
+    return sorted(cells, key=effort)
 
 
 def _measure(cell: Cell, folder: Path) -> tuple[list[Row], list[Row]]:

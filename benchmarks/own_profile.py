@@ -24,7 +24,9 @@ def profile_here(
     config: ClusterConfig, given: str | None, folder: Path, minutes: float, tell: Callable[[str], None]
 ) -> Path:
     """The profile that is given; else the one that ships for the model, if it is of this processor and as many
-    threads; else a new one, measured in about `minutes` and left in `folder`. Raises ConfigError, EngineStartError.
+    threads; else a new one, measured in about `minutes` and left in `folder`.
+
+    Raises ConfigError for an unknown name, EngineStartError.
     """
     model, engine = config.model, config.engine
     try:

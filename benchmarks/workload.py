@@ -24,8 +24,8 @@ class Workload:
     """Columns of shape [requests], in order of arrival; calls of a chain stand behind their first one.
 
     `class_index` points into `class_names`, whose promises are in `slo_classes`. `thinking_tokens` of the
-    output come before the answer. The first `prefix_tokens` of a prompt are the whole prompt and output of `parent`,
-    as far as they go. `duration_s`: no request arrives later, but calls of chains do.
+    output come before the answer. The first `prefix_tokens` of a prompt are prompt and output of `parent`, as
+    far as they go. `duration_s`: no request arrives later, but calls of chains do.
     """
 
     name: str
