@@ -113,8 +113,7 @@ class NodeMirror:
 
     @property
     def works(self) -> list[WorkState]:
-        """What is here, and what is on its way here, with the times left as of the end of the batch in flight at
-        the last report."""
+        """What is here, and what is on its way here, with the times left when the last batch told of ends."""
         reported = [] if self.report is None else self.report.works
         return [*reported, *map(self._as_of_report, self.placed.values())]
 

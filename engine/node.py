@@ -527,9 +527,7 @@ class Node:
             info=self._info,
             kv=self._engine.kv.address(),
             usage=self._engine.usage(),
-            works=[
-                self._state(promise, end_s, chunks.get(key, 0)) for key, promise in self._promises.items()
-            ],
+            works=[self._state(promise, end_s, chunks.get(key, 0)) for key, promise in self._promises.items()],
             leases=self._engine.kv.leases(),
             pulls=list(self._recent_pulls),
             cost=self._cost,
