@@ -49,10 +49,10 @@ class Side:
         return cls(first, tpot, np.array(met, np.bool_), np.array(done, np.bool_))
 
     @classmethod
-    def of_twin(cls, out: Outcome) -> Side:
-        """As simulated."""
+    def of_twin(cls, out: Outcome, latency_s: float) -> Side:
+        """As simulated at the node, and seen by a client `latency_s` away."""
         done = np.isfinite(out.world.ended_s) & ~out.world.dropped
-        return cls(out.ttft_s, out.tpot_s, out.met, done)
+        return cls(out.ttft_s + latency_s, out.tpot_s, out.met, done)
 
     def figures(self, counted: Flags) -> dict[str, float]:
         """Of the counted requests; times are of those that completed. Raises EngineError if none did."""
@@ -96,11 +96,13 @@ class Compared:
     @classmethod
     def of(cls, twin: Twin, workload: Workload, served: Served, seed: int) -> Compared:
         """Simulate what was served."""
-        out = twin.serve(workload, seed)
-        as_fast = replace(twin, slowdown=served.facts()["step_over_predicted"]).serve(workload, seed)
         real = Side.of_client(workload, twin.promises(workload), served.sent)
+        out = twin.serve(workload, seed)
         preempted = int(out.world.rows["preempted"].sum())
-        return cls(workload, served, real, Side.of_twin(out), Side.of_twin(as_fast), out.counted, preempted)
+        virtual = Side.of_twin(out, twin.latency_s)
+        at_run_speed = replace(twin, slowdown=served.facts()["step_over_predicted"]).serve(workload, seed)
+        as_fast = Side.of_twin(at_run_speed, twin.latency_s)
+        return cls(workload, served, real, virtual, as_fast, out.counted, preempted)
 
     def row(self) -> dict[str, Any]:
         """What the table and the JSON tell."""

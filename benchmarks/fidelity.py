@@ -2,7 +2,8 @@
 
 The node serves the scale model on one core. Its twin has the step times that the node measured when it started,
 its memory, its limits and its promises; nothing is fitted to the runs that are compared. A step of the twin
-also takes what everything around the engine takes a step, measured on the idle node beforehand (`host_ms`).
+also takes what everything around the engine takes a step (`host_ms`), and a request the time that it spends
+outside of the node (`latency_ms`), both measured with lone requests beforehand.
 
 Beside it the same at the speed that the node saw during the run (steps measured over steps predicted, which it
 tells): what then still differs is not the step times' doing.
@@ -51,6 +52,9 @@ def fidelity(
     host_ms: Annotated[
         float | None, typer.Option(min=0, help="Host time of a step of the twin; else as measured at idle.")
     ] = None,
+    latency_ms: Annotated[
+        float | None, typer.Option(min=0, help="From the twin's clients and back; else as measured at idle.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of arrivals, lengths and prompts.")] = 1,
     step_profile: Annotated[
         str | None, typer.Option(help="Of the scale model here; else one that fits, or measured first.")
@@ -74,7 +78,7 @@ def fidelity(
             settings = load_config(config, OVERRIDES)
             profile = profile_here(settings, step_profile, out.parent, profile_minutes, shown.say)
             settings = load_config(config, {**OVERRIDES, "engine.step_profile": str(profile)})
-            result = _measure(settings, rate, seconds, host_ms, seed, shown, requests_out)
+            result = _measure(settings, rate, seconds, host_ms, latency_ms, seed, shown, requests_out)
             result["facts"]["step_profile"] = _about(StepProfile.load(profile))
     except SlosserveError as error:
         Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False)
@@ -86,7 +90,8 @@ def fidelity(
     idle = result["facts"]["idle"]
     console.print(
         f"on the idle node a first token came {idle['overhead_ms']:.1f} ms later than its prefill takes; the "
-        f"twin's steps take {result['facts']['host_ms']:.2f} ms beside the engine's"
+        f"twin is charged {result['facts']['latency_ms']:.1f} ms a request outside the node and "
+        f"{result['facts']['host_ms']:.2f} ms a step beside the engine"
     )
     console.print(f"figures in {out}")
 
@@ -117,6 +122,7 @@ def _measure(
     rates: Sequence[float] | None,
     seconds: float,
     host_ms: float | None,
+    latency_ms: float | None,
     seed: int,
     shown: _Shown,
     requests_out: Path | None,
@@ -129,7 +135,9 @@ def _measure(
         twin = Twin.of(told, cluster.config)
         shown.say("lone requests")
         idle = overheads(twin.cost, twin.max_batch_tokens, asyncio.run(node.lone(SCENARIO)))
-        twin = replace(twin, host_s=(max(idle["host_ms"], 0.0) if host_ms is None else host_ms) / 1e3)
+        host_s = (max(idle["host_ms"], 0.0) if host_ms is None else host_ms) / 1e3
+        latency_s = (max(idle["outside_ms"], 0.0) if latency_ms is None else latency_ms) / 1e3
+        twin = replace(twin, host_s=host_s, latency_s=latency_s)
         searched: dict[str, Any] = {}
         if not rates:
             shown.say("capacity of the twin")
@@ -166,7 +174,9 @@ def _measure(
             **searched,
             "idle": idle,
             "host_ms": twin.host_s * 1e3,
-            "host_ms_is": "of lone requests on the idle node" if host_ms is None else "given",
+            "host_ms_is": "of every step, as lone requests had it" if host_ms is None else "given",
+            "latency_ms": twin.latency_s * 1e3,
+            "latency_ms_is": "of every request, as lone ones had it" if latency_ms is None else "given",
             "lengths": "unknown to the planner on both sides: outputs end by a stop token before max_tokens",
             "latency": "from when a request should have been sent, at the client",
             "engine": told["engine"],

@@ -28,8 +28,9 @@ DIVIDE = 6.0  # of lengths, for the scale model
 class Twin:
     """What a node said of itself. `cost` is that of its engine as measured when it started.
 
-    Steps of the twin take `slowdown` times that, and `host_s`, in everything around the engine. What requests
-    are promised comes from `cost` alone, as in the cluster.
+    Steps of the twin take `slowdown` times that, and `host_s`, in everything around the engine. `latency_s` from
+    the client to the node and back comes off what is left to a first token. What requests are promised comes
+    from `cost` alone, as in the cluster.
     """
 
     cost: StepCost
@@ -39,6 +40,7 @@ class Twin:
     max_batch_tokens: int
     slo_classes: Mapping[str, SloClass]
     host_s: float = 0.0
+    latency_s: float = 0.0
     slowdown: float = 1.0
 
     @classmethod
@@ -70,8 +72,9 @@ class Twin:
         return promises(workload, self._hardware(self.cost))
 
     def serve(self, workload: Workload, seed: int, stop_below: float | None = None) -> Outcome:
-        """The same requests in simulated time."""
-        return run(workload, self._deployment(), seed=seed, stop_below=stop_below, slos=self.promises(workload))
+        """The same requests in simulated time, as seen at the node: a client sees all `latency_s` later."""
+        left = [replace(slo, ttft_s=max(slo.ttft_s - self.latency_s, 0.0)) for slo in self.promises(workload)]
+        return run(workload, self._deployment(), seed=seed, stop_below=stop_below, slos=left)
 
     def capacity(
         self, scenario: str, seconds: float, seed: int, share: float, guess: float

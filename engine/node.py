@@ -124,6 +124,7 @@ class Node:
         self._rested_s = clock()
         self._next_upkeep_s = 0.0
         self._told_s = -math.inf
+        self._stalled = False  # the last batch that was composed found no slot or no memory
         self._stopping = threading.Event()
 
     @property
@@ -325,7 +326,10 @@ class Node:
                 by_peer.setdefault(promise.peer, []).append(self._delta(promise, output))
         for peer, deltas in by_peer.items():
             self._queue(peer, deltas)
+        self._stalled = result.report is None
         if result.report is None:
+            if self._socket.report is not None and self._socket.report.in_flight_s > 0:
+                self._publish_report()  # what was told of did not begin
             return False
         self._steps += 1
         before_s = result.report.seconds if self._step_s is None else self._step_s
@@ -355,7 +359,8 @@ class Node:
             plan = self._role.compose(seqs, duties, moment)
         _note_batched(plan, here, now_s)
         self._depths = plan.depth
-        if now_s - self._told_s >= TELL_EVERY_S or plan.expected_s >= TELL_EVERY_S:
+        due = now_s - self._told_s >= TELL_EVERY_S or plan.expected_s >= TELL_EVERY_S
+        if due and not self._stalled:
             self._told_s = now_s
             self._publish_report(plan)
             self._socket.tell()

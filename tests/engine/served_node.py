@@ -13,6 +13,7 @@ import zmq
 
 from decode_node.role import DecodeRole, MixedRole
 from engine.base import Work
+from engine.batch import warm_up
 from engine.messages import (
     Alive,
     Credit,
@@ -64,7 +65,8 @@ class Client:
             return None
         message = decode(self._socket.recv_multipart())
         self.heard.append(message)
-        self._unanswered -= isinstance(message, Alive | Report)
+        if isinstance(message, Alive | Report):  # a report may also come unasked
+            self._unanswered = max(self._unanswered - 1, 0)
         return message
 
     def settle(self) -> None:
@@ -175,6 +177,7 @@ def serving() -> Iterator[Serve]:
         fabric = FakeFabric(clock)
         engine = ScriptedEngine(fabric)
         socket = NodeSocket("127.0.0.1", "node", clock)
+        warm_up()  # compiling takes longer than the tests are patient
         node = Node("node", engine, engine.start(), ROLES, role, COST, socket, clock=clock, **limits)
         served = Served(engine, node, socket.address, fabric, ahead_s, context)
 

@@ -486,3 +486,17 @@ def test_a_probe_that_fails_is_answered_for_every_peer(serve: Serve, error: Exce
     coordinator.send(ProbeLinks(4, [PeerAddress("source", "host", 1)]))
     (link,) = coordinator.until(LinksProbed).links
     assert (link.source, link.target) == ("source", "engine")
+
+
+def test_a_batch_is_told_of_as_it_begins_with_the_works_as_they_will_be(serve: Serve) -> None:
+    served = serve()
+    served.engine.step_s = 0.4
+    client, coordinator = served.client("endpoint"), served.coordinator()
+    coordinator.until(Report)
+    client.send(submit("r", max_tokens=LONG))
+    report = coordinator.until(Report, lambda report: report.in_flight_s > 0)
+    assert report.age_s < 0.4, "it came before the batch had ended"
+    work = the_work(report)
+    assert (work.prefill_left_tokens, work.output_tokens) == (0, 1)
+    assert work.next_due_left_s is not None
+    assert work.next_due_left_s >= work.tpot_s, "counted from the end of the batch"
