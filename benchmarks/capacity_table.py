@@ -108,6 +108,8 @@ def bench_capacity(
             fixed += at_rates
             progress.update(task, description=futures[future].name)
             progress.advance(task)
+            if not console.is_terminal:
+                console.print(f"{len(rows)} rows: {futures[future].name}")
             _write(out, rows, bounds, fixed, finished=len(rows), seeds=seeds)
     results = _write(out, rows, bounds, fixed, finished=len(cells), seeds=seeds)
     _show(console, results)
