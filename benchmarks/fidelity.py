@@ -68,7 +68,7 @@ def fidelity(
 
     Example: slosserve bench fidelity --quick --rate 2
     """
-    console = Console()
+    console = Console(width=100, highlight=False)
     seconds = 60.0 * (QUICK_MINUTES if quick else minutes)
     columns = (TextColumn("[progress.description]{task.description}"), BarColumn(), TimeRemainingColumn())
     try:
@@ -93,7 +93,7 @@ def fidelity(
         f"twin is charged {result['facts']['latency_ms']:.1f} ms a request outside the node and "
         f"{result['facts']['host_ms']:.2f} ms a step beside the engine"
     )
-    console.print(f"figures in {out}")
+    console.print(f"figures in {out}", soft_wrap=True)
 
 
 @dataclass(slots=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,9 +15,9 @@ import psutil
 
 from benchmarks.cluster_facts import Facts, fetch_facts, fetch_timeline
 from benchmarks.open_loop import TIMEOUT_S, Sent, Writer, send, send_all
-from benchmarks.workload import Floats, Workload
+from benchmarks.workload import Workload
 from engine.cost import StepCost
-from engine.errors import ConfigError, EngineError
+from engine.errors import EngineError
 from engine.models import load_recipe
 
 LONE_PROMPTS = (32, 64, 128, 256, 512)
@@ -26,7 +25,7 @@ LONE_OUTPUT, LONE_ROUNDS = 64, 3  # of a usual step, the last 64 are all but a t
 TOLD_S = 0.5  # by then the coordinator has the node's report of what has just ended
 REST_S = 3.0  # before a run: what the last one taught the node of its speed fades meanwhile
 FACTS_EVERY_S = 2.0
-REMEMBERED = 2000  # of the 2048 timelines that an endpoint keeps
+KEPT_ALIVE_S = 2.0  # uvicorn drops a connection after 5 s: a request sent in that moment would be lost
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,30 +50,22 @@ class Lone:
 class Served:
     """A run: what came of each request, what the node said of itself meanwhile, and who else was at work.
 
-    `at_node_s`: from submission to first token there, of the last REMEMBERED requests; NaN where there is none.
-    `placing`: what decisions of the coordinator took. `other_cores`: cores of the machine that were busy with
-    neither the cluster nor the client, on average.
+    `placing`: what the last decisions of the coordinator took. `other_cores`: cores of the machine that were
+    busy with neither the cluster nor the client, on average.
     """
 
     sent: list[Sent]
     node: list[Facts]
-    at_node_s: Floats
     placing: Facts
     other_cores: float
 
     def facts(self) -> Facts:
         """Of the node: how far its steps were from what it measured at the start, and what it gave up."""
         busy = [one for one in self.node if one["running"]] or self.node
-        outside_s = [
-            one.token_times_s[0] - at_node_s
-            for one, at_node_s in zip(self.sent, self.at_node_s.tolist(), strict=True)
-            if one.token_times_s and np.isfinite(at_node_s)
-        ]
         return {
             "step_over_predicted": float(np.mean([one["cost_drift"] for one in busy])),
             "cost_margin": float(np.mean([one["cost_margin"] for one in busy])),
             "promises_preempted": self.node[-1]["promises_preempted"] - self.node[0]["promises_preempted"],
-            "outside_p50_ms": 1e3 * _median(outside_s),
             "placing": self.placing,
             "other_cores": self.other_cores,
         }
@@ -129,13 +120,12 @@ class RealNode:
                 watching.cancel()
             after = await fetch_facts(client)
             said.append(after["nodes"][0])
-            at_node_s = np.full(len(sent), math.nan)
-            for at in range(max(len(sent) - REMEMBERED, 0), len(sent)):
-                at_node_s[at] = await _at_node_s(client, sent[at])
-        return Served(sent, said, at_node_s, after["placing"], others[0])
+        return Served(sent, said, after["placing"], others[0])
 
     def _client(self) -> httpx.AsyncClient:
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        limits = httpx.Limits(
+            max_connections=None, max_keepalive_connections=None, keepalive_expiry=KEPT_ALIVE_S
+        )
         return httpx.AsyncClient(base_url=self._base_url, timeout=TIMEOUT_S, limits=limits)
 
     async def _writer(self, client: httpx.AsyncClient) -> Writer:
@@ -173,14 +163,6 @@ def overheads(cost: StepCost, max_batch_tokens: int, lone: Sequence[Lone]) -> di
 
 def _median(values: Iterable[float]) -> float:
     return float(np.median(list(values)))
-
-
-async def _at_node_s(client: httpx.AsyncClient, sent: Sent) -> float:
-    try:
-        timeline = await fetch_timeline(client, str(sent.request_id))
-        return float(timeline["decode"]["first_token_s"])
-    except (ConfigError, TypeError):
-        return math.nan  # forgotten, or it never had a token
 
 
 async def _node(client: httpx.AsyncClient) -> Facts:

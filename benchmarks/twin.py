@@ -22,13 +22,14 @@ from engine.errors import ConfigError
 from engine.request import Slo
 
 DIVIDE = 6.0  # of lengths, for the scale model
+LEAST_LEFT_S = 1e-4  # of a promise whose time is over before the node has heard of it: nobody keeps that
 
 
 @dataclass(frozen=True, slots=True)
 class Twin:
     """What a node said of itself. `cost` is that of its engine as measured when it started.
 
-    Steps of the twin take `slowdown` times that, and `host_s`, in everything around the engine. `latency_s` from
+    Steps of the twin take `slowdown` times that, and `host_s` in everything around the engine. `latency_s` from
     the client to the node and back comes off what is left to a first token. What requests are promised comes
     from `cost` alone, as in the cluster.
     """
@@ -73,7 +74,10 @@ class Twin:
 
     def serve(self, workload: Workload, seed: int, stop_below: float | None = None) -> Outcome:
         """The same requests in simulated time, as seen at the node: a client sees all `latency_s` later."""
-        left = [replace(slo, ttft_s=max(slo.ttft_s - self.latency_s, 0.0)) for slo in self.promises(workload)]
+        left = [
+            replace(slo, ttft_s=max(slo.ttft_s - self.latency_s, LEAST_LEFT_S))
+            for slo in self.promises(workload)
+        ]
         return run(workload, self._deployment(), seed=seed, stop_below=stop_below, slos=left)
 
     def capacity(

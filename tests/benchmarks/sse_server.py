@@ -132,11 +132,14 @@ class SseServer:
         ]
 
     async def _texts(self, body: dict[str, Any]) -> AsyncIterator[bytes]:
-        for _ in range(body["max_tokens"]):
+        tokens = body.get("min_tokens", body["max_tokens"] - 1) + 1
+        counts = body.get("stream_options", {}).get("continuous_usage_stats", False)
+        for number in range(tokens):
             await asyncio.sleep(self.token_delay_s)
-            yield _event({"choices": [{"index": 0, "text": "word "}]})
+            usage = {"usage": _usage(number + 1)} if counts else {}
+            yield _event({"choices": [{"index": 0, "text": "word "}], **usage})
         if self.fault != "truncate":
-            yield _event({"choices": [], "usage": _usage(body["max_tokens"])})
+            yield _event({"choices": [], "usage": _usage(tokens)})
         yield b"data: [DONE]\n\n"
 
 
