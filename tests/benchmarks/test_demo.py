@@ -55,7 +55,7 @@ def test_summary_counts_everything(tmp_path: Path) -> None:
     assert 0 <= summary["client_lateness_p50_s"] <= summary["client_lateness_p99_s"]
     chatbot = summary["client"]["chatbot"]
     assert 0 < chatbot["ttft_p50_s"] < 1
-    assert 0.002 <= chatbot["tpot_p50_s"] < 0.1
+    assert 0 < chatbot["tpot_p50_s"] < 0.1
 
 
 def test_requests_carry_class_length_and_session(tmp_path: Path) -> None:

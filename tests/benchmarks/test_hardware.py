@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -18,12 +16,13 @@ from benchmarks.hardware import (
     hardware,
     with_draft,
 )
+from benchmarks.traces import data_directory
 from engine.cost import StepCost
 from engine.errors import ConfigError
 from engine.profile import StepProfile
 from tests.engine.step_rows import made_table
 
-DATA = os.environ.get("SLOSSERVE_DATA")
+DATA = data_directory()
 
 
 @pytest.mark.parametrize(
@@ -86,10 +85,10 @@ def test_fits_ship_with_their_source_and_how_wrong_they_are(name: str) -> None:
     assert min(piece.base_s for piece in hardware(name).cost.pieces) > HOST_S
 
 
-@pytest.mark.skipif(DATA is None, reason="SLOSSERVE_DATA is not set")
+@pytest.mark.skipif(DATA is None, reason="needs the measured steps (SLOSSERVE_DATA)")
 @pytest.mark.parametrize("name", MEASURED)
 def test_the_command_makes_the_fits_that_ship(name: str) -> None:
-    made = fit_measured(name, Path(str(DATA)))
+    made = fit_measured(name, DATA)
     shipped = StepProfile.load(CONFIGS / "hardware" / f"{name}.json")
     assert (made.family, made.sources, made.about) == (shipped.family, shipped.sources, shipped.about)
     for tokens, context in ((1, 500), (64, 40_000), (2048, 0)):

@@ -185,7 +185,8 @@ def test_rows_of_a_real_engine_can_be_fitted(tmp_path: Path) -> None:
     out = tmp_path / "steps.csv.gz"
     done = profile("run", "--model", "tiny", "--shapes", "30", "--repeats", "1", "--out", str(out), "--json")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["rows"] == 30
+    # Steps during which somebody else had the core all the time are left out.
+    assert 20 <= json.loads(done.stdout)["rows"] <= 30
     fitted = StepProfile.fit(StepTable.read([out]))
     assert fitted.about["model"] == "tiny"
     assert fitted.cost.predict(1000, prefill_work=5e5) > fitted.cost.predict(1)

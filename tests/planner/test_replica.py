@@ -27,15 +27,17 @@ def problem(*works: WorkState, **changes: object):  # type: ignore[no-untyped-de
     return to_instance(replica, ASKING, LENGTHS)
 
 
-def test_what_a_report_says_has_aged_and_what_is_asked_now_has_not() -> None:
-    instance = problem(DECODING, QUEUED, age_s=0.004, step_s=0.02)  # the batch ends in 0.016
-    assert instance.decodes[0].due_s == pytest.approx(0.04 - 0.02)
-    assert instance.prefills[0].deadline_s == pytest.approx(0.5 - 0.02)
+def test_a_plan_begins_when_the_batch_ends_that_was_told_of() -> None:
+    """The works are told of as they will be then, with the times left counted from then."""
+    instance = problem(DECODING, QUEUED, age_s=-0.016, step_s=0.5)
+    assert instance.decodes[0].due_s == pytest.approx(0.04)
+    assert instance.prefills[0].deadline_s == pytest.approx(0.5)
     assert instance.newcomers[0].deadline_s == pytest.approx(1.0 - 0.016)
 
 
-def test_after_an_old_report_some_batch_is_half_done() -> None:
+def test_after_that_batch_some_other_is_half_done() -> None:
     instance = problem(DECODING, QUEUED, age_s=0.01, step_s=0.005)
+    assert instance.decodes[0].due_s == pytest.approx(0.04 - 0.01 - 0.0025)
     assert instance.prefills[0].deadline_s == pytest.approx(0.5 - 0.01 - 0.0025)
     assert instance.newcomers[0].deadline_s == pytest.approx(1.0 - 0.0025)
 
