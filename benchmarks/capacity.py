@@ -36,7 +36,7 @@ SECONDS_OF = {"reasoning": 3000.0}  # ten times the mean residence of a request:
 class Setting:
     """Everything that is the same at every rate of a search.
 
-    `acceptance`: chance that a draft is right; None without speculation. `one_of`: extra facts for variants of
+    `acceptance`: chance that a draft is right; None without speculation. `variant`: a part left out of
     ours (see benchmarks/simulator/variants.py).
     """
 

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks.as_module import start
 from benchmarks.parts import columns, promise
 from benchmarks.provenance import provenance
 from benchmarks.simulator.links import SharedLinks
@@ -254,16 +255,5 @@ def _table(rows: Sequence[dict[str, Any]]) -> Table:
     return shown
 
 
-def main() -> None:
-    """Entry point of `python -m benchmarks.distserve_facts`."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(distserve_facts)
-    try:
-        app()
-    except ConfigError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise SystemExit(2) from None
-
-
 if __name__ == "__main__":
-    main()
+    start(distserve_facts)

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 import configs
+from benchmarks.as_module import start
 from coordinator.config_layers import did_you_mean
 from engine.cost import Piece, StepCost
 from engine.errors import ConfigError
@@ -279,16 +280,5 @@ def fit_hardware(
     console.print(f"fits: {out}", soft_wrap=True)
 
 
-def main() -> None:
-    """Entry point of `python -m benchmarks.hardware`."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(fit_hardware)
-    try:
-        app()
-    except ConfigError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise SystemExit(2) from None
-
-
 if __name__ == "__main__":
-    main()
+    start(fit_hardware)

@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.as_module import start
 from benchmarks.provenance import provenance
 from coordinator.cli.profile_plot import draw_profile
 from engine.batch_shapes import Limits, Shape, draw_shapes
@@ -177,16 +178,5 @@ def _show(tables: list[dict[str, Any]], published: list[dict[str, Any]], out: Pa
     console.print(f"results: {out}")
 
 
-def main() -> None:
-    """Entry point of `python -m benchmarks.steps`."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(bench_steps)
-    try:
-        app()
-    except ConfigError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise SystemExit(2) from None
-
-
 if __name__ == "__main__":
-    main()
+    start(bench_steps)

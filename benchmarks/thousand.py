@@ -24,6 +24,7 @@ import zmq.asyncio
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.as_module import start
 from benchmarks.provenance import provenance
 from coordinator.cluster_process import ClusterProcess
 from coordinator.config import ClusterConfig
@@ -31,7 +32,7 @@ from coordinator.endpoint.flight import Flight, Passenger
 from coordinator.endpoint.links import CoordinatorLink, NodeLinks
 from coordinator.endpoint.slo import Asked, to_slo
 from coordinator.virtual_nodes import virtual_cost
-from engine.errors import ConfigError, SlosserveError
+from engine.errors import SlosserveError
 from engine.messages import Declined, Delta, Finished
 from engine.score import score
 
@@ -409,16 +410,5 @@ def _say(console: Console, event: dict[str, Any]) -> None:
     console.print(f"{what}: {event.get('state') or event.get('event')} {event.get('detail') or ''}".rstrip())
 
 
-def main() -> None:
-    """Entry point of `python -m benchmarks.thousand`."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(bench_thousand)
-    try:
-        app()
-    except ConfigError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise SystemExit(2) from None
-
-
 if __name__ == "__main__":
-    main()
+    start(bench_thousand)

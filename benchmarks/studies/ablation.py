@@ -14,12 +14,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.as_module import start
 from benchmarks.capacity import PRECISION, Cache, Setting
 from benchmarks.provenance import provenance
 from benchmarks.scenarios import SCENARIOS
 from benchmarks.simulator.systems import OURS_NAME, Tuning
 from benchmarks.simulator.variants import KNOWN_LENGTHS, NO_ADMISSION, NO_BURSTS, NO_PRICE, NO_ROUTING
-from benchmarks.studies.crew import Crew, Job, Row, start, write
+from benchmarks.studies.crew import Crew, Job, Row, write
 from benchmarks.studies.search import SHARE, capacities, geometric_mean, guess, ratio, search
 from engine.errors import ConfigError
 

@@ -14,11 +14,12 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.as_module import start
 from benchmarks.capacity import PRECISION, Setting
 from benchmarks.provenance import provenance
 from benchmarks.scenarios import SCENARIOS
 from benchmarks.simulator.systems import DESIGNS, OURS_NAME, Tuning, design
-from benchmarks.studies.crew import Crew, Job, Row, start, write
+from benchmarks.studies.crew import Crew, Job, Row, write
 from benchmarks.studies.search import SHARE, TUNING_SEED, guess, search, tuned_setting
 from benchmarks.studies.timeline import Window, between, bins, figures, pooled, serve
 from engine.errors import ConfigError

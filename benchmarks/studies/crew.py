@@ -11,12 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-from engine.errors import SlosserveError
 
 Row = dict[str, Any]
 
@@ -81,12 +77,3 @@ def write(out: Path, results: Mapping[str, Any]) -> None:
     unfinished = out.with_suffix(".part")
     unfinished.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     unfinished.rename(out)
-
-
-def start(command: Callable[..., None]) -> None:
-    """Run a study as `python -m` does; an error of ours is one line."""
-    try:
-        typer.run(command)
-    except SlosserveError as error:
-        Console(stderr=True, soft_wrap=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False)
-        raise SystemExit(2) from None

@@ -14,13 +14,14 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.as_module import start
 from benchmarks.capacity import PRECISION, Setting
 from benchmarks.hardware import LINKS, hardware
 from benchmarks.provenance import provenance
 from benchmarks.scenarios import SCENARIOS
 from benchmarks.simulator.slosserve import Resize
 from benchmarks.simulator.systems import OURS_NAME, Deployment, Tuning, roles_for
-from benchmarks.studies.crew import Crew, Job, Row, start, write
+from benchmarks.studies.crew import Crew, Job, Row, write
 from benchmarks.studies.search import SHARE, TUNING_SEED, guess, search
 from benchmarks.studies.timeline import Window, between, bins, figures, pooled, serve
 from engine.errors import ConfigError
