@@ -8,6 +8,7 @@ place.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from coordinator.planner.memory import OVERFLOW_Z, next_z
@@ -116,6 +117,25 @@ class NodeMirror:
         """What is here, and what is on its way here, with the times left when the last batch told of ends."""
         reported = [] if self.report is None else self.report.works
         return [*reported, *map(self._as_of_report, self.placed.values())]
+
+    def _states(self) -> Iterator[WorkState]:
+        """Works here and on their way here, each as it was last told of."""
+        yield from self.reported.values()
+        yield from (placement.state for placement in self.placed.values())
+
+    @property
+    def promised_prefill_tokens(self) -> int:
+        """That are still to be computed here for promised prompts."""
+        return sum(work.prefill_left_tokens for work in self._states() if not work.best_effort)
+
+    @property
+    def promised_pull_tokens(self) -> int:
+        """Of promised prompts whose KV is still to come here."""
+        return sum(
+            work.prompt_tokens
+            for work in self._states()
+            if work.kind is WorkKind.DECODE and work.output_tokens == 0 and not work.best_effort
+        )
 
     def _as_of_report(self, placement: Placement) -> WorkState:
         left_s = placement.state.first_token_left_s + placement.at_s - self._told_of_s

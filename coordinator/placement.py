@@ -307,8 +307,7 @@ def _judge_pair(
     assert prefill.report is not None
     assert decode.report is not None
     transfer_s = link.transfer_s(request.prompt_tokens * prefill.report.info.kv_bytes_per_token)
-    decode_step_s = decode.report.cost.predict(len(decode.report.works) + 1)
-    handoff_s = transfer_s + decode_step_s
+    handoff_s = _handoff_s(transfer_s + _link_queue_s(whole, prefill, decode, link), decode)
     # Rounded down to a millisecond: nodes that are about as quick then ask their partner the same.
     prefill_left_s = math.floor((request.first_token_left_s - handoff_s) * 1e3) / 1e3
     prefilling = replace(whole, left_s=prefill_left_s, tpot_s=None)
@@ -321,8 +320,32 @@ def _judge_pair(
     if reason:
         return Candidate(prefill, decode, f"{decode.name}: {reason}", decisions=decisions)
     loss = transfer_s + loss_s(prefills, 0.0)
-    loss += loss_s(decodes, expected_residence_s(decoding, knowledge.lengths))
+    if decode.role is not RoleName.DECODE:  # else it has no prompts to compute, and loses nothing but memory
+        loss += loss_s(decodes, expected_residence_s(decoding, knowledge.lengths))
     return Candidate(prefill, decode, "", loss, decisions, handoff_s, whole.cached_tokens)
+
+
+def _link_queue_s(asking: Asking, prefill: NodeMirror, decode: NodeMirror, link: Link) -> float:
+    """How long the KV of one placed now would wait for that of others to come over: what is promised to come to
+    this decode node, less what the link carries until this prefill ends at the earliest.
+    """
+    assert prefill.report is not None
+    cost = prefill.report.cost.pieces[0]
+    tokens = asking.tokens + prefill.promised_prefill_tokens
+    ends_s = cost.base_s + cost.per_token_s * tokens
+    kv_bytes = decode.promised_pull_tokens * prefill.report.info.kv_bytes_per_token
+    return max(kv_bytes / link.bytes_per_s - ends_s, 0.0)
+
+
+def _handoff_s(transfer_s: float, decode: NodeMirror) -> float:
+    """Seconds from the end of a prefill to the first token, at most. A pull begins between two steps of the
+    decode node and is seen between two: it waits for a step to end, and its own step follows.
+    """
+    assert decode.report is not None
+    step_s = decode.report.cost.predict(len(decode.report.works) + 1)
+    if not decode.report.works:
+        return transfer_s + step_s
+    return step_s * (2 + math.ceil(transfer_s / step_s))
 
 
 def _ask(node: NodeMirror, asking: Asking, knowledge: Knowledge, now_s: float) -> tuple[Decision, Problem, str]:

@@ -41,7 +41,8 @@ class Seq(msgspec.Struct, frozen=True, gc=False):
     """A sequence as it stands when a batch is composed. Counts are tokens.
 
     `blocked`: the last batch had room for it, but there was no slot or no KV memory, and there may be none
-    again.
+    again. `pull_waits`: it was handed over and waits for memory to pull its KV into; a plan that names it, or
+    does not skip it, lets it have that. It takes no tokens of a batch.
     """
 
     work_id: str
@@ -51,6 +52,7 @@ class Seq(msgspec.Struct, frozen=True, gc=False):
     running: bool  # holds a slot and KV; otherwise it waits
     drafts: int = 0
     blocked: bool = False
+    pull_waits: bool = False
 
     @property
     def prefill_left(self) -> int:
@@ -68,10 +70,10 @@ class BatchPlan:
     """What the next batch holds.
 
     `order`: first to last; `chunk_tokens`: most new tokens of a sequence in this batch; `skip`: left out of
-    this batch with their KV kept; `depth`: draft tokens to verify (0 = none); `max_tokens`: size of the
-    batch; `preempt`: give up slot and KV, keep tokens; `draft_tokens`: how many to draft for the batch after
-    this one (as many as the engine was started with if None). `expected_s`: what it is likely to take, for
-    those who ask meanwhile; engines do not read it.
+    this batch with their KV kept, or not begun to be pulled; `depth`: draft tokens to verify (0 = none);
+    `max_tokens`: size of the batch; `preempt`: give up slot and KV, keep tokens; `draft_tokens`: how many to
+    draft for the batch after this one (as many as the engine was started with if None). `expected_s`: what it
+    is likely to take, for those who ask meanwhile; engines do not read it.
     """
 
     order: Sequence[str] = ()

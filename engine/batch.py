@@ -5,7 +5,8 @@ end go first; then prefills, earliest deadline first, in chunks; then tokens tha
 builds slack, and drafts; then prefills whose deadline is lost; best effort comes last. The pace caps the time
 of a batch and is never a target: a token is held back only while a queued prefill needs its slot, and never
 while KV memory is what binds. Best effort gives up slot and memory, last in first out, to a promise that
-lacks them; its prompts are begun only while memory stays free, and do not make batches long.
+lacks them; its prompts are begun only while memory stays free, and do not make batches long. KV that was
+handed over is pulled by the same rules: promises first, and best effort makes way for it.
 
 The work is done by compiled code (`engine/batch_kernel.py`), which virtual engines call without this front.
 """
@@ -21,7 +22,7 @@ import numpy as np
 
 from engine.base import BatchPlan, Seq
 from engine.cost import StepCost
-from engine.rows import ROW, CostArrays, Rows
+from engine.rows import NO_PULL, PULL_WAITS, ROW, CostArrays, Rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,8 @@ class Duty:
 
     `next_token_due_s` is None until the first token. Best effort owes nothing: its times are not read.
     `depth`: tokens of a verify that were planned for it (1: none are drafted); None: what room is left.
-    `cached_tokens` of its prompt are believed to have their KV, which shows when it gets its slot.
+    `cached_tokens` of its prompt are believed to have their KV, which shows when it gets its slot. `offers`: it
+    ends with its prefill, and its KV stays until it is pulled.
     """
 
     work_id: str
@@ -40,6 +42,7 @@ class Duty:
     best_effort: bool = False
     depth: int | None = None
     cached_tokens: int = 0
+    offers: bool = False
 
     @property
     def due_s(self) -> float:
@@ -91,7 +94,7 @@ def compose(seqs: Sequence[Seq], duties: Mapping[str, Duty], moment: Moment) -> 
     compose_rows(
         rows, np.arange(len(rows)), moment.now_s, _arrays(moment.cost), moment.max_batch_tokens, pour[0], order
     )
-    inside = int(pour[0]["seqs"])
+    inside, pulls = int(pour[0]["seqs"]), int(pour[0]["pulls"])
     at = order.tolist()
     ids = [seqs[index].work_id for index in at]
     chunks = rows["chunk_tokens"][order].tolist()
@@ -101,7 +104,7 @@ def compose(seqs: Sequence[Seq], duties: Mapping[str, Duty], moment: Moment) -> 
     return BatchPlan(
         order=tuple(ids),
         chunk_tokens=dict(zip(ids[:inside], chunks, strict=False)),
-        skip=frozenset(ids[inside:]),
+        skip=frozenset(ids[inside + pulls :]),
         depth={
             seqs[index].work_id: drafts
             for index, drafts in zip(at[:inside], verify, strict=False)
@@ -131,11 +134,13 @@ def _rows(seqs: Sequence[Seq], duties: Mapping[str, Duty]) -> Rows:
     rows["drafts"] = [seq.drafts for seq in seqs]
     rows["running"] = [seq.running for seq in seqs]
     rows["blocked"] = [seq.blocked for seq in seqs]
+    rows["pull"] = [PULL_WAITS if seq.pull_waits else NO_PULL for seq in seqs]
     mine = [duties.get(seq.work_id, NO_DUTY) for seq in seqs]
     rows["promised"] = [not duty.best_effort for duty in mine]
     rows["due_s"] = [duty.due_s for duty in mine]
     rows["tpot_s"] = [duty.tpot_s for duty in mine]
     rows["depth"] = [duty.depth or 0 for duty in mine]
+    rows["offers"] = [duty.offers for duty in mine]
     rows["cached_tokens"] = [duty.cached_tokens for duty in mine]
     return rows
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from engine.compiled import compiled
 from engine.cost_kernel import chunk_in, predict_s, prefill_alone_s, tokens_in
+from engine.rows import NO_PULL, PULL_WAITS
 
 MIN_CHUNK_TOKENS = 16  # smaller chunks cost more in attention to what is computed than they bring
 ROUNDING_S = 1e-9
@@ -21,6 +22,8 @@ CATCH_UP = 0.5  # a batch shrinks to this part of the pace, no further, when a t
 # takes back soon would be computed twice.
 SPARE_FLOORS = 2.0
 SPARE_KV_SHARE = 0.3
+# The same for prompts whose KV is handed over: nobody takes it back, and who pulls it waits for memory as well.
+OFFERED_KV_SHARE = 0.7
 
 POUR = np.dtype(
     [
@@ -28,6 +31,7 @@ POUR = np.dtype(
         ("limit_s", np.float64),
         ("draft_steps", np.int64),  # of the deepest verify that is planned
         ("seqs", np.int64),  # in the batch so far: the first of `order`
+        ("pulls", np.int64),  # that may begin: the next of `order`
         ("tokens", np.int64),
         ("context_tokens", np.int64),
         ("prefill_work", np.float64),
@@ -227,20 +231,27 @@ def _sorted_by_due(rows, some):
 
 @compiled
 def compose_rows(rows, active, now_s, cost, max_batch_tokens, pour, order):
-    """The next batch. `order` [len(active)]: first `pour.seqs` rows that are in it, then those held out, last
-    where memory is taken from first."""
+    """The next batch. `order` [len(active)]: first `pour.seqs` rows that are in it, then `pour.pulls` whose KV
+    may be pulled now, then those held out, last where memory is taken from first."""
     count = len(active)
     decodes, prefills = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int64)
     spare, spare_decodes = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int64)
-    n_decodes = n_prefills = n_spare = n_spare_decodes = 0
+    pulls = np.empty(count, dtype=np.int64)
+    n_decodes = n_prefills = n_spare = n_spare_decodes = n_pulls = 0
     planned = drafted = blocked = promise_blocked = False
     unplanned = False
     deepest = 0
     for one in active:
         row = rows[one]
         row.chunk_tokens = row.verify_tokens = 0
+        row.may_pull = False
+        if row.pull == PULL_WAITS and row.promised:
+            promise_blocked = promise_blocked or row.blocked
+            pulls[n_pulls] = one
+            n_pulls += 1
+            continue
         blocked = blocked or row.blocked
-        decoding = _known(row) - row.computed_tokens <= 1
+        decoding = _known(row) - row.computed_tokens <= 1 and row.pull != PULL_WAITS
         if not row.promised:
             spare[n_spare] = one
             n_spare += 1
@@ -261,10 +272,11 @@ def compose_rows(rows, active, now_s, cost, max_batch_tokens, pour, order):
             n_prefills += 1
     decodes = _sorted_by_due(rows, decodes[:n_decodes])
     prefills = _sorted_by_due(rows, prefills[:n_prefills])
+    pulls = _sorted_by_due(rows, pulls[:n_pulls])
 
     pour.draft_tokens = deepest - 1 if planned and not unplanned else -1
     pour.room = max_batch_tokens
-    pour.seqs = pour.tokens = pour.context_tokens = pour.prefill_kv_tokens = 0
+    pour.seqs = pour.pulls = pour.tokens = pour.context_tokens = pour.prefill_kv_tokens = 0
     pour.prefill_work = 0.0
     pour.draft_steps = max(pour.draft_tokens, 0)
     pour.limit_s, next_s = _bounds(rows, decodes, now_s, cost)
@@ -276,7 +288,7 @@ def compose_rows(rows, active, now_s, cost, max_batch_tokens, pour, order):
         must += 1
     due = min(due, max(must, _fitting(rows, decodes, pour, cost)))
     _decode_all(rows, decodes[:due], drafted, pour, order)
-    _make_room(rows, decodes, prefills, spare[:n_spare], promise_blocked, pour)
+    _make_room(rows, decodes, prefills, pulls, spare[:n_spare], promise_blocked, pour)
     n_lost = _pour_prefills(rows, prefills, now_s, max_batch_tokens, pour, cost, order)
     if due < n_decodes:
         ahead = _fitting(rows, decodes[due:], pour, cost)
@@ -289,37 +301,65 @@ def compose_rows(rows, active, now_s, cost, max_batch_tokens, pour, order):
     _pour_spare(rows, spare[:n_spare], spare_decodes[:n_spare_decodes], kept_back, pour, cost, order)
 
     held = pour.seqs
-    for group in (decodes, prefills, spare[:n_spare]):
+    for group in (pulls, spare[:n_spare]):
         for one in group:
-            if rows[one].chunk_tokens == 0:
+            if rows[one].may_pull:
+                order[held] = one
+                held += 1
+    pour.pulls = held - pour.seqs
+    for group in (decodes, prefills, pulls, spare[:n_spare]):
+        for one in group:
+            if rows[one].chunk_tokens == 0 and not rows[one].may_pull:
                 order[held] = one
                 held += 1
 
 
 @compiled
-def _make_room(rows, decodes, prefills, spare, promise_blocked, pour):
+def _make_room(rows, decodes, prefills, pulls, spare, promise_blocked, pour):
     """Best effort gives up slot and KV, last in first out, to promises that lack them: `gives_way` says who.
 
-    Where memory is not known, one of them in each batch in which a promise was found at the door.
+    Where memory is not known, one of them in each batch in which a promise was found at the door. Says as well
+    which promised `pulls` may begin, those that fit beside what is here already and goes on; and which prompts
+    find no memory now, so that they take no room from who would run meanwhile.
     """
     tokens, slots = -pour.free_tokens, -pour.free_slots
+    here = 0  # tokens for those that began before
     for group in (decodes, prefills):
         for one in group:
             row = rows[one]
-            tokens += max(_known(row) - row.computed_tokens, 0) if row.running or row.pull == 0 else 0
+            more = max(_known(row) - row.computed_tokens, 0) if row.running or row.pull == NO_PULL else 0
+            tokens += more
+            here += more if row.running or row.output_tokens > 0 else 0
             slots += 0 if row.running else 1
+    for one in pulls:
+        tokens += _known(rows[one])
+        slots += 1
+    free_tokens = pour.free_tokens - here
     if pour.free_tokens < 0:
         tokens = slots = 1 if promise_blocked else 0
-    elif len(prefills) == 0 and slots <= 0 and not promise_blocked:
+    elif len(prefills) == 0 and len(pulls) == 0 and slots <= 0 and not promise_blocked:
         tokens = min(tokens, 0)  # a token for each decode is what the engine finds by itself
     for at in range(len(spare) - 1, -1, -1):
         row = rows[spare[at]]
         row.gives_way = False
         if row.running and (tokens > 0 or slots > 0):
             row.gives_way = True
+            free_tokens += row.computed_tokens
             tokens = tokens - row.computed_tokens if pour.free_tokens >= 0 else 0
             slots = slots - 1 if pour.free_tokens >= 0 else 0
+    for one in pulls:
+        free_tokens -= _known(rows[one])
+        if free_tokens < 0 and pour.free_tokens >= 0:
+            break
+        rows[one].may_pull = True
     if pour.free_tokens >= 0:
+        for one in prefills:
+            row = rows[one]
+            if row.running or row.pull != NO_PULL:
+                continue
+            if row.output_tokens == 0:  # else it is counted in `here`
+                free_tokens -= max(_known(row) - row.computed_tokens, 0)
+            row.blocked = row.blocked or free_tokens < 0
         pour.free_tokens = -tokens
         pour.free_slots = -slots
 
@@ -374,14 +414,18 @@ def _pour_spare(rows, spare, decodes, kept_back, pour, cost, order):
     for one in spare:
         row = rows[one]
         known = _known(row)
-        if known - row.computed_tokens <= 1 or row.gives_way:
+        if row.gives_way or (known - row.computed_tokens <= 1 and row.pull != PULL_WAITS):
             continue
         if not row.running and pour.free_tokens >= 0:
-            kept_free = SPARE_KV_SHARE * pour.kv_tokens if pour.free_tokens < pour.kv_tokens else 0.0
+            share = OFFERED_KV_SHARE if row.offers else SPARE_KV_SHARE
+            kept_free = share * pour.kv_tokens if pour.free_tokens < pour.kv_tokens else 0.0
             if pour.free_slots < 1 or pour.free_tokens - known < kept_free:
                 break  # alone it begins however large it is: else it never would
             pour.free_tokens -= known
             pour.free_slots -= 1
+        if row.pull == PULL_WAITS:
+            row.may_pull = True
+            continue
         _prefill(rows, one, math.inf, pour, cost, order)
     pour.limit_s = limit_s
     _verify(rows, staying, True, pour, cost)

@@ -242,6 +242,7 @@ class Node:
             submit.pace.tpot_s,
             best_effort=submit.pace.best_effort,
             cached_tokens=submit.cached_tokens,
+            offers=work.offer_kv,
         )
         prefill_left = len(submit.prompt_token_ids) - submit.cached_tokens - 1  # as Seq counts
         if submit.handoff is not None:

@@ -33,14 +33,15 @@ ROW = np.dtype(
         ("tpot_s", np.float64),
         ("depth", np.int64),  # tokens of a verify that were planned; 0: none planned, what room is left
         ("cached_tokens", np.int64),  # of the prompt: believed to have their KV
+        ("pull", np.int64),
+        ("offers", np.bool_),  # ends with its prefill, and offers the KV
         # The next batch.
         ("chunk_tokens", np.int64),  # most new tokens; 0: held out
         ("verify_tokens", np.int64),  # drafts among them
         ("gives_way", np.bool_),  # best effort that gives up slot and KV
+        ("may_pull", np.bool_),  # handed over: memory may go to its KV now
         # Kept by virtual engines alone.
         ("end_tokens", np.int64),  # outputs after which it ends: its true length, or its max_tokens
-        ("offers", np.bool_),  # ends with its prefill, and offers the KV
-        ("pull", np.int64),
         ("blocks", np.int64),  # KV blocks held
         ("new_tokens", np.int64),  # made in the last step
         ("arrived_s", np.float64),

@@ -37,7 +37,7 @@ from engine.base import (
 )
 from engine.cost import StepCost
 from engine.errors import EngineError, EngineStartError, ProtocolError, RequestError
-from engine.rows import NO_PULL, PULL_WAITS, PULLED, ROW, CostArrays
+from engine.rows import NO_PULL, PULL_WAITS, PULLED, PULLING, ROW, CostArrays
 from engine.virtual_kernel import (
     ACCEPTED,
     CONTEXT_TOKENS,
@@ -329,12 +329,14 @@ class VirtualEngine(Engine):
         asked_s = self._clock()
         self._settle()
         active = np.empty(len(self._works), dtype=np.int64)
-        count = runnable(self._replica, self._rows, active)
+        count = runnable(self._replica, self._rows, active, True)
         if count == 0:
             return None
         active = active[:count]
         plan = compose(self._seqs(active))
         order = self._lay_out(plan, active)
+        if self._start_pulls(order):
+            return self.begin(compose)
         most = self._config.max_batch_tokens if plan.max_tokens is None else max(plan.max_tokens, 0)
         carry_out(self._replica, self._rows, order, most)
         self._note_moves(order)
@@ -431,12 +433,15 @@ class VirtualEngine(Engine):
         rows = self._rows
         names = ("computed_tokens", "output_tokens", "running", "drafts", "blocked")
         columns = [rows[name][active].tolist() for name in names]
+        columns.append((rows["pull"][active] == PULL_WAITS).tolist())
         seqs = []
-        for row, computed, output, running, drafts, blocked in zip(active.tolist(), *columns, strict=True):
+        for row, computed, output, running, drafts, blocked, waits in zip(
+            active.tolist(), *columns, strict=True
+        ):
             going = self._going_at[row]
             assert going is not None
             seqs.append(
-                Seq(going.work.work_id, going.prompt_tokens, computed, output, running, drafts, blocked)
+                Seq(going.work.work_id, going.prompt_tokens, computed, output, running, drafts, blocked, waits)
             )
         return seqs
 
@@ -448,6 +453,7 @@ class VirtualEngine(Engine):
         rows, works = self._rows, self._works
         rows["chunk_tokens"][active] = self._config.max_batch_tokens
         rows["verify_tokens"][active] = np.where(rows["running"][active], rows["drafts"][active], 0)
+        rows["may_pull"][active] = True
         order = active
         if plan.order or plan.skip or plan.chunk_tokens:
             last = len(plan.order)
@@ -460,12 +466,14 @@ class VirtualEngine(Engine):
                         held.add(works[key].row)
             for row in held:
                 rows["chunk_tokens"][row] = rows["verify_tokens"][row] = 0
+                rows["may_pull"][row] = False
             places = sorted(active.tolist(), key=lambda row: (row in held, rank.get(row, last)))
             order = np.array(places, dtype=np.int64)
         for key, depth in plan.depth.items():
             if key in works:
                 row = works[key].row
                 rows["verify_tokens"][row] = min(int(rows["verify_tokens"][row]), max(depth, 0))
+        rows["chunk_tokens"][order[rows["pull"][order] == PULL_WAITS]] = 0
         waits_pulled = (rows["pull"][order] == PULLED) & ~rows["running"][order]
         if waits_pulled.any():
             order = np.concatenate([order[waits_pulled], order[~waits_pulled]])
@@ -537,7 +545,7 @@ class VirtualEngine(Engine):
         self._rows["blocks"][going.row] = 0
 
     def _settle(self) -> None:
-        """Take note of pulls and leases that have ended, and start the pulls for which there is room."""
+        """Take note of pulls and leases that have ended."""
         settled, counts = self.kv.settle(), self._replica.counts
         for work_id in settled.over:
             blocks, held = self._offered.pop(work_id)
@@ -552,13 +560,14 @@ class VirtualEngine(Engine):
             recompute(self._replica, self._rows, self._works[work_id].row)
         for work_id in settled.arrived:
             pulled(self._rows, self._works[work_id].row)
-        if (self._rows["pull"] == PULL_WAITS).any():
-            self._start_pulls()
 
-    def _start_pulls(self) -> None:
-        """What is cached here of a handed-over prompt does not have to come."""
-        started = np.empty(len(self._works), dtype=np.int64)
-        count = start_pulls(self._replica, self._rows, started)
+    def _start_pulls(self, order: Any) -> bool:
+        """Start those that may begin and fit. Whether any of them is here at once.
+
+        What is cached here of a handed-over prompt does not have to come.
+        """
+        started = np.empty(len(order), dtype=np.int64)
+        count = start_pulls(self._replica, self._rows, order, started)
         for row in started[:count].tolist():
             going = self._going_at[row]
             assert going is not None
@@ -569,7 +578,8 @@ class VirtualEngine(Engine):
             self.kv.read(going.work.work_id, int(self._rows["blocks"][row]), kv_bytes)
         if count:
             self._prefixes.fit(int(self._replica.counts[FREE_BLOCKS]))
-            self._settle()  # what ended at once
+            self._settle()
+        return bool((self._rows["pull"][started[:count]] != PULLING).any())
 
     def _more_rows(self) -> int:
         """Twice as many rows. One of the new ones."""

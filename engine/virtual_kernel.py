@@ -94,13 +94,14 @@ def blocks_for(replica, tokens):
 
 
 @compiled
-def runnable(replica, rows, active):
+def runnable(replica, rows, active, waiting_too):
     """Fill `active` with the rows that a batch can be about, and return how many: all but those whose KV is
-    still to come."""
+    still to come. `waiting_too`: also those whose pull waits for memory, which a plan may be about."""
     count = 0
     for at in range(replica.counts[LIVE]):
         one = replica.live[at]
-        if rows[one].pull == NO_PULL or rows[one].pull == PULLED:
+        pull = rows[one].pull
+        if pull in (NO_PULL, PULLED) or (waiting_too and pull == PULL_WAITS):
             active[count] = one
             count += 1
     return count
@@ -348,15 +349,14 @@ def accepts(seed, position, acceptance):
 
 
 @compiled
-def start_pulls(replica, rows, started):
-    """Give blocks to handed-over rows that wait for them, first come first served. Returns how many began;
+def start_pulls(replica, rows, order, started):
+    """Give blocks to handed-over rows that wait for them and may, in this order. Returns how many began;
     `started` names them. Their KV arrives when `pulled` says so."""
     count = 0
-    for at in range(replica.counts[LIVE]):
-        one = replica.live[at]
+    for one in order:
         if rows[one].pull == NO_PULL and rows[one].preempted > 0 and not rows[one].running:
             break  # it was here before, and needs what is free to go on
-        if rows[one].pull != PULL_WAITS:
+        if rows[one].pull != PULL_WAITS or not rows[one].may_pull:
             continue
         known = rows[one].prompt_tokens + rows[one].output_tokens
         blocks = blocks_for(replica, known)

@@ -180,7 +180,7 @@ class PlannedScheduler(Scheduler):  # type: ignore[misc]
             return self._unplanned(throttle_prefills)
         held = plan.skip.union(key for key, tokens in plan.chunk_tokens.items() if tokens < 1)
         self._plan, self._held = plan, held
-        self._pull_waits = any(_starts_pull(request) for request in self.waiting)
+        self._pull_waits = any(_starts_pull(r) and r.request_id not in held for r in self.waiting)
         carried_out = _CarriedOut(self, plan, held)
         output = carried_out.run(partial(super().schedule, throttle_prefills))
         self._blocked = carried_out.blocked
@@ -198,12 +198,12 @@ class PlannedScheduler(Scheduler):  # type: ignore[misc]
         return output
 
     def seqs(self) -> list[Seq]:
-        """What a plan can be about: running and waiting, without those that will take no tokens."""
+        """What a plan can be about: running and waiting, without those whose KV or grammar is on its way."""
         waiting = [*self.kv_holding_waiting, *self.waiting]
         seqs = [_seq(request) for request in self.running]
         for request in waiting:
             blocked = request.request_id == self._blocked
-            if blocked or (not _starts_pull(request) and self.can_run(request)):
+            if blocked or self.can_run(request):
                 seqs.append(_seq(request, running=False, blocked=blocked))
         return seqs
 
@@ -365,6 +365,7 @@ def _seq(request: Request, *, running: bool = True, blocked: bool = False) -> Se
         running=running,
         drafts=len(request.spec_token_ids),
         blocked=blocked,
+        pull_waits=_starts_pull(request),
     )
 
 

@@ -145,6 +145,7 @@ class Slosserve:
             row["first_due_s"] = row["due_s"] = world.now_s + pace.first_token_left_s
             row["tpot_s"] = pace.tpot_s
             self.admitted[request] = True
+            world.wake(_index(promotion.node))
         self._ask_again_later(world)
 
     def tick(self, world: World, replica: int) -> None:

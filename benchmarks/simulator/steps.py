@@ -36,6 +36,7 @@ from engine.virtual_kernel import (
     finish,
     preempt,
     runnable,
+    start_pulls,
 )
 
 OURS, PREFILL_FIRST, CHUNKED, EDF, WHOLE_PROMPTS, DECODE_ALL = range(6)  # who composes
@@ -161,6 +162,20 @@ def _compose(station, rows, active, now_s, settings):
 
 
 @compiled
+def begin_pulls(station, rows, now_s, settings, started):
+    """Start the pulls for which there is memory: ours as the plan of the next batch has them, the others first
+    come first served. Returns how many; `started` names them."""
+    replica = station.replica
+    if settings.composer != OURS:
+        return start_pulls(replica, rows, replica.live[: replica.counts[LIVE]], started)
+    count = runnable(replica, rows, station.active, True)
+    replica.batch[:BATCH] = 0
+    _compose(station, rows, station.active[:count], now_s, settings)
+    first = station.pour[0].seqs
+    return start_pulls(replica, rows, station.order[first : first + station.pour[0].pulls], started)
+
+
+@compiled
 def advance(station, rows, until_s, settings, reports, token_times_s, first_time):
     """Step a replica that can begin a step before `until_s`, until then or until a step ended something.
 
@@ -170,7 +185,7 @@ def advance(station, rows, until_s, settings, reports, token_times_s, first_time
     replica, times = station.replica, station.times
     while times[CLOCK_S] < until_s:
         now_s = times[CLOCK_S]
-        count = runnable(replica, rows, station.active)
+        count = runnable(replica, rows, station.active, settings.composer == OURS)
         if count == 0:
             return IDLE, 0
         active = station.active[:count]

@@ -18,12 +18,12 @@ import numpy as np
 
 from benchmarks.simulator.links import SharedLinks
 from benchmarks.simulator.prefixes import PrefixMemory
-from benchmarks.simulator.steps import CLOCK_S, EVENTS, IDLE, OFFERED, Settings, Station, advance
+from benchmarks.simulator.steps import CLOCK_S, EVENTS, IDLE, OFFERED, Settings, Station, advance, begin_pulls
 from benchmarks.workload import Workload
 from engine.cost import StepCost
 from engine.request import Slo
 from engine.rows import NO_PULL, PULL_WAITS, ROW, CostArrays
-from engine.virtual_kernel import BLOCK_TOKENS, FREE_BLOCKS, Replica, enqueue, pulled, start_pulls
+from engine.virtual_kernel import BLOCK_TOKENS, FREE_BLOCKS, Replica, enqueue, pulled
 
 NOBODY = -1
 DRAIN_S = 20.0  # after the last deadline: a queue that is not empty by then has grown
@@ -143,6 +143,7 @@ class World:
         row["blocks"] = 0
         row["offers"] = False
         row["pull"] = PULL_WAITS
+        row["may_pull"] = True
         self.decoded_on[request] = target
         self.outstanding[target] += 1
         self._pulls_wait[target] += 1
@@ -154,7 +155,7 @@ class World:
         blocks = self.leases[replica].pop(request, 0)
         self.stations[replica].replica.counts[FREE_BLOCKS] += blocks
         if blocks:
-            self._wake(replica)
+            self.wake(replica)
 
     def end(self, request: int) -> None:
         """A request is over: its client goes on."""
@@ -265,7 +266,7 @@ class World:
             case Kind.PULLED:
                 self.release(request, int(self.prefilled_on[request]))
                 pulled(self.rows, request)
-                self._wake(replica)
+                self.wake(replica)
             case Kind.TURN:
                 self._system.turn(self)
 
@@ -274,15 +275,17 @@ class World:
 
     def _enqueue(self, request: int, replica: int) -> None:
         enqueue(self.stations[replica].replica, self.rows, request)
-        self._wake(replica)
+        self.wake(replica)
 
-    def _wake(self, replica: int) -> None:
+    def wake(self, replica: int) -> None:
+        """Something has changed there: it looks again whether it can begin a step."""
         times = self.stations[replica].times
         times[CLOCK_S] = max(times[CLOCK_S], self.now_s)
         self._idle[replica] = False
 
     def _start_pulls(self, replica: int, now_s: float) -> bool:
-        count = start_pulls(self.stations[replica].replica, self.rows, self._started)
+        settings = self.specs[replica].settings
+        count = begin_pulls(self.stations[replica], self.rows, now_s, settings, self._started)
         for request in self._started[:count].tolist():
             kv_bytes = int(self.workload.prompt_tokens[request]) * self.kv_bytes_per_token
             source = int(self.prefilled_on[request])

@@ -71,11 +71,12 @@ def to_instance(replica: Replica, asking: Asking, lengths: Lengths) -> Instance:
         work for work in promised if work.prefill_left_tokens == 0 and work.kind is not WorkKind.PREFILL
     ]
     # Of one that is handed on only the KV is still here, under a lease.
-    handed_on = sum(1 for work in promised if work.kind is WorkKind.PREFILL and work.prefill_left_tokens == 0)
+    handed_on = sum(map(_is_lease, promised))
     names = _tiers([*(work.tpot_s for work in promised), *([] if asking.tpot_s is None else [asking.tpot_s])])
     chances = _acceptance(decoding, names)
     decodes, late = _decodes(decoding, names, cost, shift_s)
-    view = _outlook(replica, promised, asking, lengths, shift_s)
+    leased = [work for work in replica.works if work.best_effort and _is_lease(work)]
+    view = _outlook(replica, [*promised, *leased], asking, lengths, shift_s)
     newcomer = Newcomer(
         id=asking.id,
         tokens=max(asking.tokens, 1),
@@ -98,6 +99,11 @@ def to_instance(replica: Replica, asking: Asking, lengths: Lengths) -> Instance:
         max_depth=replica.max_depth,
         theta=THETA,
     )
+
+
+def _is_lease(work: WorkState) -> bool:
+    """Whether only its KV is here, to be pulled. Nobody takes it back for a promise, best effort or not."""
+    return work.kind is WorkKind.PREFILL and work.prefill_left_tokens == 0
 
 
 def _in_flight_s(replica: Replica) -> float:
