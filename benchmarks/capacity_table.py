@@ -194,6 +194,7 @@ def _bound(where: Where) -> Row:
         "acceptance": acceptance,
         "everybody_per_gpu": found.everybody_per_s / chosen.tp,
         "blind_per_gpu": found.steady_blind_per_s / chosen.tp,
+        "kept_per_gpu": found.steady_kept_per_s / chosen.tp,
         "clairvoyant_per_gpu": found.steady_clairvoyant_per_s / chosen.tp,
         "limit": found.limit,
         "parts": dict(found.parts),

@@ -263,7 +263,7 @@ def _method() -> dict[str, Any]:
         "z": OVERFLOW_Z,
         "aim": OVERFLOW_AIM,
         "halves": "tuning on the first half of each trace and a seed of its own, figures on the second half",
-        "choice": "the least z, and the highest aim, at which no trace's overflowed share passes 1 % in tuning",
+        "choice": "z starts at the mean; the highest aim at which no trace overflows more than 1 % in tuning",
         "overflowed": "admitted, then preempted because the KV held passed the capacity (last in, first out)",
         "value_lost": "1 - requests that were admitted and ended / the same with true lengths",
         "left_out": "prefill and decode speed do not bind; a preempted request is not resumed",

@@ -18,6 +18,7 @@ from engine.request import RoleName, WorkKind, work_id
 
 PLACED_GRACE_S = 2.0  # a placement that no report shows by then did not reach the node
 MOST_MARGIN = 0.5  # of what steps take: a machine that is noisier than that is planned for as if it were not
+SHORT_SHARE = 0.8  # of the blocks in use: from there on a promise is a trial of the reserve of memory
 PAIR_GRACE_S = 60.0  # the decode half of a pair is submitted only when its prefill is over
 
 
@@ -53,8 +54,8 @@ class NodeMirror:
     def take_report(self, report: Report, now_s: float) -> None:
         """Adopt the node's own account; placements that it shows are no longer ours to count."""
         if self.report is not None and self.report.boot_id == report.boot_id:
-            overflowed = report.promises_preempted - self.report.promises_preempted
-            self.overflow_z = next_z(self.overflow_z, 0, overflowed)
+            starved = report.promises_starved - self.report.promises_starved
+            self.overflow_z = next_z(self.overflow_z, 0, starved)
         self.report = report
         self.reported_s = now_s - report.age_s
         self.role = report.role
@@ -70,13 +71,20 @@ class NodeMirror:
         self._count()
 
     def place(self, state: WorkState, now_s: float) -> None:
-        """Count a placement until a report shows it. Every promise lets the reserve of memory shrink a bit."""
+        """Count a placement until a report shows it. A promise that is made while memory is short lets its
+        reserve shrink a bit: what was promised before tells nothing of it."""
         if not state.best_effort:
             self.tightest_s = min(self.tightest_s, state.tpot_s)
-            self.overflow_z = next_z(self.overflow_z, 1, 0)
+            if self._memory_is_short:
+                self.overflow_z = next_z(self.overflow_z, 1, 0)
         grace_s = PAIR_GRACE_S if state.kind is WorkKind.DECODE else PLACED_GRACE_S
         self.placed[work_id(state.request_id, state.attempt)] = Placement(state, now_s, now_s + grace_s)
         self._count()
+
+    @property
+    def _memory_is_short(self) -> bool:
+        usage = None if self.report is None else self.report.usage
+        return usage is not None and usage.used_blocks > SHORT_SHARE * usage.num_blocks
 
     def forget(self, request_id: str, attempt: int) -> None:
         """This attempt at a request is over, and so is every one before it."""

@@ -443,6 +443,7 @@ class Coordinator:
                 "cost_drift": report.cost.drift,
                 "cost_margin": report.cost_margin,
                 "promises_preempted": report.promises_preempted,
+                "promises_starved": report.promises_starved,
                 "local_prefills": report.local_prefills,
                 "age_s": now_s - mirror.reported_s,
                 "pid": report.pid,

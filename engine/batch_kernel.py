@@ -360,7 +360,7 @@ def _make_room(rows, decodes, prefills, pulls, spare, promise_blocked, pour):
             if row.output_tokens == 0:  # else it is counted in `here`
                 free_tokens -= max(_known(row) - row.computed_tokens, 0)
             row.blocked = row.blocked or free_tokens < 0
-        pour.free_tokens = -tokens
+        pour.free_tokens = max(-tokens, 0)  # below 0 would mean that it is not known
         pour.free_slots = -slots
 
 

@@ -18,7 +18,7 @@ from engine.errors import ProtocolError
 from engine.request import Pace, RoleName, WorkKind
 from kv_transfer.base import Handoff, Lease, Link, PeerAddress, Pull
 
-VERSION = 3
+VERSION = 4
 TELL_EVERY_S = 0.02  # a node tells of batches as they begin; of one that lasts longer, always
 
 
@@ -196,6 +196,7 @@ class Report:
     cost: StepCost
     idle_cost: StepCost
     promises_preempted: int  # since it started, for want of memory
+    promises_starved: int  # of those that waited for memory, how many were late then
     cost_margin: float  # nine of ten steps lately took at most (1 + this) times what `cost` says
     steps: int
     step_s: float

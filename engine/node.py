@@ -45,6 +45,7 @@ from engine.outbox import Outbox, attempt_key
 from engine.request import RoleName, WorkKind
 from engine.residuals import Residuals
 from engine.role import Role
+from engine.score import TOLERANCE
 from engine.socket import Line
 from kv_transfer.base import Link, Pull, PullOutcome, TransferError
 
@@ -73,6 +74,8 @@ class Promise:
     drafted: Drafted
     batched_s: float | None = None
     running: bool = False
+    lacks_memory: bool = False  # it was preempted or found none, and has made no token since
+    starved: bool = False  # and was late after it
     first_token_s: float | None = None
     tokens: int = 0
     offered: bool = False
@@ -121,6 +124,7 @@ class Node:
         self._step_s: float | None = None
         self._local_prefills = 0
         self._promises_preempted = 0
+        self._promises_starved = 0
         self._rested_s = clock()
         self._next_upkeep_s = 0.0
         self._told_s = -math.inf
@@ -347,7 +351,9 @@ class Node:
         for seq, promise in here:
             if promise.running and not seq.running and not promise.duty.best_effort:
                 promise.running = False
+                promise.lacks_memory = True
                 self._promises_preempted += 1
+            promise.lacks_memory |= seq.blocked
             if promise.submit.handoff is None or promise.pull is not None:
                 cached = 0 if seq.running else promise.duty.cached_tokens
                 promise.prefill_left = max(seq.prefill_left - cached, 0)
@@ -394,6 +400,8 @@ class Node:
         if promise.first_token_s is None:
             promise.first_token_s = now_s
             timing = self._timing(promise, now_s)
+        if promise.lacks_memory and output.token_ids:
+            self._note_memory(promise, now_s)
         index = promise.tokens
         promise.tokens += len(output.token_ids)
         if self._drafting.on and output.token_ids:
@@ -419,6 +427,15 @@ class Node:
             error=output.error,
             timing=timing,
         )
+
+    def _note_memory(self, promise: Promise, now_s: float) -> None:
+        """It waited for memory and makes a token again: is the promise broken?"""
+        promise.lacks_memory = False
+        duty = promise.duty
+        allowed_s = TOLERANCE * promise.tokens * duty.tpot_s
+        if not duty.best_effort and not promise.starved and now_s > duty.due_s + allowed_s:
+            promise.starved = True
+            self._promises_starved += 1
 
     def _set_next_due(self, promise: Promise) -> None:
         """Token n is due at max(first deadline, first token) + (n - 1) * TPOT (the scoring rule)."""
@@ -539,6 +556,7 @@ class Node:
             cost=self._cost,
             idle_cost=self._idle_cost,
             promises_preempted=self._promises_preempted,
+            promises_starved=self._promises_starved,
             cost_margin=self._residuals.margin(MARGIN_QUANTILE),
             steps=self._steps,
             step_s=self._step_s or 0.0,

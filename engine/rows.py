@@ -50,6 +50,7 @@ ROW = np.dtype(
         ("drafted", np.int64),  # in all, and how many of them were accepted
         ("accepted", np.int64),
         ("preempted", np.int64),  # times
+        ("lacked", np.int64),  # a promise that waited for memory: 1 until it is on time again, 2 if it was late
     ],
     align=True,
 )

@@ -17,9 +17,10 @@ import numpy.typing as npt
 from engine.compiled import compiled
 from engine.cost_kernel import predict_s
 from engine.rows import NO_PULL, PULL_WAITS, PULLED, PULLING, Index
+from engine.score import TOLERANCE
 
 # Counters of a replica, in `Replica.counts`.
-LIVE, RUNNING, FREE_BLOCKS, NUM_BLOCKS, BLOCK_TOKENS, MAX_SEQS, MAX_BATCH_TOKENS, PROMISES_PREEMPTED, STEPS = (
+LIVE, RUNNING, FREE_BLOCKS, NUM_BLOCKS, BLOCK_TOKENS, MAX_SEQS, MAX_BATCH_TOKENS, PROMISES_STARVED, STEPS = (
     range(9)
 )
 COUNTS = 9
@@ -125,8 +126,8 @@ def preempt(replica, rows, one):
     row.running = False
     row.preempted += 1
     row.pull = NO_PULL  # what was pulled is gone: it is computed here
-    if row.promised:
-        counts[PROMISES_PREEMPTED] += 1
+    if row.promised and row.lacked == 0:
+        row.lacked = 1
     replica.batch[PREEMPTED] += 1
 
 
@@ -192,6 +193,8 @@ def carry_out(replica, rows, order, max_tokens):
             continue
         if not _admit(replica, rows, one):
             row.blocked = True
+            if row.promised and row.lacked == 0:
+                row.lacked = 1
             row.chunk_tokens = row.verify_tokens = 0
             door_is_shut = True  # vLLM stops at the first that does not get in
             continue
@@ -307,6 +310,11 @@ def finish(replica, rows, end_s, acceptance, max_draft_tokens):
             row.new_tokens = 1
             _leave(replica, row, one)
             continue
+        if row.lacked == 1:
+            row.lacked = 0
+            if row.promised and end_s > row.due_s + TOLERANCE * row.output_tokens * row.tpot_s:
+                row.lacked = 2
+                counts[PROMISES_STARVED] += 1
         row.new_tokens = min(1 + accepted, row.end_tokens - row.output_tokens)
         row.computed_tokens = known + row.new_tokens - 1
         row.output_tokens += row.new_tokens

@@ -78,11 +78,18 @@ def groups(prompt_tokens: Ints, class_index: Ints) -> Ints:
     return found
 
 
-def segments(demand: Demand, price: Price, group: Ints, *, most: int | None = None) -> Segments:
-    """The hulls of all groups; `most`: so many segments of each at most, on or below its hull."""
+def segments(
+    demand: Demand, price: Price, group: Ints, *, most: int | None = None, whole: bool = False
+) -> Segments:
+    """The hulls of all groups; `most`: so many segments of each at most, on or below its hull.
+
+    `whole`: nobody is given up who was begun, as by one that keeps what it promises.
+    """
     rows = []
     for index in range(int(group.max(initial=-1)) + 1):
         served, work_s, tokens = _hull(demand[group == index], price)
+        if whole:
+            served, work_s, tokens = served[[0, -1]], work_s[[0, -1]], tokens[[0, -1]]
         if most is not None and len(served) > most + 1:
             served, work_s, tokens = _tangents(served, work_s, tokens, most)
         steps = (np.full(len(served) - 1, index), np.diff(served), np.diff(work_s), tokens[1:])

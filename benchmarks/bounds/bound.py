@@ -37,7 +37,8 @@ class Bound:
     all faster or slower, at which the asked share is served, in requests a second and replica; infinite for a
     run so short that all of it fits into the time after its last arrival. `steady_*_per_s`: the same for a run
     without end, where no such time is to be had, and bursts even out: usually the lower one for arrivals
-    that are smooth, and the one to quote for them. `everybody_per_s`: steady, and nobody left out.
+    that are smooth, and the one to quote for them. `steady_kept_per_s`: lengths unknown, and nobody given up
+    who was begun: the bound of those who keep what they promise. `everybody_per_s`: steady, nobody left out.
     `parts`: of what the work of everybody is made, as fractions: tokens, the floor of steps (shared by as many
     as KV memory holds), drafts, attention.
     """
@@ -49,6 +50,7 @@ class Bound:
     capacity_blind_per_s: float
     steady_clairvoyant_per_s: float
     steady_blind_per_s: float
+    steady_kept_per_s: float
     everybody_per_s: float
     parts: Mapping[str, float]
 
@@ -79,7 +81,10 @@ def bound(
     everybody, most = case.price(counted.demand, 1.0), case.price(counted.demand, share)
     parts_s = everybody.parts_s(counted.demand).sum(axis=1)
     group = groups(counted.demand.prompt_tokens, counted.class_index)
-    blind_s = least_s(segments(counted.demand, most, group), np.bincount(group), share)
+    blind_s, kept_s = (
+        least_s(segments(counted.demand, most, group, whole=whole), np.bincount(group), share)
+        for whole in (False, True)
+    )
     served, capacity = (
         (case.served(workload, case.clairvoyant), case.capacity(workload, case.clairvoyant))
         if clairvoyant_too
@@ -93,6 +98,7 @@ def bound(
         capacity_blind_per_s=min(capacity, case.capacity(workload, case.blind)),
         steady_clairvoyant_per_s=1 / cheapest_s(most.work_s(counted.demand), share),
         steady_blind_per_s=1 / blind_s,
+        steady_kept_per_s=1 / kept_s,
         everybody_per_s=1 / float(parts_s.sum() / len(counted.demand)),
         parts=dict(zip(PARTS, (parts_s / parts_s.sum()).tolist(), strict=True)),
     )

@@ -26,7 +26,7 @@ from engine.virtual_kernel import (
     MAX_SEQS,
     NUM_BLOCKS,
     PREEMPTED,
-    PROMISES_PREEMPTED,
+    PROMISES_STARVED,
     RUNNING,
     SEQS,
     TOKENS,
@@ -66,7 +66,7 @@ class Station(NamedTuple):
     and the moment of which that report tells.
     `events` [n, 2]: row and kind of what the last step ended. `report` [n]: copies of its live rows at the last
     report, of which `reported[0]` count; `reported_ids` says which rows they are; `reported[1]`: promises
-    preempted until then.
+    that were late for want of memory until then.
     """
 
     replica: Replica
@@ -106,7 +106,7 @@ def take_report(station, rows, now_s):
         station.report[at] = rows[station.replica.live[at]]
         station.reported_ids[at] = station.replica.live[at]
     station.reported[0] = count
-    station.reported[1] = station.replica.counts[PROMISES_PREEMPTED]
+    station.reported[1] = station.replica.counts[PROMISES_STARVED]
     station.times[REPORTED_S] = station.times[TOLD_OF_S] = now_s
 
 

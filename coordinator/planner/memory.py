@@ -6,9 +6,10 @@ linear, so that the planner can add: free KV is what the running leave, and a ne
 what it adds to `z * sd` beside the running alone, never over all it could hold. The root is concave, so charges
 add up to no less than the joint need. (A burst on an empty replica is charged too much: it takes some calls.)
 
-`z` starts where, on the first halves of the traces of benchmarks.lengths, at most 1 % of promises were broken
-for want of memory on each; then `next_z` follows what happens. It is well below the 2.3 of 1 % at one moment:
-when memory runs over only the last one let in has to go, and need is bounded from above in each cell of time.
+`z` starts at the mean, and `next_z` follows what happens: up where promises are late for want of memory, down
+where they are made while memory is short and kept. The 2.3 of 1 % at one moment would be far too much. When
+memory runs over only the last one let in has to go; it keeps its tokens, and mostly it is ahead of its pace by
+then, so that it waits, computes them again and is in time all the same.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from coordinator.planner.outlook_kernel import REQUEST_FIELDS, outlook_of
 from coordinator.planner.survival_kernel import BIN_OF, EDGES
 
 BLOCK_TOKENS = 16
-OVERFLOW_Z = 1.25  # tuned: the module's docstring says how
-OVERFLOW_AIM = 0.007  # of promises; somewhat below the 1 % that is promised
-LEAST_Z, MOST_Z = 0.5, 4.0  # never without a reserve: while nothing binds, nothing overflows
-Z_PER_OVERFLOW = 0.2
+OVERFLOW_Z = 0.0
+OVERFLOW_AIM = 0.007  # of promises made while memory is short; somewhat below the 1 % that is promised
+LEAST_Z, MOST_Z = -1.0, 4.0
+Z_PER_OVERFLOW = 0.5
 GOLDEN = (5**0.5 - 1) / 2
 
 
@@ -149,7 +150,7 @@ def warm_up() -> None:
 
 
 def next_z(z: float, admitted: int, overflowed: int, aim: float = OVERFLOW_AIM) -> float:
-    """z after `admitted` more promises, of which `overflowed` were preempted for want of memory.
+    """z after `admitted` more promises, of which `overflowed` were late for want of memory.
 
     An integral controller, as in adaptive conformal inference (Gibbs and Candes 2021): over n promises the
     share that overflows is at most `aim + (MOST_Z - LEAST_Z) / (Z_PER_OVERFLOW * n)`, whatever the lengths,

@@ -48,6 +48,7 @@ def _node(name: str, role: RoleName, works: list[WorkState] | None = None) -> No
         cost=StepCost.line(0.003, 0.0001),
         idle_cost=StepCost.line(0.003, 0.0001),
         promises_preempted=0,
+        promises_starved=0,
         cost_margin=0.0,
         steps=0,
         step_s=0.0,

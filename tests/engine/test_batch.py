@@ -308,3 +308,44 @@ def test_a_pulled_prompt_goes_with_the_decodes() -> None:
     plan = compose([waiting("prompt", 5000), pulled], duties, NOW)
     assert plan.order[0] == "pulled"
     assert plan.chunk_tokens["pulled"] == 1
+
+
+def handed_over(work_id: str, prompt_tokens: int) -> Seq:
+    return Seq(work_id, prompt_tokens, 0, 0, running=False, pull_waits=True)
+
+
+def test_best_effort_makes_way_for_kv_that_a_promise_pulls() -> None:
+    seqs = [decoding("spare"), decoding("kept"), handed_over("spare-pull", 50), handed_over("promised", 90)]
+    duties = {"promised": promise("promised", 0.2, said=False), "kept": promise("kept", 9.0)}
+    plan = compose(seqs, duties, replace(NOW, memory=Memory(1000, 10, 10)))
+    assert plan.preempt == ("spare",)
+    assert "promised" not in plan.skip
+    assert plan.skip >= {"spare", "spare-pull"}, "nor may best effort pull what a promise needs"
+    assert "promised" not in plan.chunk_tokens, "a pull takes no tokens of a batch"
+
+
+def test_pulls_of_promises_that_fit_begin_in_order_of_their_deadlines() -> None:
+    seqs = [handed_over("late", 300), handed_over("early", 300), handed_over("spare", 10)]
+    duties = {"late": promise("late", 0.9, said=False), "early": promise("early", 0.1, said=False)}
+    room_for_one = compose(seqs, duties, replace(NOW, memory=Memory(1000, 400, 10)))
+    assert room_for_one.skip == {"late", "spare"}
+    unknown = compose(seqs, duties, NOW)
+    assert unknown.order == ("early", "late", "spare")
+    assert not unknown.skip
+
+
+def test_best_effort_that_is_handed_over_leaves_most_of_the_memory_free() -> None:
+    """Nobody takes back KV that waits to be pulled."""
+    seqs = [waiting("spare", 100)]
+    busy = replace(NOW, memory=Memory(1000, 600, 10))
+    assert "spare" not in compose(seqs, {}, busy).skip
+    offers = {"spare": Duty("spare", 0.0, 1.0, best_effort=True, offers=True)}
+    assert "spare" in compose(seqs, offers, busy).skip
+    assert "spare" not in compose(seqs, offers, replace(NOW, memory=Memory(1000, 1000, 10))).skip
+
+
+def test_a_prompt_without_memory_takes_no_room_from_who_could_run() -> None:
+    seqs = [waiting("promised", 2000), Seq("spare", 100, 99, 0, running=False)]
+    duties = {"promised": promise("promised", 9.0, said=False)}
+    plan = compose(seqs, duties, replace(NOW, memory=Memory(3000, 100, 10)))
+    assert plan.chunk_tokens["spare"] == 1
