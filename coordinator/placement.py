@@ -189,8 +189,9 @@ def _ways(
 ) -> list[tuple[NodeMirror | None, NodeMirror]]:
     """The candidates: nodes that do both, and pairs across the pools, of the likeliest nodes of each pool.
 
-    A decode node also serves alone what must stay on one node, everything once nobody prefills, and a follow-up
-    call of which it has most of the KV: it prefills the few tokens that are new.
+    A decode node also serves alone what must stay on one node, everything once nobody prefills, and what a
+    handoff would take longer for than the prefill: short prompts, and follow-up calls of which it has most of
+    the KV.
     """
     pools: dict[RoleName, list[NodeMirror]] = {role: [] for role in RoleName}
     for node in nodes:
@@ -200,7 +201,9 @@ def _ways(
     mixed = _likeliest(request, pools[RoleName.MIXED], knowledge)
     alone = request.one_node or not prefillers
     ways: list[tuple[NodeMirror | None, NodeMirror]] = [
-        (None, node) for node in decoders if alone or _has_most(node, request, knowledge)
+        (None, node)
+        for node in decoders
+        if alone or _is_short(node, request) or _has_most(node, request, knowledge)
     ]
     ways += [(None, node) for node in mixed]
     if not request.one_node:
@@ -234,6 +237,13 @@ def _likeliest(request: Place, nodes: list[NodeMirror], knowledge: Knowledge) ->
     gathered = (node for node in by_load if node.welcomes_pace(request.tpot_s))
     likely = (*islice(holders, 2), *islice(gathered, MOST_CANDIDATES // 2), *by_load[:MOST_CANDIDATES])
     return list({id(node): node for node in likely}.values())[:MOST_CANDIDATES]
+
+
+def _is_short(node: NodeMirror, request: Place) -> bool:
+    """Whether its prefill takes no longer than the two steps that a handoff waits for."""
+    assert node.report is not None
+    line = node.report.cost.pieces[0]
+    return line.per_token_s * request.prompt_tokens <= 2 * line.base_s
 
 
 def _has_most(node: NodeMirror, request: Place, knowledge: Knowledge) -> bool:
