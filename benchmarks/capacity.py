@@ -26,9 +26,11 @@ from benchmarks.simulator.systems import Deployment, Tuning, design, roles_for, 
 
 PRECISION = 0.03
 FIRST_STEP = 1.3
+NEAR_STEP = 1.1  # from the capacity on another seed
 LEAST_RATE = 1e-3
 MOST_DOUBLINGS = 12
 SECONDS = 600.0
+TUNING_LENGTH = 0.5  # of a run that is reported
 SECONDS_OF = {"reasoning": 3000.0}  # ten times the mean residence of a request: 5,500 tokens at up to 50 ms
 
 
@@ -161,9 +163,15 @@ def code_fingerprint() -> str:
 
 
 def capacity(
-    at: Callable[[float], Point], share: float, guess: float, precision: float = PRECISION
+    at: Callable[[float], Point],
+    share: float,
+    guess: float,
+    precision: float = PRECISION,
+    first_step: float = FIRST_STEP,
 ) -> tuple[float, list[Point]]:
     """Highest rate per GPU that holds, by bracketing from `guess` and bisection. Returns it with all points.
+
+    The bracket grows from a factor of `first_step` on: small where the guess is a good one.
 
     The figure is the rate that really came at the highest point that held below the first that did not.
     """
@@ -175,7 +183,7 @@ def capacity(
         return point.holds(share)
 
     low, high = 0.0, math.inf
-    rate, step = guess, FIRST_STEP
+    rate, step = guess, first_step
     for _ in range(MOST_DOUBLINGS):
         if holds(rate):
             low = rate
@@ -199,10 +207,14 @@ def capacity(
 
 
 def tune(setting: Setting, share: float, guess: float, seed: int, cache: Cache) -> tuple[Tuning, float]:
-    """The best settings on a seed of its own: one thing after another, each kept if it holds a higher rate."""
+    """The best settings on a seed of its own: one thing after another, each kept if it holds a higher rate.
+
+    Every system in runs of half the length: these figures are not reported.
+    """
+    half_s = setting.seconds * TUNING_LENGTH
 
     def at(tuning: Tuning) -> Callable[[float], Point]:
-        trial = replace(setting, tuning=tuning)
+        trial = replace(setting, tuning=tuning, duration_s=half_s)
         return lambda rate: cache.point(trial, rate, seed, share)
 
     best, rate, asked = setting.tuning, 0.0, guess

@@ -28,7 +28,7 @@ from rich.progress import (
 from rich.table import Table
 
 from benchmarks.bounds.bound import bound
-from benchmarks.capacity import Cache, Point, Setting, capacity, spread, tune
+from benchmarks.capacity import FIRST_STEP, NEAR_STEP, PRECISION, Cache, Point, Setting, capacity, spread, tune
 from benchmarks.hardware import hardware
 from benchmarks.provenance import provenance
 from benchmarks.scenarios import SCENARIOS, TRACES, make
@@ -43,6 +43,7 @@ REPLICAS = 2
 GUESS_OF_BOUND = 0.6
 FIXED_FRACTIONS = (0.4, 0.6, 0.8)
 QUICK_SECONDS = 120.0
+BURSTY = ("coder", "mixed", "tool")
 BOUND_SECONDS = 600.0
 Row = dict[str, Any]
 
@@ -157,7 +158,7 @@ def _of_scenario(
         chosen = design(system)
         if chosen.drafts != (acceptance is not None) and system != OURS_NAME:
             continue
-        modes = MODES if system == OURS_NAME and not quick else ("colocated",)
+        modes = MODES if system == OURS_NAME and acceptance is None and not quick else ("colocated",)
         if chosen.disaggregated:
             modes = ("disaggregated",)
         for mode in modes:
@@ -208,7 +209,8 @@ def _cells(plan: Iterable[Setting], bounds: Mapping[Where, Row], seeds: tuple[in
         found = bounds[setting.scenario, setting.hardware, setting.acceptance, setting.duration_s]
         blind = float(found["blind_per_gpu"])
         guess = blind * GUESS_OF_BOUND * (0.5 if setting.mode == "disaggregated" else 1.0)
-        shares = SHARES if setting.duration_s is None else SHARES[:1]
+        plain = setting.duration_s is None and setting.acceptance is None
+        shares = SHARES if plain else SHARES[:1]
         columns = (True,) if setting.system == OURS_NAME else (False, True)
         cells += [Cell(setting, tuned, guess, blind, seeds, shares) for tuned in columns]
 
@@ -228,20 +230,27 @@ def _measure(cell: Cell, folder: Path) -> tuple[list[Row], list[Row]]:
         tuning, rate = tune(setting, cell.shares[0], guess, TUNING_SEED, cache)
         setting, guess = replace(setting, tuning=tuning), rate or guess
     rows = []
+    step = FIRST_STEP
     for share in cell.shares:
         per_seed = []
         for seed in cell.seeds:
-            found, points = _search(setting, guess, seed, share, cache)
+            found, points = _search(setting, guess, seed, share, cache, step)
             per_seed.append(found)
+            step = NEAR_STEP
             held = [point.asked_per_gpu for point in points if point.holds(share)]
             guess = max(held, default=guess)
-        guess *= 0.85
+        guess, step = guess * 0.85, FIRST_STEP
         rows.append(_row(cell, setting, share, per_seed))
     return rows, [_at_rate(cell, setting, fraction, cache) for fraction in _fractions(cell)]
 
 
-def _search(setting: Setting, guess: float, seed: int, share: float, cache: Cache) -> tuple[float, list[Point]]:
-    return capacity(lambda rate: cache.point(setting, rate, seed, share), share, guess)
+def _search(
+    setting: Setting, guess: float, seed: int, share: float, cache: Cache, first_step: float
+) -> tuple[float, list[Point]]:
+    def at(rate: float) -> Point:
+        return cache.point(setting, rate, seed, share)
+
+    return capacity(at, share, guess, PRECISION, first_step)
 
 
 def _row(cell: Cell, setting: Setting, share: float, per_seed: Sequence[float]) -> Row:
@@ -264,9 +273,11 @@ def _row(cell: Cell, setting: Setting, share: float, per_seed: Sequence[float]) 
 
 
 def _fractions(cell: Cell) -> tuple[float, ...]:
-    """Fixed rates are for the headline hardware, tuned, without speculation."""
-    wanted = cell.tuned and cell.setting.acceptance is None and cell.setting.hardware == "paper"
-    return FIXED_FRACTIONS if wanted and cell.setting.duration_s is None else ()
+    """Fixed rates are for the headline hardware where arrivals are bursty, tuned, without speculation."""
+    setting = cell.setting
+    wanted = cell.tuned and setting.acceptance is None and setting.hardware == "paper"
+    wanted &= setting.scenario in BURSTY and (setting.system != OURS_NAME or setting.mode == "colocated")
+    return FIXED_FRACTIONS if wanted and setting.duration_s is None else ()
 
 
 def _at_rate(cell: Cell, setting: Setting, fraction: float, cache: Cache) -> Row:
