@@ -49,6 +49,11 @@ def capacity_table(view: View, file: Row, names: Sequence[str]) -> str:
         lines.append(["*bound, lengths unknown*", *[number(view.blind.get(name)) for name in names], ""])
         shares = [view.of_bound(name) for name in names]
         lines.append(["ours / bound", *map(ratio, shares), f"{ratio(mean(shares))} mean"])
+        if view.kept:
+            bounds = [number(view.kept.get(name)) for name in names]
+            lines.append(["*bound, and nobody given up*", *bounds, ""])
+            shares = [view.of_kept(name) for name in names]
+            lines.append(["ours / that bound", *map(ratio, shares), f"{ratio(mean(shares))} mean"])
     for column, text in (("tuned", "ours / best tuned"), ("default", "ours / best default")):
         ratios = [view.over(name, column) for name in names]
         average = geomean(ratio for ratio in ratios if ratio is not None)

@@ -21,13 +21,17 @@ NOT_A_DEFAULT = ("sarathi-edf", OURS_NAME)  # what nobody ships: compared only a
 
 @dataclass(frozen=True, slots=True, eq=False)
 class View:
-    """The rows of one hardware, share and acceptance; of baselines also those that run without speculation."""
+    """The rows of one hardware, share and acceptance; of baselines also those that run without speculation.
+
+    `blind`: bounds for those who do not know lengths; `kept`: the same for those who give nobody up, either.
+    """
 
     hardware: str
     share: float
     acceptance: float | None
     rows: Sequence[Row]
     blind: Mapping[str, float]
+    kept: Mapping[str, float]
 
     @classmethod
     def of(cls, file: Row, machine: str, share: float, acceptance: float | None) -> View:
@@ -44,7 +48,9 @@ class View:
             for row in file.get("bounds", [])
             if (row["hardware"], row["acceptance"]) == (machine, acceptance) and is_number(row["blind_per_gpu"])
         ]
-        return cls(machine, share, acceptance, rows, {row["scenario"]: row["blind_per_gpu"] for row in bounds})
+        blind = {row["scenario"]: row["blind_per_gpu"] for row in bounds}
+        kept = {row["scenario"]: row["kept_per_gpu"] for row in bounds if is_number(row.get("kept_per_gpu"))}
+        return cls(machine, share, acceptance, rows, blind, kept)
 
     @property
     def own(self) -> list[Row]:
@@ -96,6 +102,11 @@ class View:
         """Ours against the length-blind bound. Bounds are of 90 %."""
         ours, blind = self.ours(scenario), self.blind.get(scenario)
         return None if ours is None or not blind or self.share != HEAD_SHARE else ours["mean"] / blind
+
+    def of_kept(self, scenario: str) -> float | None:
+        """Ours against the bound for those who give nobody up."""
+        ours, kept = self.ours(scenario), self.kept.get(scenario)
+        return None if ours is None or not kept or self.share != HEAD_SHARE else ours["mean"] / kept
 
 
 def views(file: Row) -> Iterator[View]:

@@ -104,6 +104,11 @@ def limits(file: Row, view: View) -> str:
     told = [table(columns, lines)]
     if loose:
         told.append(f"The bound is of a run without end, over which bursts even out: it is loose for {loose}.")
+    if view.kept:
+        told.append(
+            "The bound may give a request up midway, once it has run long. Whoever keeps what was promised may "
+            "not: the second bound of the table above is for them."
+        )
     return "\n\n".join([*told, *(["\n".join(said)] if said else [])])
 
 
