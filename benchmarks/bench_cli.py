@@ -20,7 +20,7 @@ COMMANDS = {
     "lengths": ("benchmarks.lengths:bench_lengths", "What it costs not to know output lengths."),
     "rebalance": ("benchmarks.studies.rebalance:rebalance", "Pools that follow a shift of the load."),
     "distserve-facts": ("benchmarks.distserve_facts:distserve_facts", "The published figures of DistServe."),
-    "fidelity": ("benchmarks.fidelity:fidelity", "The virtual engine beside the real one."),
+    "fidelity": ("benchmarks.fidelity.command:fidelity", "The virtual engine beside the real one."),
     "thousand": ("benchmarks.thousand:bench_thousand", "A thousand virtual replicas, one coordinator."),
     "speed": ("benchmarks.speed:speed", "Simulated seconds per second."),
     "report": ("benchmarks.report.page:report", "Tables and plots of all of it, as RESULTS.md."),

@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 from sse_server import SseServer, running
 
-from benchmarks import own_profile
-from benchmarks.compared import Compared, Side, differences, within, write_series
-from benchmarks.open_loop import FIRST_TOKEN_ID, Sent, Writer, count_in, send, send_all
-from benchmarks.real_node import Lone, Served, overheads
-from benchmarks.twin import DIVIDE, Twin
+from benchmarks.fidelity import own_profile
+from benchmarks.fidelity.compared import Compared, Side, differences, within, write_series
+from benchmarks.fidelity.open_loop import FIRST_TOKEN_ID, Sent, Writer, count_in, send, send_all
+from benchmarks.fidelity.real_node import Lone, Served, overheads
+from benchmarks.fidelity.twin import DIVIDE, Twin
 from benchmarks.workload import Workload
 from coordinator.config import load_config
 from engine.cost import StepCost

@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 
 from benchmarks.cluster_facts import Facts, fetch_facts, fetch_timeline
-from benchmarks.open_loop import TIMEOUT_S, Sent, Writer, send, send_all
+from benchmarks.fidelity.open_loop import TIMEOUT_S, Sent, Writer, send, send_all
 from benchmarks.workload import Workload
 from engine.cost import StepCost
 from engine.errors import EngineError

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.open_loop import Sent
-from benchmarks.real_node import Served
+from benchmarks.fidelity.open_loop import Sent
+from benchmarks.fidelity.real_node import Served
+from benchmarks.fidelity.twin import Twin
 from benchmarks.simulator.outcome import Flags, Outcome
-from benchmarks.twin import Twin
 from benchmarks.workload import Floats, Workload
 from engine.errors import EngineError
 from engine.request import Slo

@@ -24,13 +24,13 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from benchmarks.compared import JUDGED, TARGET, Compared, within, write_series
-from benchmarks.own_profile import profile_here
+from benchmarks.fidelity.compared import JUDGED, TARGET, Compared, within, write_series
+from benchmarks.fidelity.own_profile import profile_here
+from benchmarks.fidelity.real_node import RealNode, overheads
+from benchmarks.fidelity.twin import DIVIDE, Twin
 from benchmarks.provenance import provenance
-from benchmarks.real_node import RealNode, overheads
 from benchmarks.simulator.outcome import WARM_UP_SHARE
 from benchmarks.startup import step
-from benchmarks.twin import DIVIDE, Twin
 from coordinator.config import ClusterConfig, load_config
 from engine.errors import SlosserveError
 from engine.profile import StepProfile
