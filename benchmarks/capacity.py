@@ -22,12 +22,26 @@ from benchmarks.hardware import hardware
 from benchmarks.scenarios import make
 from benchmarks.simulator.outcome import summary
 from benchmarks.simulator.run import Network, run
-from benchmarks.simulator.systems import Deployment, Tuning, design, roles_for, tuned
+from benchmarks.simulator.systems import OURS_NAME, Deployment, Tuning, design, roles_for, tuned
 
 PRECISION = 0.03
 FIRST_STEP = 1.3
 NEAR_STEP = 1.1  # from the capacity on another seed
 LEAST_RATE = 1e-3
+# Files, and folders, of which no baseline runs a line.
+OURS_ONLY = (
+    "benchmarks/simulator/slosserve.py",
+    "benchmarks/simulator/variants.py",
+    "coordinator/decider.py",
+    "coordinator/deferred.py",
+    "coordinator/mirror.py",
+    "coordinator/placement.py",
+    "coordinator/planner/",
+    "coordinator/pools.py",
+    "coordinator/prefixes.py",
+    "engine/drafting.py",
+    "engine/speculation.py",
+)
 MOST_DOUBLINGS = 12
 SECONDS = 600.0
 TUNING_LENGTH = 0.5  # of a run that is reported
@@ -121,13 +135,14 @@ class Cache:
     def point(self, setting: Setting, rate_per_gpu: float, seed: int, stop_below: float | None) -> Point:
         """The point, run now if it never was."""
         key = [asdict(setting), rate_per_gpu, seed, stop_below]
-        return Point(**self.kept(key, lambda: asdict(measure(setting, rate_per_gpu, seed, stop_below))))
+        code = code_fingerprint(setting.system == OURS_NAME)
+        return Point(**self.kept(key, lambda: asdict(measure(setting, rate_per_gpu, seed, stop_below)), code))
 
-    def kept(self, key: Sequence[Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What `make` makes, which `key` and the code say all about: made now if it never was."""
+    def kept(self, key: Sequence[Any], make: Callable[[], dict[str, Any]], code: str = "") -> dict[str, Any]:
+        """What `make` makes, of which `key` and `code` (else all of it) say all: now, if it never was made."""
         if self._folder is None:
             return make()
-        text = json.dumps([*key, code_fingerprint()], sort_keys=True)
+        text = json.dumps([*key, code or code_fingerprint()], sort_keys=True)
         name = hashlib.sha256(text.encode()).hexdigest()[:32]
         path = self._folder / name[:2] / f"{name}.json"
         if path.exists():
@@ -141,11 +156,12 @@ class Cache:
         return made
 
 
-@lru_cache(maxsize=1)
-def code_fingerprint() -> str:
+@lru_cache(maxsize=2)
+def code_fingerprint(ours: bool = True) -> str:
     """Of the source that a point runs: figures of older code are not taken for those of this one.
 
-    Which modules these are, a fresh interpreter says that imports what `measure` calls.
+    Which modules these are, a fresh interpreter says that imports what `measure` calls. Where the system is not
+    `ours`, what only ours runs is left out: a change of the planner does not unmake what baselines held.
     """
     root = Path(__file__).resolve().parent.parent
     script = (
@@ -155,9 +171,12 @@ def code_fingerprint() -> str:
     command = [sys.executable, "-c", script]
     listed = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
     sources = [Path(line) for line in listed.splitlines()]
-    ours = [path for path in sources if path.is_relative_to(root) and ".venv" not in path.parts]
+    sources = [path for path in sources if path.is_relative_to(root) and ".venv" not in path.parts]
+    if not ours:
+        ours_only = tuple(str(root / name) for name in OURS_ONLY)
+        sources = [path for path in sources if not str(path).startswith(ours_only)]
     digest = hashlib.sha256()
-    for path in [*sorted(ours), *sorted((root / "configs" / "hardware").glob("*.json"))]:
+    for path in [*sorted(sources), *sorted((root / "configs" / "hardware").glob("*.json"))]:
         digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -29,6 +29,7 @@ RETRY_AFTER_S = 1.0
 MOST_CANDIDATES = 8  # put to the planner; a summary of the nodes picks them
 ENOUGH = 4  # of a shortlist: the rest is much like them, and each takes a third of a millisecond
 TOO_DEAR = "it fits perhaps, but room is short, and cheaper requests are preferred"
+HANDOFF_STEPS = 2  # of the decode node, beside those that pass while bytes move
 SAME_LOSS = 1.25  # losses within this ratio are taken for the same
 
 
@@ -113,10 +114,13 @@ def place(
     judged = {candidate.name: candidate.words for candidate in candidates}
     feasible = [candidate for candidate in candidates if candidate.feasible]
     if not feasible and not request.one_node:
-        split = [judge(request, prefill, decode, knowledge, now_s) for prefill, decode in _mixed_pairs(willing)]
-        candidates += split
-        judged |= {candidate.name: candidate.words for candidate in split}
-        feasible = [candidate for candidate in split if candidate.feasible]
+        asked = {candidate.name for candidate in candidates}
+        others = [Candidate(*way) for way in (*_short_ways(request, willing), *_mixed_pairs(willing))]
+        ways = [(other.prefill, other.decode) for other in others if other.name not in asked]
+        further = _judged(request, ways, knowledge, now_s, len(ways))
+        candidates += further
+        judged |= {candidate.name: candidate.words for candidate in further}
+        feasible = [candidate for candidate in further if candidate.feasible]
     if knowledge.price is not None:
         knowledge.price.note(cost_s, now_s, fitted=bool(feasible), dear=False)
     if feasible:
@@ -189,9 +193,8 @@ def _ways(
 ) -> list[tuple[NodeMirror | None, NodeMirror]]:
     """The candidates: nodes that do both, and pairs across the pools, of the likeliest nodes of each pool.
 
-    A decode node also serves alone what must stay on one node, everything once nobody prefills, and what a
-    handoff would take longer for than the prefill: short prompts, and follow-up calls of which it has most of
-    the KV.
+    A decode node also serves alone what must stay on one node, everything once nobody prefills, and a follow-up
+    call of which it has most of the KV: it prefills the few tokens that are new.
     """
     pools: dict[RoleName, list[NodeMirror]] = {role: [] for role in RoleName}
     for node in nodes:
@@ -201,13 +204,26 @@ def _ways(
     mixed = _likeliest(request, pools[RoleName.MIXED], knowledge)
     alone = request.one_node or not prefillers
     ways: list[tuple[NodeMirror | None, NodeMirror]] = [
-        (None, node)
-        for node in decoders
-        if alone or _is_short(node, request) or _has_most(node, request, knowledge)
+        (None, node) for node in decoders if alone or _has_most(node, request, knowledge)
     ]
     ways += [(None, node) for node in mixed]
     if not request.one_node:
         ways += [(prefill, decode) for prefill in prefillers for decode in decoders]
+    return ways
+
+
+def _short_ways(request: Place, nodes: Sequence[NodeMirror]) -> list[tuple[NodeMirror | None, NodeMirror]]:
+    """Decode nodes alone, for a prompt whose prefill takes no longer than the steps that a handoff waits for.
+
+    They are asked about where no pair can keep the promise: often there is no time for a handoff.
+    """
+    ways: list[tuple[NodeMirror | None, NodeMirror]] = []
+    for node in sorted(nodes, key=attrgetter("requests")):
+        if node.role is RoleName.DECODE and len(ways) < MOST_CANDIDATES // 2:
+            assert node.report is not None
+            line = node.report.cost.pieces[0]
+            if line.per_token_s * request.prompt_tokens <= HANDOFF_STEPS * line.base_s:
+                ways.append((None, node))
     return ways
 
 
@@ -237,13 +253,6 @@ def _likeliest(request: Place, nodes: list[NodeMirror], knowledge: Knowledge) ->
     gathered = (node for node in by_load if node.welcomes_pace(request.tpot_s))
     likely = (*islice(holders, 2), *islice(gathered, MOST_CANDIDATES // 2), *by_load[:MOST_CANDIDATES])
     return list({id(node): node for node in likely}.values())[:MOST_CANDIDATES]
-
-
-def _is_short(node: NodeMirror, request: Place) -> bool:
-    """Whether its prefill takes no longer than the two steps that a handoff waits for."""
-    assert node.report is not None
-    line = node.report.cost.pieces[0]
-    return line.per_token_s * request.prompt_tokens <= 2 * line.base_s
 
 
 def _has_most(node: NodeMirror, request: Place, knowledge: Knowledge) -> bool:
@@ -355,7 +364,7 @@ def _handoff_s(transfer_s: float, decode: NodeMirror) -> float:
     step_s = decode.report.cost.predict(len(decode.report.works) + 1)
     if not decode.report.works:
         return transfer_s + step_s
-    return step_s * (2 + math.ceil(transfer_s / step_s))
+    return step_s * (HANDOFF_STEPS + math.ceil(transfer_s / step_s))
 
 
 def _ask(node: NodeMirror, asking: Asking, knowledge: Knowledge, now_s: float) -> tuple[Decision, Problem, str]:

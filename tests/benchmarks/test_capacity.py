@@ -56,7 +56,7 @@ def test_a_point_is_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         cache.point(SETTING, 1.0, 2, 0.9)
         cache.point(replace(SETTING, replicas=2), 1.0, 1, 0.9)
     assert len(runs) == 3
-    monkeypatch.setattr(module, "code_fingerprint", lambda: "other code")
+    monkeypatch.setattr(module, "code_fingerprint", lambda ours=True: "other code")
     Cache(tmp_path).point(SETTING, 1.0, 1, 0.9)
     assert len(runs) == 4, "what older code made is made anew"
 
@@ -64,6 +64,7 @@ def test_a_point_is_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_the_fingerprint_covers_what_a_point_runs() -> None:
     assert module.code_fingerprint() == module.code_fingerprint()
     assert len(module.code_fingerprint()) == 16
+    assert module.code_fingerprint(ours=False) != module.code_fingerprint()
 
 
 def test_tuning_takes_what_holds_a_higher_rate(monkeypatch: pytest.MonkeyPatch) -> None:

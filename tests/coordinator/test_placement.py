@@ -89,6 +89,16 @@ def test_a_request_goes_to_the_pair_when_it_can_be_promised_there() -> None:
     assert (placed.prefill.node, placed.decode.node) == ("p", "d")
 
 
+def test_a_short_prompt_without_time_for_a_handoff_is_served_by_a_decode_node_alone() -> None:
+    far = {("p", "d"): Link("p", "d", latency_s=0.05, bytes_per_s=1e9)}
+    short = replace(ASK, prompt_tokens=50, first_token_left_s=0.03)
+    placed = place(short, _pair(), far, 0.0)
+    assert (placed.verdict, placed.prefill) == ("admitted", None)
+    assert place(short, _pair(), FAST, 0.0).prefill is not None, "with time, a pair is preferred"
+    long = place(replace(short, prompt_tokens=150), _pair(), far, 0.0)
+    assert long.verdict == "best_effort"
+
+
 def test_what_must_stay_on_one_node_is_served_where_it_decodes() -> None:
     placed = place(replace(ASK, one_node=True), _pair(), {}, 0.0)
     assert placed.prefill is None
