@@ -11,13 +11,10 @@ mean nothing to it, and an answer ends by its length. KV that running works coul
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,6 +35,7 @@ from engine.base import (
 from engine.cost import StepCost
 from engine.errors import EngineError, EngineStartError, ProtocolError, RequestError
 from engine.rows import NO_PULL, PULL_WAITS, PULLED, PULLING, ROW, CostArrays
+from engine.virtual_config import VirtualEngineConfig, model_facts, process_fabric
 from engine.virtual_kernel import (
     ACCEPTED,
     CONTEXT_TOKENS,
@@ -72,41 +70,6 @@ FIRST_ROWS = 32  # of an engine that has nothing to do: a process hosts a thousa
 CATCH_UP_S = 2e-3  # a batch that is no later than this counts from the end of the one before it
 PROFILE_PREFILL_TOKENS = (16, 64, 256, 1024)
 PROFILE_DECODE_SEQS = (1, 4, 16)
-UNKNOWN_VOCABULARY, UNKNOWN_MODEL_LEN = 32_000, 8192
-
-
-@dataclass(frozen=True, slots=True)
-class VirtualEngineConfig:
-    """What a virtual engine pretends to be. Sizes are tokens, but for `block_size` tokens a block.
-
-    `max_model_len` and `vocab_size` None: of the model's config.json, if `model` is a folder. `acceptance`:
-    chance that a draft is right. The link is that between any two engines of the process.
-    """
-
-    model: str
-    engine_id: str
-    cost: StepCost
-    kv_tokens: int
-    kv_bytes_per_token: int
-    max_model_len: int | None = None
-    vocab_size: int | None = None
-    block_size: int = 16
-    max_num_seqs: int = 256
-    max_batch_tokens: int = 2048
-    enable_prefix_caching: bool = True
-    max_draft_tokens: int = 0
-    acceptance: float = 0.7
-    lease_s: float = 30.0
-    link_latency_s: float = 50e-6
-    link_bytes_per_s: float = 12e9
-    side_channel_host: str = "virtual"
-    side_channel_port: int = 0
-
-
-@cache
-def process_fabric(latency_s: float, bytes_per_s: float) -> VirtualFabric:
-    """The fabric of this process for such links: engines that are started alike find each other."""
-    return VirtualFabric(time.monotonic, latency_s, bytes_per_s)
 
 
 @dataclass(slots=True)
@@ -160,7 +123,7 @@ class VirtualEngine(Engine):
     def start(self) -> EngineInfo:
         """Size the KV and join the fabric. Raises EngineStartError if the KV cannot hold one context."""
         config = self._config
-        known = _model_facts(config.model)
+        known = model_facts(config.model)
         num_blocks = config.kv_tokens // config.block_size
         max_model_len = config.max_model_len or min(known.max_model_len, num_blocks * config.block_size)
         if max_model_len > num_blocks * config.block_size:
@@ -617,21 +580,3 @@ def warm_up() -> None:
     target.step(lambda _: BatchPlan(preempt=["pull"]))
     target.cancel(["recompute"])
     target.step(lambda _: UNPLANNED)
-
-
-@dataclass(frozen=True, slots=True)
-class _ModelFacts:
-    vocab_size: int = UNKNOWN_VOCABULARY
-    max_model_len: int = UNKNOWN_MODEL_LEN
-
-
-def _model_facts(model: str) -> _ModelFacts:
-    """What the model's own configuration says, if it is a folder."""
-    path = Path(model) / "config.json"
-    if not path.is_file():
-        return _ModelFacts()
-    facts = json.loads(path.read_text(encoding="utf-8"))
-    return _ModelFacts(
-        int(facts.get("vocab_size", UNKNOWN_VOCABULARY)),
-        int(facts.get("max_position_embeddings", UNKNOWN_MODEL_LEN)),
-    )

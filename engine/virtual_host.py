@@ -23,7 +23,8 @@ from engine.host_socket import HostSocket
 from engine.node import REPORT_EVERY_S, Node
 from engine.request import RoleName
 from engine.role import Role
-from engine.virtual import VirtualEngine, VirtualEngineConfig, warm_up
+from engine.virtual import VirtualEngine, warm_up
+from engine.virtual_config import VirtualEngineConfig
 
 IDLE_UPKEEP_S = 1.0
 MOST_WAIT_S = 0.1

@@ -12,7 +12,8 @@ from engine import batch
 from engine.host_socket import HostSocket
 from engine.node import Node
 from engine.request import RoleName
-from engine.virtual import VirtualEngine, VirtualEngineConfig, warm_up
+from engine.virtual import VirtualEngine, warm_up
+from engine.virtual_config import VirtualEngineConfig
 from engine.virtual_host import VirtualHost
 from tests.engine.served_node import ROLES
 from tests.engine.virtual_replica import QUICK, virtual_config

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from engine.cost import StepCost
-from engine.virtual import VirtualEngine, VirtualEngineConfig
+from engine.virtual import VirtualEngine
+from engine.virtual_config import VirtualEngineConfig
 from kv_transfer.fake import ManualClock
 from kv_transfer.virtual import VirtualFabric
 
