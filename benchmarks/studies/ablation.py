@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.as_module import start
-from benchmarks.capacity import PRECISION, Cache, Setting
+from benchmarks.capacity import FIRST_STEP, NEAR_STEP, PRECISION, Cache, Setting
 from benchmarks.provenance import provenance
 from benchmarks.scenarios import SCENARIOS
 from benchmarks.simulator.systems import OURS_NAME, Tuning
@@ -49,14 +49,14 @@ MEANING = {
     KNOWN_LENGTHS: "max_tokens is the true output length: a bound on better forecasts, not a part",
 }
 PAPER = {NO_ROUTING: 1.19, NO_SPECULATION: 1.66, NO_BURSTS: 1.34}  # SLOs-Serve, four replicas
-SCENARIO_NAMES = ("chatbot", "coder", "summarizer", "tool", "mixed")
+SCENARIO_NAMES = ("chatbot", "coder", "tool", "mixed")
 QUICK_NAMES = ("chatbot", "coder")
 ACCEPTANCE = 0.7
 ORDERS = ("arrival order", "density")  # how a planner without the DP would choose
-FRACTIONS = (0.8, 1.0, 1.25)  # of the capacity in full: at these rates attainment is given too
+FRACTIONS = (1.25,)  # of the capacity in full: at these rates attainment is given too
 FACTS = ("counted", "admitted", "admitted_kept", "refused", "pairs")
 SECONDS, QUICK_SECONDS = 600.0, 15.0
-DRAFTING_GIVES = 1.5  # about; where the search in full begins
+DRAFTING_GIVES = 1.3  # about; where the search in full begins
 PLANNER_RESULTS = Path(__file__).parent.parent / "results" / "planner.json"
 
 
@@ -131,7 +131,8 @@ def measure(crew: Crew, names: Sequence[str], parts: Sequence[str], replicas: in
 def without(name: str, part: str, seed: int, replicas: int, effort: Effort, begin: float, usual: float) -> Row:
     """A row: capacity without a part, and attainment at fixed rates. `usual`: capacity in full, per GPU."""
     chosen = setting(name, part, replicas, effort)
-    found = search(chosen, seed, begin, effort.folder, effort.precision)
+    step = FIRST_STEP if part == FULL else NEAR_STEP
+    found = search(chosen, seed, begin, effort.folder, effort.precision, step)
     points = [Cache(effort.folder).point(chosen, fraction * usual, seed, None) for fraction in FRACTIONS]
     return {
         "scenario": name,

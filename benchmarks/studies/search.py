@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.capacity import PRECISION, Cache, Point, Setting, capacity, spread, tune
+from benchmarks.capacity import FIRST_STEP, PRECISION, Cache, Point, Setting, capacity, spread, tune
 from benchmarks.simulator.systems import OURS_NAME, design
 from benchmarks.studies.crew import Row
 
@@ -15,12 +15,12 @@ SHARE = 0.9
 TUNING_SEED = 0  # never one that is reported
 # Requests a second and GPU to begin with, of about what ours holds without speculation on the paper's machine.
 GUESS_PER_GPU: Mapping[str, float] = {
-    "chatbot": 4.2,
-    "coder": 5.0,
-    "summarizer": 3.0,
-    "mixed": 4.2,
-    "tool": 5.0,
-    "reasoning": 0.15,
+    "chatbot": 4.6,
+    "coder": 4.0,
+    "summarizer": 3.4,
+    "mixed": 4.7,
+    "tool": 7.0,
+    "reasoning": 0.045,
 }
 OTHER_GUESS_PER_GPU = 2.0
 
@@ -30,13 +30,22 @@ def guess(scenario: str) -> float:
     return GUESS_PER_GPU.get(scenario, OTHER_GUESS_PER_GPU)
 
 
-def search(setting: Setting, seed: int, begin: float, folder: Path | None, precision: float = PRECISION) -> Row:
-    """Capacity per GPU at SHARE, and the rates asked for between which it lies.
+def search(
+    setting: Setting,
+    seed: int,
+    begin: float,
+    folder: Path | None,
+    precision: float = PRECISION,
+    first_step: float = FIRST_STEP,
+) -> Row:
+    """Capacity per GPU at SHARE, and the rates asked for between which it lies. See `capacity` for the options.
 
     `fails_at_per_gpu` is None where no rate tried was too high.
     """
     cache = Cache(folder)
-    found, points = capacity(lambda rate: cache.point(setting, rate, seed, SHARE), SHARE, begin, precision)
+    found, points = capacity(
+        lambda rate: cache.point(setting, rate, seed, SHARE), SHARE, begin, precision, first_step
+    )
     held = max((point.asked_per_gpu for point in points if point.holds(SHARE)), default=0.0)
     return {
         "seed": seed,
