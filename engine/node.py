@@ -125,6 +125,7 @@ class Node:
         self._local_prefills = 0
         self._promises_preempted = 0
         self._promises_starved = 0
+        self._ended_s: float | None = None  # the last step, if this turn followed it at once
         self._rested_s = clock()
         self._next_upkeep_s = 0.0
         self._told_s = -math.inf
@@ -161,6 +162,8 @@ class Node:
                 wait_s = PULL_WAIT_S if usage.running or usage.waiting else LEASE_WAIT_S
         else:
             wait_s = IDLE_WAIT_S
+        if wait_s > 0:
+            self._ended_s = None
         self.hear(wait_s)
         now_s = self._clock()
         if now_s >= self._next_upkeep_s:
@@ -318,7 +321,17 @@ class Node:
             result = self._engine.step(self.compose)
         finally:
             self._socket.step_began_s = None
-        return self.take(result)
+        return self.take(self._whole(result))
+
+    def _whole(self, result: StepResult) -> StepResult:
+        """With all that a batch took of this node's time, where one followed on another: what is done between
+        two steps delays the next token as much as the step does.
+        """
+        before_s, self._ended_s = self._ended_s, None if result.report is None else self._clock()
+        if result.report is None or before_s is None or self._ended_s is None:
+            return result
+        seconds = max(result.report.seconds, self._ended_s - before_s)
+        return replace(result, report=replace(result.report, seconds=seconds))
 
     def take(self, result: StepResult) -> bool:
         """Tell peers what a step gave, and learn from it. Whether a batch ran."""

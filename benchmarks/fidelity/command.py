@@ -5,8 +5,8 @@ its memory, its limits and its promises; nothing is fitted to the runs that are 
 also takes what everything around the engine takes a step (`host_ms`), and a request the time that it spends
 outside of the node (`latency_ms`), both measured with lone requests beforehand.
 
-Beside it the same at the speed that the node saw during the run (steps measured over steps predicted, which it
-tells): what then still differs is not the step times' doing.
+Beside it the same at the speed that the node saw during the run (from one step to the next, over what it had
+predicted, which it tells): what then still differs is not the step times' doing.
 """
 
 from __future__ import annotations

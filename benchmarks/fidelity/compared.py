@@ -100,7 +100,8 @@ class Compared:
         out = twin.serve(workload, seed)
         preempted = int(out.world.rows["preempted"].sum())
         virtual = Side.of_twin(out, twin.latency_s)
-        at_run_speed = replace(twin, slowdown=served.facts()["step_over_predicted"]).serve(workload, seed)
+        slowdown = served.facts()["step_over_predicted"]  # of whole turns of the node, so with its host time
+        at_run_speed = replace(twin, slowdown=slowdown, host_s=0.0).serve(workload, seed)
         as_fast = Side.of_twin(at_run_speed, twin.latency_s)
         return cls(workload, served, real, virtual, as_fast, out.counted, preempted)
 

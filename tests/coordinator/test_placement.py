@@ -312,3 +312,20 @@ def test_what_is_cached_stays_so_in_what_is_counted() -> None:
     placed = place(ask, [node], {}, 0.0, prefixes)
     assert (placed.verdict, placed.cached_tokens) == ("admitted", 5120)
     assert [work.prefill_left_tokens for work in node.works] == [29]
+
+
+def test_the_reserve_of_memory_follows_what_was_late_for_want_of_it() -> None:
+    node = _node("d", RoleName.MIXED)
+    report = node.report
+    assert report is not None
+    started = node.overflow_z
+    place(ASK, [node], {}, 0.0)
+    assert node.overflow_z == started, "a promise made while memory is ample is no trial"
+    node.take_report(replace(report, usage=Usage(900, 1000, 0, 0)), now_s=1.0)
+    place(replace(ASK, request_id="s"), [node], {}, 1.0)
+    assert node.overflow_z < started
+    before = node.overflow_z
+    node.take_report(replace(report, promises_preempted=5), now_s=2.0)
+    assert node.overflow_z == before, "who was preempted may be in time all the same"
+    node.take_report(replace(report, promises_preempted=5, promises_starved=1), now_s=3.0)
+    assert node.overflow_z > started

@@ -382,6 +382,17 @@ def test_the_first_step_is_the_first_average_of_steps(serve: Serve) -> None:
     assert coordinator.report(lambda report: report.steps == 1).step_s == 0.5
 
 
+def test_what_is_done_between_two_steps_delays_the_next_token_and_counts(serve: Serve) -> None:
+    served = serve()
+    predicted_s = COST.predict(1)
+    served.engine.reported_s, served.engine.step_s = 0.5 * predicted_s, 4 * predicted_s
+    client, coordinator = served.client("endpoint"), served.coordinator()
+    client.send(submit("r", max_tokens=60))
+    client.stream("r")
+    report = coordinator.report(is_idle)
+    assert report.cost.drift > 2 * report.idle_cost.drift
+
+
 def test_an_idle_node_forgets_that_it_was_slow(serve: Serve) -> None:
     served = serve()
     served.engine.reported_s = 10 * COST.predict(1)
