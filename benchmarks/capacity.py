@@ -44,7 +44,6 @@ OURS_ONLY = (
 )
 MOST_DOUBLINGS = 12
 SECONDS = 600.0
-TUNING_LENGTH = 0.5  # of a run that is reported
 SECONDS_OF = {"reasoning": 3000.0}  # ten times the mean residence of a request: 5,500 tokens at up to 50 ms
 
 
@@ -228,12 +227,11 @@ def capacity(
 def tune(setting: Setting, share: float, guess: float, seed: int, cache: Cache) -> tuple[Tuning, float]:
     """The best settings on a seed of its own: one thing after another, each kept if it holds a higher rate.
 
-    Every system in runs of half the length: these figures are not reported.
+    In runs as long as those that are reported: shorter ones choose worse where arrivals are bursty.
     """
-    half_s = setting.seconds * TUNING_LENGTH
 
     def at(tuning: Tuning) -> Callable[[float], Point]:
-        trial = replace(setting, tuning=tuning, duration_s=half_s)
+        trial = replace(setting, tuning=tuning)
         return lambda rate: cache.point(trial, rate, seed, share)
 
     best, rate, asked = setting.tuning, 0.0, guess

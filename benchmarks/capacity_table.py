@@ -273,16 +273,18 @@ def _row(cell: Cell, setting: Setting, share: float, per_seed: Sequence[float]) 
 
 
 def _fractions(cell: Cell) -> tuple[float, ...]:
-    """Fixed rates are for the headline hardware where arrivals are bursty, tuned, without speculation."""
+    """Fixed rates are for the headline hardware, tuned, without speculation, of ours in one mode."""
     setting = cell.setting
     wanted = cell.tuned and setting.acceptance is None and setting.hardware == "paper"
-    wanted &= setting.scenario in BURSTY and (setting.system != OURS_NAME or setting.mode == "colocated")
+    wanted &= setting.scenario in SCENARIOS and (setting.system != OURS_NAME or setting.mode == "colocated")
     return FIXED_FRACTIONS if wanted and setting.duration_s is None else ()
 
 
 def _at_rate(cell: Cell, setting: Setting, fraction: float, cache: Cache) -> Row:
     rate = fraction * cell.bound_per_gpu
-    points = [cache.point(setting, rate, seed, None) for seed in cell.seeds]
+    # Where arrivals are smooth one seed says how attainment goes; capacities are of all of them.
+    seeds = cell.seeds if setting.scenario in BURSTY else cell.seeds[:1]
+    points = [cache.point(setting, rate, seed, None) for seed in seeds]
     facts = [point.facts for point in points]
     return {
         "hardware": setting.hardware,
