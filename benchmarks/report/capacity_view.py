@@ -98,6 +98,18 @@ class View:
         ours, rival = self.ours(scenario), self.rival(scenario, column)
         return None if ours is None or rival is None or not rival["mean"] else ours["mean"] / rival["mean"]
 
+    def over_undrafted(self, scenario: str) -> float | None:
+        """Ours against the best of what is shipped, which drafts nothing: how the paper compares."""
+        ours = self.ours(scenario)
+        rows = (
+            row
+            for row in self.rows
+            if (row["scenario"], row["column"], row["acceptance"]) == (scenario, "default", None)
+            and row["system"] not in NOT_A_DEFAULT
+        )
+        rival = best(rows)
+        return None if ours is None or rival is None or not rival["mean"] else ours["mean"] / rival["mean"]
+
     def of_bound(self, scenario: str) -> float | None:
         """Ours against the length-blind bound. Bounds are of 90 %."""
         ours, blind = self.ours(scenario), self.blind.get(scenario)
