@@ -6,12 +6,14 @@ bounds that hold for any scheduler. Everything is tuned on a seed that is not re
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,8 +29,19 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from benchmarks.bounds.bound import bound
-from benchmarks.capacity import FIRST_STEP, NEAR_STEP, PRECISION, Cache, Point, Setting, capacity, spread, tune
+from benchmarks.bounds.bound import bound, clairvoyant_share
+from benchmarks.capacity import (
+    FIRST_STEP,
+    NEAR_STEP,
+    PRECISION,
+    Cache,
+    Point,
+    Setting,
+    capacity,
+    code_fingerprint,
+    spread,
+    tune,
+)
 from benchmarks.hardware import hardware
 from benchmarks.provenance import provenance
 from benchmarks.scenarios import SCENARIOS, TRACES, make
@@ -44,6 +57,7 @@ GUESS_OF_BOUND = 0.6
 FIXED_FRACTIONS = (0.4, 0.6, 0.8)
 QUICK_SECONDS = 120.0
 BURSTY = ("coder", "mixed", "tool")
+PACED_BOUND = ("coder",)  # where outputs are short the bound may look at each token's due time
 BOUND_SECONDS = 600.0
 Row = dict[str, Any]
 
@@ -283,7 +297,10 @@ def _fractions(cell: Cell) -> tuple[float, ...]:
 def _at_rate(cell: Cell, setting: Setting, fraction: float, cache: Cache) -> Row:
     rate = fraction * cell.bound_per_gpu
     # Where arrivals are smooth one seed says how attainment goes; capacities are of all of them.
-    seeds = cell.seeds if setting.scenario in BURSTY else cell.seeds[:1]
+    bursty = setting.scenario in BURSTY
+    seeds = cell.seeds if bursty else cell.seeds[:1]
+    bounded = bursty and setting.system == OURS_NAME
+    bound_share = _served_at_most(setting, rate, seeds, cache) if bounded else None
     points = [cache.point(setting, rate, seed, None) for seed in seeds]
     facts = [point.facts for point in points]
     return {
@@ -295,6 +312,7 @@ def _at_rate(cell: Cell, setting: Setting, fraction: float, cache: Cache) -> Row
         "acceptance": setting.acceptance,
         "fraction": fraction,
         "rate_per_gpu": rate,
+        "bound_attainment": bound_share,
         "attainment": [point.attainment for point in points],
         "attainment_strict": [one["attainment_strict"] for one in facts],
         "goodput_share": [one["goodput_share"] for one in facts],
@@ -303,8 +321,27 @@ def _at_rate(cell: Cell, setting: Setting, fraction: float, cache: Cache) -> Row
         "tpot_p99_s": [one["tpot_s"]["p99"] for one in facts],
         "best_effort": [one["best_effort"] for one in facts],
         "best_effort_completed": [one["best_effort_completed"] for one in facts],
-        "bound_attainment": None,
     }
+
+
+def _served_at_most(setting: Setting, rate_per_gpu: float, seeds: Sequence[int], cache: Cache) -> list[float]:
+    """What a scheduler that knows lengths and future serves of the same arrivals, at most, by seed."""
+    chosen, paced = hardware(setting.hardware), setting.scenario in PACED_BOUND
+    rate_per_s = rate_per_gpu * setting.deployment().gpus
+
+    def share(seed: int) -> dict[str, Any]:
+        made = make(setting.scenario, rate_per_s, setting.seconds, seed, tpot_scale=chosen.tpot_scale)
+        load = made.clipped(chosen.kv_tokens // 2)
+        return {"share": clairvoyant_share(load, chosen.cost, chosen.kv_tokens, setting.replicas, ttft=paced)}
+
+    code = code_fingerprint(ours=False) + _bounds_code()
+    key = ["clairvoyant share", setting.scenario, setting.hardware, rate_per_gpu, paced]
+    return [float(cache.kept([*key, seed], partial(share, seed), code)["share"]) for seed in seeds]
+
+
+def _bounds_code() -> str:
+    sources = sorted((Path(__file__).parent / "bounds").glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
 
 
 def _write(

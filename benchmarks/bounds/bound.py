@@ -124,6 +124,14 @@ def clairvoyant(
     return case.served(workload, case.clairvoyant)
 
 
+def clairvoyant_share(
+    workload: Workload, cost: StepCost, kv_tokens: int, replicas: int, *, ttft: bool = False
+) -> float:
+    """The most of these very arrivals that anybody serves in time, as a share of those that count."""
+    offered = len(_counted(workload, cost).demand)
+    return clairvoyant(workload, cost, kv_tokens, replicas, ttft=ttft) / offered
+
+
 def clairvoyant_capacity(
     workload: Workload,
     cost: StepCost,

@@ -138,7 +138,7 @@ def overheads(cost: StepCost, max_batch_tokens: int, lone: Sequence[Lone]) -> di
     """What lone requests took beside the engine's steps, in ms: medians over all, and by prompt length.
 
     `overhead_ms`: a first token, beyond the prefill that `cost` predicts; `outside_ms` of it outside the node.
-    `host_ms`: the time between two tokens at the client, beyond the step that the node measured.
+    `host_ms`: the time between two tokens at the client, beyond the step that `cost` predicts.
     """
     by_prompt = []
     for prompt in sorted({one.prompt_tokens for one in lone}):
@@ -156,7 +156,7 @@ def overheads(cost: StepCost, max_batch_tokens: int, lone: Sequence[Lone]) -> di
     return {
         "overhead_ms": _median(row["ttft_ms"] - row["prefill_predicted_ms"] for row in by_prompt),
         "outside_ms": 1e3 * _median(one.token_times_s[0] - one.at_node_s for one in lone),
-        "host_ms": 1e3 * _median(one.tpot_s - one.step_s for one in lone),
+        "host_ms": _median(row["tpot_ms"] - row["step_predicted_ms"] for row in by_prompt),
         "by_prompt": by_prompt,
     }
 

@@ -109,11 +109,13 @@ def fixed_rates(file: Row, name: str) -> str | None:
     rates = {row["fraction"]: row["rate_per_gpu"] for row in rows}
     kept = [f"kept at {fraction:.1f} ({number(rates[fraction])}/s)" for fraction in fractions]
     further = ["strict", "vLLM's goodput", "admitted and kept", "TTFT p99", "TPOT p99"]
-    bounded = [row["bound_attainment"] for row in rows if is_number(row.get("bound_attainment"))]
-    told = table(
+    bounded = {row["fraction"]: row["bound_attainment"] for row in rows if row.get("bound_attainment")}
+    if bounded:
+        cells = [spread(bounded.get(fraction), percent) for fraction in fractions]
+        lines.append(["*bound: lengths and future known*", *cells, *[""] * 5])
+    return table(
         [f"{name}, at a share of the bound", *kept, *(f"{what} at {last:.1f}" for what in further)], lines
     )
-    return told + (f"\n\nThe bound serves at most {percent(max(bounded))} at these rates." if bounded else "")
 
 
 def draw_capacity(view: View, path: Path) -> str:

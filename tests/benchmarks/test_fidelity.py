@@ -228,7 +228,9 @@ def test_overheads_are_what_the_steps_do_not_explain() -> None:
     found = overheads(COST, 2048, [lone(prompt) for prompt in (32, 32, 128)])
     assert found["overhead_ms"] == pytest.approx(5.0)
     assert found["outside_ms"] == pytest.approx(4.0)
-    assert found["host_ms"] == pytest.approx(0.5)  # a step that is slower than predicted is no host time
+    between = [row["tpot_ms"] - row["step_predicted_ms"] for row in found["by_prompt"]]
+    assert found["host_ms"] == pytest.approx(np.median(between))
+    assert found["host_ms"] > 0.5  # what the node's own steps are longer than predicted is in it
     assert [row["prompt_tokens"] for row in found["by_prompt"]] == [32, 128]
 
 
