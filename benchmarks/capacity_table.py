@@ -300,7 +300,7 @@ def _at_rate(cell: Cell, setting: Setting, fraction: float, cache: Cache) -> Row
     bursty = setting.scenario in BURSTY
     seeds = cell.seeds if bursty else cell.seeds[:1]
     bounded = bursty and setting.system == OURS_NAME
-    bound_share = _served_at_most(setting, rate, seeds, cache) if bounded else None
+    bound_share = _served_at_most(setting, rate, seeds[:1], cache) if bounded else None
     points = [cache.point(setting, rate, seed, None) for seed in seeds]
     facts = [point.facts for point in points]
     return {
