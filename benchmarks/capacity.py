@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +155,7 @@ class Cache:
         return made
 
 
-@lru_cache(maxsize=2)
+@cache
 def code_fingerprint(ours: bool = True) -> str:
     """Of the source that a point runs: figures of older code are not taken for those of this one.
 

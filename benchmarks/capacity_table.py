@@ -56,7 +56,7 @@ REPLICAS = 2
 GUESS_OF_BOUND = 0.6
 FIXED_FRACTIONS = (0.4, 0.6, 0.8)
 QUICK_SECONDS = 120.0
-BURSTY = ("coder", "mixed", "tool")
+BURSTY = tuple(name for name, parts in SCENARIOS.items() if any(one.arrivals == "bursty" for one in parts))
 PACED_BOUND = ("coder",)  # where outputs are short the bound may look at each token's due time
 BOUND_SECONDS = 600.0
 Row = dict[str, Any]

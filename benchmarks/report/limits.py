@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from benchmarks.capacity_table import BURSTY
 from benchmarks.report.capacity_view import HEAD_SHARE, Row, View, geomean, key_of, name_of
 from benchmarks.report.markdown import NOTHING, mean, percent, ratio, table
 from benchmarks.scenarios import SCENARIOS
@@ -86,7 +87,7 @@ def targets(view: View, drafted: View | None) -> str:
 
 def bursty(view: View) -> list[str]:
     """Scenarios with bursty arrivals."""
-    return [name for name in view.scenarios if any(one.arrivals == "bursty" for one in SCENARIOS[name])]
+    return [name for name in view.scenarios if name in BURSTY]
 
 
 def limits(file: Row, view: View) -> str:
