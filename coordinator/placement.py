@@ -362,7 +362,7 @@ def _handoff_s(transfer_s: float, decode: NodeMirror) -> float:
     """
     assert decode.report is not None
     step_s = decode.report.cost.predict(len(decode.report.works) + 1)
-    if not decode.report.works:
+    if not decode.requests:
         return transfer_s + step_s
     return step_s * (HANDOFF_STEPS + math.ceil(transfer_s / step_s))
 

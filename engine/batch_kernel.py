@@ -179,7 +179,8 @@ def _bounds(rows, decodes, now_s, cost):
     """Seconds that this batch may take, and the next one, to keep the pace of these decodes.
 
     A pace that the decodes alone would break binds nobody: holding prefills back could not save it. One that
-    has fallen behind shrinks the batch, by half at most, so that prefills go on and it catches up.
+    has fallen behind shrinks the batch, by half at most, so that prefills go on and it catches up; never below
+    what all the decodes take, or those that are left out fall behind in their turn.
     """
     limit_s = pace_s = math.inf
     count = len(decodes)
@@ -195,7 +196,7 @@ def _bounds(rows, decodes, now_s, cost):
         if row.tpot_s > alone_s:
             pace_s = min(pace_s, row.tpot_s)
             left_s = row.due_s - now_s
-            limit_s = min(limit_s, left_s if left_s >= least_s - ROUNDING_S else CATCH_UP * row.tpot_s)
+            limit_s = min(limit_s, left_s if left_s >= least_s - ROUNDING_S else max(CATCH_UP * row.tpot_s, alone_s))
     return limit_s, pace_s
 
 

@@ -80,7 +80,7 @@ class Slosserve:
         self._seen_drafts: dict[int, tuple[int, int]] = {}
         self._placed: dict[int, Placed] = {}
         self._turn_is_set = False
-        self._reported_s = [-math.inf] * len(roles)
+        self._reported = [(-math.inf, -math.inf)] * len(roles)  # when, and of which moment
         self._is_pair: np.ndarray = np.zeros(0, dtype=np.bool_)
         self.admitted: np.ndarray = np.zeros(0, dtype=np.bool_)
 
@@ -280,10 +280,10 @@ class Slosserve:
         for replica, station in enumerate(world.stations):
             if world.is_idle(replica):
                 take_report(station, world.rows, world.now_s)
-            reported_s = float(station.times[REPORTED_S])
-            if reported_s > self._reported_s[replica]:
-                self._reported_s[replica] = reported_s
-                report = self._report(world, replica, reported_s, float(station.times[TOLD_OF_S]))
+            reported_s, told_of_s = float(station.times[REPORTED_S]), float(station.times[TOLD_OF_S])
+            if (reported_s, told_of_s) > self._reported[replica]:  # idle, it may tell of a batch in that instant
+                self._reported[replica] = reported_s, told_of_s
+                report = self._report(world, replica, reported_s, told_of_s)
                 self._mirrors[_node(replica)].take_report(report, world.now_s)
 
     def _report(self, world: World, replica: int, made_s: float, at_s: float) -> Report:
