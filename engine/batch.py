@@ -66,12 +66,15 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """When and on what a batch is composed. `memory`: None where it is not known."""
+    """When and on what a batch is composed. `memory`: None where it is not known. `coming_due_s`: the earliest
+    first token of a promise whose KV is on its way here.
+    """
 
     now_s: float
     cost: StepCost
     max_batch_tokens: int
     memory: Memory | None = None
+    coming_due_s: float = math.inf
 
 
 def compose(seqs: Sequence[Seq], duties: Mapping[str, Duty], moment: Moment) -> BatchPlan:
@@ -90,6 +93,7 @@ def compose(seqs: Sequence[Seq], duties: Mapping[str, Duty], moment: Moment) -> 
         memory.free_tokens,
         memory.free_slots,
     )
+    pour["coming_due_s"] = moment.coming_due_s
     order = np.empty(len(rows), dtype=np.int64)
     compose_rows(
         rows, np.arange(len(rows)), moment.now_s, _arrays(moment.cost), moment.max_batch_tokens, pour[0], order

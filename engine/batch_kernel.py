@@ -29,6 +29,10 @@ POUR = np.dtype(
     [
         ("room", np.int64),
         ("limit_s", np.float64),
+        (
+            "coming_due_s",
+            np.float64,
+        ),  # earliest first token of a promise whose KV is on its way; else without end
         ("draft_steps", np.int64),  # of the deepest verify that is planned
         ("seqs", np.int64),  # in the batch so far: the first of `order`
         ("pulls", np.int64),  # that may begin: the next of `order`
@@ -196,7 +200,9 @@ def _bounds(rows, decodes, now_s, cost):
         if row.tpot_s > alone_s:
             pace_s = min(pace_s, row.tpot_s)
             left_s = row.due_s - now_s
-            limit_s = min(limit_s, left_s if left_s >= least_s - ROUNDING_S else max(CATCH_UP * row.tpot_s, alone_s))
+            limit_s = min(
+                limit_s, left_s if left_s >= least_s - ROUNDING_S else max(CATCH_UP * row.tpot_s, alone_s)
+            )
     return limit_s, pace_s
 
 
@@ -290,6 +296,7 @@ def compose_rows(rows, active, now_s, cost, max_batch_tokens, pour, order):
     due = min(due, max(must, _fitting(rows, decodes, pour, cost)))
     _decode_all(rows, decodes[:due], drafted, pour, order)
     _make_room(rows, decodes, prefills, pulls, spare[:n_spare], promise_blocked, pour)
+    _leave_time(now_s, cost, pour)
     n_lost = _pour_prefills(rows, prefills, now_s, max_batch_tokens, pour, cost, order)
     if due < n_decodes:
         ahead = _fitting(rows, decodes[due:], pour, cost)
@@ -313,6 +320,16 @@ def compose_rows(rows, active, now_s, cost, max_batch_tokens, pour, order):
             if rows[one].chunk_tokens == 0 and not rows[one].may_pull:
                 order[held] = one
                 held += 1
+
+
+@compiled
+def _leave_time(now_s, cost, pour):
+    """A promise whose KV comes while this batch runs needs the batch after it: prompts make this one no longer
+    than leaves time for that, as far as a batch of `SPARE_FLOORS` allows.
+    """
+    if pour.coming_due_s < math.inf:
+        floor_s = predict_s(cost, 1, 1, 0, 0.0, 0, 0)
+        pour.limit_s = min(pour.limit_s, max(pour.coming_due_s - now_s - floor_s, SPARE_FLOORS * floor_s))
 
 
 @compiled

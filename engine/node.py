@@ -375,7 +375,9 @@ class Node:
             plan = UNPLANNED  # alone, it gets the whole batch under any plan
         else:
             duties = {seq.work_id: promise.duty for seq, promise in here}
-            moment = Moment(now_s, self._cost, self._info.max_batch_tokens, self._memory())
+            moment = Moment(
+                now_s, self._cost, self._info.max_batch_tokens, self._memory(), self._coming_due_s(seqs)
+            )
             plan = self._role.compose(seqs, duties, moment)
         _note_batched(plan, here, now_s)
         self._depths = plan.depth
@@ -385,6 +387,17 @@ class Node:
             self._publish_report(plan)
             self._socket.tell()
         return plan
+
+    def _coming_due_s(self, seqs: Sequence[Seq]) -> float:
+        """When the first token is due, at the earliest, of a promise whose KV is on its way here."""
+        waiting = {seq.work_id for seq in seqs if seq.pull_waits}
+        coming = (
+            promise.duty.due_s
+            for work_id, promise in self._promises.items()
+            if promise.submit.handoff is not None and promise.pull is None and work_id not in waiting
+            if not promise.duty.best_effort
+        )
+        return min(coming, default=math.inf)
 
     def _memory(self) -> Memory:
         usage, info = self._engine.usage(), self._info

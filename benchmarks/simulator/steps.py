@@ -15,7 +15,7 @@ from benchmarks.baselines.vllm import prefill_first
 from engine.batch_kernel import POUR, compose_rows
 from engine.compiled import compiled
 from engine.messages import TELL_EVERY_S
-from engine.rows import ROW, CostArrays, Index, Rows
+from engine.rows import PULLING, ROW, CostArrays, Index, Rows
 from engine.virtual_kernel import (
     BATCH,
     BLOCK_TOKENS,
@@ -141,6 +141,11 @@ def _compose(station, rows, active, now_s, settings):
         pour.kv_tokens = counts[NUM_BLOCKS] * counts[BLOCK_TOKENS]
         pour.free_tokens = counts[FREE_BLOCKS] * counts[BLOCK_TOKENS]
         pour.free_slots = counts[MAX_SEQS] - counts[RUNNING]
+        pour.coming_due_s = math.inf
+        for at in range(counts[LIVE]):
+            row = rows[replica.live[at]]
+            if row.pull == PULLING and row.promised:
+                pour.coming_due_s = min(pour.coming_due_s, row.due_s)
         compose_rows(rows, active, now_s, station.cost, counts[MAX_BATCH_TOKENS], pour, order)
         for one in order[pour.seqs :]:
             if rows[one].gives_way:

@@ -206,6 +206,24 @@ def test_a_token_that_is_due_soon_shrinks_the_batch_by_half_of_its_pace_at_most(
         assert plan.chunk_tokens["prompt"] == COST.tokens_in(allowed_s) - 1
 
 
+def test_catching_up_leaves_no_decode_out() -> None:
+    """Each left out to save microseconds would fall behind in its turn."""
+    late = {"late": promise("late", -0.1, 0.05)}
+    duties = late | {str(i): promise(str(i), 0.06, 0.05) for i in range(20)}
+    plan = compose(
+        [*map(decoding, duties), waiting("prompt", 2000)], duties | {"prompt": promise("prompt", 9.0)}, NOW
+    )
+    assert set(duties) <= set(plan.order) - plan.skip
+
+
+def test_prompts_leave_time_for_a_promise_whose_kv_is_on_its_way() -> None:
+    """It joins the batch after this one, which is not to begin too late for it."""
+    duties = {"prompt": promise("prompt", 9.0)}
+    for left_s, least_s, most_s in [(0.1, 0.07, 0.075), (0.01, 0.045, 0.0502), (9.0, 0.3, 1.0)]:
+        plan = compose([waiting("prompt", 6000)], duties, replace(LARGE, coming_due_s=left_s))
+        assert least_s < COST.predict(plan.chunk_tokens["prompt"]) <= most_s
+
+
 def test_a_pace_that_nothing_could_keep_does_not_stop_prefills() -> None:
     seqs = [decoding("lost"), waiting("prompt", 5000)]
     duties = {"lost": promise("lost", 1.0, tpot_s=0.01), "prompt": promise("prompt", 3.0, said=False)}
