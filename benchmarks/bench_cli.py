@@ -8,6 +8,7 @@ from typing import Any
 import typer
 import typer.core
 
+from benchmarks.provenance import commit
 from coordinator.cli.main import as_command
 
 EXAMPLE = "Example: slosserve bench capacity --quick && slosserve bench report --from out/bench"
@@ -51,3 +52,4 @@ app = typer.Typer(cls=_LazyCommands, no_args_is_help=True, add_completion=False)
 @app.callback(epilog=EXAMPLE)
 def bench() -> None:
     """Measure the cluster against vLLM, Sarathi-Serve and DistServe, in simulated time and on real engines."""
+    commit()  # a run of an hour tells of the code that it began with

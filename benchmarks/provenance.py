@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,9 @@ def _command() -> str:
     return shlex.join([*started, *sys.argv[1:]])
 
 
+@cache
 def commit() -> str | None:
-    """The commit of the source tree, `-dirty` if it has changes; None outside of a checkout."""
+    """The commit of the source tree when first asked, `-dirty` if changed; None outside of a checkout."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         result = subprocess.run(
