@@ -15,12 +15,12 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from engine.base import UNPLANNED, BatchPlan, Engine, EngineInfo, Output, Seq, StepResult, Work
-from engine.batch import Duty, Memory, Moment
+from engine.base import UNPLANNED, BatchPlan, Engine, EngineInfo, Output, Seq, StepResult
+from engine.batch import Memory, Moment
 from engine.cost import StepCost
-from engine.drafting import Drafted, Drafting
+from engine.drafting import Drafting
 from engine.errors import RequestError
 from engine.messages import (
     TELL_EVERY_S,
@@ -38,14 +38,12 @@ from engine.messages import (
     RoleSet,
     SetRole,
     Submit,
-    Timing,
-    WorkState,
 )
 from engine.outbox import Outbox, attempt_key
-from engine.request import RoleName, WorkKind
+from engine.promise import Promise, note_batched
+from engine.request import RoleName
 from engine.residuals import Residuals
 from engine.role import Role
-from engine.score import TOLERANCE
 from engine.socket import Line
 from kv_transfer.base import Link, Pull, PullOutcome, TransferError
 
@@ -60,26 +58,6 @@ RECENT_PULLS = 64
 MARGIN_QUANTILE = 0.9  # of steps that the margin told to the planner covers
 KV_BOUND_SHARE = 0.9  # of the blocks in use: from there on memory is what binds
 NO_CREDIT = "no credit granted: reconnect"  # an endpoint knows this reason, and does
-
-
-@dataclass(slots=True)
-class Promise:
-    """One attempt at a request on this node. Times are on this node's clock."""
-
-    submit: Submit
-    peer: bytes
-    received_s: float
-    duty: Duty
-    prefill_left: int
-    drafted: Drafted
-    batched_s: float | None = None
-    running: bool = False
-    lacks_memory: bool = False  # it was preempted or found none, and has made no token since
-    starved: bool = False  # and was late after it
-    first_token_s: float | None = None
-    tokens: int = 0
-    offered: bool = False
-    pull: Pull | None = None
 
 
 class Node:
@@ -236,27 +214,13 @@ class Node:
                 pass
 
     def _submit(self, peer: bytes, submit: Submit) -> None:
-        now_s = self._clock()
         reason = self._declines(peer, submit)
         if reason is not None:
             self._socket.send(peer, Declined(submit.request_id, submit.attempt, reason))
             return
-        work = _work(submit)
-        due_s = now_s + submit.pace.first_token_left_s
-        duty = Duty(
-            work.work_id,
-            due_s,
-            submit.pace.tpot_s,
-            best_effort=submit.pace.best_effort,
-            cached_tokens=submit.cached_tokens,
-            offers=work.offer_kv,
-        )
-        prefill_left = len(submit.prompt_token_ids) - submit.cached_tokens - 1  # as Seq counts
-        if submit.handoff is not None:
-            prefill_left = 0
-        estimate = self._drafting.estimate(submit.class_name)
-        drafted = Drafted(submit.class_name, submit.pace.tpot_s, len(submit.prompt_token_ids), 0.0, estimate)
-        self._promises[work.work_id] = Promise(submit, peer, now_s, duty, prefill_left, drafted)
+        promise = Promise.of(submit, peer, self._clock(), self._drafting)
+        work = promise.work()
+        self._promises[work.work_id] = promise
         try:
             self._engine.submit(work)
         except RequestError as error:
@@ -273,17 +237,9 @@ class Node:
             self._queue(peer, [failed])
 
     def _promote(self, message: Promote) -> None:
-        """What was best effort is promised now, also if its first token has just been said."""
         promise = self._promises.get(attempt_key(message))
-        if promise is None or not promise.duty.best_effort:
-            return
-        due_s = self._clock() + message.pace.first_token_left_s
-        promise.duty = replace(
-            promise.duty, first_token_due_s=due_s, tpot_s=message.pace.tpot_s, best_effort=False
-        )
-        promise.drafted.tpot_s = message.pace.tpot_s
-        if promise.first_token_s is not None:
-            self._set_next_due(promise)
+        if promise is not None and promise.duty.best_effort:
+            promise.promote(message.pace, self._clock())
 
     def _declines(self, peer: bytes, submit: Submit) -> str | None:
         """Why this work is not taken; None if it is."""
@@ -361,15 +317,7 @@ class Node:
         """The next batch, by the rules of the present role."""
         now_s = self._clock()
         here = [(seq, self._promises[seq.work_id]) for seq in seqs if seq.work_id in self._promises]
-        for seq, promise in here:
-            if promise.running and not seq.running and not promise.duty.best_effort:
-                promise.running = False
-                promise.lacks_memory = True
-                self._promises_preempted += 1
-            promise.lacks_memory |= seq.blocked
-            if promise.submit.handoff is None or promise.pull is not None:
-                cached = 0 if seq.running else promise.duty.cached_tokens
-                promise.prefill_left = max(seq.prefill_left - cached, 0)
+        self._promises_preempted += sum(promise.seen(seq) for seq, promise in here)
         alone = len(seqs) == 1 and seqs[0].running and not seqs[0].blocked
         if alone and not self._drafting.on:  # what drafts were worth is learned from planned batches
             plan = UNPLANNED  # alone, it gets the whole batch under any plan
@@ -379,7 +327,7 @@ class Node:
                 now_s, self._cost, self._info.max_batch_tokens, self._memory(), self._coming_due_s(seqs)
             )
             plan = self._role.compose(seqs, duties, moment)
-        _note_batched(plan, here, now_s)
+        note_batched(plan, here, now_s)
         self._depths = plan.depth
         due = now_s - self._told_s >= TELL_EVERY_S or plan.expected_s >= TELL_EVERY_S
         if due and not self._stalled:
@@ -394,8 +342,7 @@ class Node:
         coming = (
             promise.duty.due_s
             for work_id, promise in self._promises.items()
-            if promise.submit.handoff is not None and promise.pull is None and work_id not in waiting
-            if not promise.duty.best_effort
+            if promise.pull_is_due and work_id not in waiting and not promise.duty.best_effort
         )
         return min(coming, default=math.inf)
 
@@ -420,68 +367,15 @@ class Node:
             )
 
     def _delta(self, promise: Promise, output: Output) -> Delta:
-        submit = promise.submit
-        now_s = self._clock()
-        timing = None
-        if promise.first_token_s is None:
-            promise.first_token_s = now_s
-            timing = self._timing(promise, now_s)
-        if promise.lacks_memory and output.token_ids:
-            self._note_memory(promise, now_s)
-        index = promise.tokens
-        promise.tokens += len(output.token_ids)
         if self._drafting.on and output.token_ids:
-            drafts = self._depths.get(output.work_id, 0)
-            drafted = promise.drafted
+            drafts, drafted = self._depths.get(output.work_id, 0), promise.drafted
             new = len(output.token_ids)
             drafted.estimate = self._drafting.verified(drafted.class_name, drafted.estimate, drafts, new)
-        self._set_next_due(promise)
-        if output.handoff is not None:
-            promise.offered = True
-        elif output.finish_reason is not None:
+        delta, starved = promise.say(output, self._clock())
+        self._promises_starved += starved
+        if output.handoff is None and output.finish_reason is not None:
             del self._promises[output.work_id]
-        return Delta(
-            request_id=submit.request_id,
-            attempt=submit.attempt,
-            index=index,
-            token_ids=list(output.token_ids),
-            finish_reason=output.finish_reason,
-            stop_reason=output.stop_reason,
-            payload=output.payload,
-            cached_tokens=output.cached_tokens,
-            handoff=output.handoff,
-            error=output.error,
-            timing=timing,
-        )
-
-    def _note_memory(self, promise: Promise, now_s: float) -> None:
-        """It waited for memory and makes a token again: is the promise broken?"""
-        promise.lacks_memory = False
-        duty = promise.duty
-        allowed_s = TOLERANCE * promise.tokens * duty.tpot_s
-        if not duty.best_effort and not promise.starved and now_s > duty.due_s + allowed_s:
-            promise.starved = True
-            self._promises_starved += 1
-
-    def _set_next_due(self, promise: Promise) -> None:
-        """Token n is due at max(first deadline, first token) + (n - 1) * TPOT (the scoring rule)."""
-        duty = promise.duty
-        assert promise.first_token_s is not None
-        origin_s = max(duty.first_token_due_s, promise.first_token_s)
-        next_due_s = origin_s + promise.tokens * duty.tpot_s
-        depth = promise.drafted.depth if self._drafting.on else None
-        promise.duty = replace(duty, next_token_due_s=next_due_s, depth=depth)
-
-    def _timing(self, promise: Promise, now_s: float) -> Timing:
-        batched_s = promise.batched_s if promise.batched_s is not None else now_s
-        pull = promise.pull
-        return Timing(
-            queued_s=batched_s - promise.received_s,
-            first_token_s=now_s - promise.received_s,
-            pull_s=None if pull is None else pull.seconds,
-            pull_outcome=None if pull is None else pull.outcome,
-            pulled_bytes=0 if pull is None else pull.kv_bytes,
-        )
+        return delta
 
     def _queue(self, peer: bytes, deltas: Sequence[Delta]) -> None:
         outbox = self._outboxes[peer]
@@ -576,7 +470,7 @@ class Node:
             info=self._info,
             kv=self._engine.kv.address(),
             usage=self._engine.usage(),
-            works=[self._state(promise, end_s, chunks.get(key, 0)) for key, promise in self._promises.items()],
+            works=[promise.state(end_s, chunks.get(key, 0)) for key, promise in self._promises.items()],
             leases=self._engine.kv.leases(),
             pulls=list(self._recent_pulls),
             cost=self._cost,
@@ -591,52 +485,3 @@ class Node:
             pid=os.getpid(),
             in_flight_s=in_flight_s,
         )
-
-    def _state(self, promise: Promise, at_s: float, chunk_tokens: int) -> WorkState:
-        """As it will be at `at_s`, when a batch has ended in which it has a chunk (0: in which it is not)."""
-        submit, duty = promise.submit, promise.duty
-        prefill_left = 0 if promise.offered else promise.prefill_left
-        says_one = chunk_tokens > prefill_left
-        tokens, next_due_s = promise.tokens + says_one, duty.next_token_due_s
-        if says_one:
-            next_due_s = (max(duty.first_token_due_s, at_s) if next_due_s is None else next_due_s) + duty.tpot_s
-        return WorkState(
-            request_id=submit.request_id,
-            attempt=submit.attempt,
-            kind=submit.kind,
-            prompt_tokens=len(submit.prompt_token_ids),
-            prefill_left_tokens=max(prefill_left - chunk_tokens, 0),
-            output_tokens=tokens,
-            max_tokens=submit.max_tokens,
-            first_token_left_s=duty.first_token_due_s - at_s,
-            tpot_s=duty.tpot_s,
-            best_effort=duty.best_effort,
-            class_name=submit.class_name,
-            next_due_left_s=None if next_due_s is None else next_due_s - at_s,
-            acceptance=promise.drafted.estimate.acceptance if self._drafting.on else None,
-        )
-
-
-def _work(submit: Submit) -> Work:
-    return Work(
-        work_id=attempt_key(submit),
-        prompt_token_ids=submit.prompt_token_ids,
-        sampling=submit.sampling,
-        max_tokens=submit.max_tokens,
-        cache_salt=submit.cache_salt,
-        offer_kv=submit.kind is WorkKind.PREFILL,
-        handoff=submit.handoff,
-        pull_deadline_s=submit.pull_deadline_s,
-    )
-
-
-def _note_batched(plan: BatchPlan, here: Sequence[tuple[Seq, Promise]], now_s: float) -> None:
-    """Note who enters a first batch. One that was planned and is still waiting next time did not get in."""
-    new = [(seq, promise) for seq, promise in here if not promise.running]
-    if not new:
-        return
-    planned = {*(plan.order or (seq.work_id for seq, _ in new))} - plan.skip
-    for seq, promise in new:
-        promise.running = seq.running
-        if seq.work_id in planned and (promise.batched_s is None or not seq.running):
-            promise.batched_s = now_s
