@@ -38,7 +38,7 @@ from engine.profile import StepProfile
 MODEL = "scale"
 OVERRIDES = {"name": "bench-fidelity", "model": MODEL, "dtype": "auto", "endpoint.port": 0}
 SCENARIO = "chatbot"
-SHARES = (0.5, 0.8, 1.0)  # of the twin's capacity
+SHARES = (0.5, 0.8, 0.9, 1.0)  # of the capacity of the twin: at the last one a little more is too much
 HELD = 0.9
 MINUTES, QUICK_MINUTES, PROFILE_MINUTES = 10.0, 1.0, 6.0
 
