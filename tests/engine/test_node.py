@@ -289,7 +289,7 @@ def test_a_silent_endpoint_is_told_of_what_it_was_never_sent(serve: Serve) -> No
 
 
 def test_silence_of_one_endpoint_costs_another_nothing(serve: Serve) -> None:
-    served = serve(peer_silent_s=0.4)
+    served = serve(peer_silent_s=1.5)
     sleeper, client = served.client("sleeper"), served.client("endpoint")
     sleeper.send(submit("lost", max_tokens=LONG))
     sleeper.until(Deltas)
