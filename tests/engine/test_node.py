@@ -297,6 +297,7 @@ def test_silence_of_one_endpoint_costs_another_nothing(serve: Serve) -> None:
     client.until(Deltas)
     client.report(lambda report: [work.request_id for work in report.works] == ["kept"])
     before = len(client.tokens("kept"))
+    client.send(Credit(8))
     client.until(Deltas)
     assert len(client.tokens("kept")) > before
     assert sleeper.until(Declined).request_id == "lost"
