@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.fidelity.open_loop import Sent
 from benchmarks.fidelity.real_node import Served
 from benchmarks.fidelity.twin import Twin
+from benchmarks.open_loop import Sent
 from benchmarks.simulator.outcome import Flags, Outcome
 from benchmarks.workload import Floats, Workload
 from engine.errors import EngineError

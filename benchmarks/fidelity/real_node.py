@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import numpy as np
 import psutil
 
 from benchmarks.cluster_facts import Facts, fetch_facts, fetch_timeline
-from benchmarks.fidelity.open_loop import TIMEOUT_S, Sent, Writer, send, send_all
+from benchmarks.open_loop import TIMEOUT_S, Sent, Writer, by_class, followers, send, send_all
 from benchmarks.workload import Workload
 from engine.cost import StepCost
 from engine.errors import EngineError
@@ -95,8 +96,8 @@ class RealNode:
         async with self._client() as client:
             writer = await self._writer(client)
             for prompt in LONE_PROMPTS * (LONE_ROUNDS + 1):
-                body = writer.body(slo_class, prompt, LONE_OUTPUT, 2 * LONE_OUTPUT)
-                sent = await send(client, body, time.perf_counter())
+                body = writer.body(prompt, LONE_OUTPUT, 2 * LONE_OUTPUT, {"class": slo_class})
+                sent = await send(client, json.dumps(body).encode(), time.perf_counter())
                 if sent.error is not None or len(sent.token_times_s) != LONE_OUTPUT:
                     raise EngineError(f"a lone request gave {len(sent.token_times_s)} tokens: {sent.error}")
                 await asyncio.sleep(TOLD_S)
@@ -109,13 +110,18 @@ class RealNode:
         """Send a workload open loop. `tell` is called now and then with the time."""
         said: list[Facts] = []
         async with self._client() as client:
-            bodies = (await self._writer(client)).bodies(workload)
+            written = (await self._writer(client)).bodies(workload, by_class(workload))
+            bodies = [json.dumps(body).encode() for body in written]
+
+            async def call(index: int, due_s: float) -> Sent:
+                return await send(client, bodies[index], due_s)
+
             await asyncio.sleep(REST_S)
             said.append(await _node(client))
             watching = asyncio.create_task(_watch(client, said))
             try:
                 with _others() as others:
-                    sent = await send_all(client, bodies, workload.arrival_s.tolist(), tell)
+                    sent = await send_all(call, workload.arrival_s.tolist(), tell, followers(workload))
             finally:
                 watching.cancel()
             after = await fetch_facts(client)

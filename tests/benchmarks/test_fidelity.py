@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import csv
-import json
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import httpx
 import msgspec
 import numpy as np
 import pytest
-from sse_server import SseServer, running
 
 from benchmarks.fidelity import own_profile
 from benchmarks.fidelity.compared import Compared, Side, differences, within, write_series
-from benchmarks.fidelity.open_loop import FIRST_TOKEN_ID, Sent, Writer, count_in, send, send_all
 from benchmarks.fidelity.real_node import Lone, Served, overheads
-from benchmarks.fidelity.twin import DIVIDE, Twin
+from benchmarks.fidelity.twin import Twin
+from benchmarks.open_loop import Sent
 from benchmarks.workload import Workload
 from coordinator.config import load_config
 from engine.cost import StepCost
@@ -47,79 +43,6 @@ def _workload(rate: float = 3.0, seconds: float = 20.0) -> Workload:
 def _served(sent: Sequence[Sent]) -> Served:
     node = {"running": 1, "cost_drift": 1.1, "cost_margin": 0.2, "promises_preempted": 0}
     return Served(list(sent), [node, {**node, "promises_preempted": 2}], {"count": 1}, 0.5)
-
-
-# ---- the client --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("stream", "tokens"),
-    [
-        (b"", 0),
-        (b'data: {"usage":{"prompt_tokens":9}}', 0),
-        (b'{"completion_tokens":7}', 7),
-        (b'{"completion_tokens": 7, "x": 1}\n\n{"completion_tokens": 12}', 12),
-        (b'{"completion_tokens":7}\n\n{"completion_tokens":1', 7),  # the 1 may be the beginning of 12
-        (b'{"completion_tokens":7}\n\n{"completion_tokens":', 7),
-    ],
-)
-def test_the_last_whole_count_of_a_stream_is_read(stream: bytes, tokens: int) -> None:
-    assert count_in(stream) == tokens
-
-
-def test_bodies_have_the_lengths_of_the_workload_and_do_not_tell_when_outputs_end() -> None:
-    workload = _workload()
-    bodies = [json.loads(body) for body in Writer("m", VOCABULARY, np.random.default_rng(1)).bodies(workload)]
-    assert [len(body["prompt"]) for body in bodies] == workload.prompt_tokens.tolist()
-    assert [body["min_tokens"] + 1 for body in bodies] == workload.output_tokens.tolist()
-    assert {body["max_tokens"] for body in bodies} == {round(2048 / DIVIDE)}
-    for body in bodies:
-        (stop_id,) = body["stop_token_ids"]
-        assert body["logit_bias"] == {str(stop_id): 100.0}
-        assert all(FIRST_TOKEN_ID <= token < stop_id < VOCABULARY for token in body["prompt"])
-        assert body["slo"] == {"class": "chatbot"}
-
-
-def test_two_runs_of_a_writer_share_no_prompt() -> None:
-    writer = Writer("m", VOCABULARY, np.random.default_rng(1))
-    prompts = [json.loads(writer.body("chatbot", 40, 8, 340))["prompt"][:8] for _ in range(4)]
-    assert len({tuple(prompt) for prompt in prompts}) == 4
-
-
-async def test_tokens_are_timed_from_when_a_request_should_have_been_sent() -> None:
-    body = Writer("m", VOCABULARY, np.random.default_rng(1)).body("chatbot", 12, 5, 340)
-    with running(SseServer(token_delay_s=0.02)) as server:
-        async with httpx.AsyncClient(base_url=server.base_url) as client:
-            sent = await send(client, body, time.perf_counter() - 1.0)
-    assert sent.error is None
-    assert sent.late_s == pytest.approx(1.0, abs=0.05)
-    assert len(sent.token_times_s) == 5
-    assert sent.token_times_s == sorted(sent.token_times_s)
-    assert sent.token_times_s[0] > 1.02
-    assert sent.token_times_s[-1] > 1.1
-
-
-async def test_a_slow_answer_holds_no_other_request_back() -> None:
-    writer = Writer("m", VOCABULARY, np.random.default_rng(1))
-    bodies = [writer.body("chatbot", 12, 20, 340) for _ in range(4)]
-    told: list[float] = []
-    with running(SseServer(token_delay_s=0.03)) as server:
-        async with httpx.AsyncClient(base_url=server.base_url) as client:
-            sent = await send_all(client, bodies, [0.0, 0.05, 0.1, 0.15], told.append)
-    assert [len(one.token_times_s) for one in sent] == [20] * 4
-    assert all(one.token_times_s[0] < 0.5 < one.token_times_s[-1] for one in sent)
-    assert told
-
-
-async def test_what_is_not_served_is_an_error_and_not_an_exception() -> None:
-    body = Writer("m", VOCABULARY, np.random.default_rng(1)).body("chatbot", 12, 5, 340)
-    with running(SseServer(fault="refuse")) as server:
-        async with httpx.AsyncClient(base_url=server.base_url) as client:
-            sent = await send(client, body, time.perf_counter())
-    assert sent.error is not None
-    assert "503" in sent.error
-    async with httpx.AsyncClient(base_url=server.base_url) as client:  # it is gone
-        assert (await send(client, body, time.perf_counter())).error is not None
 
 
 # ---- the twin ----------------------------------------------------------------------------------------------
