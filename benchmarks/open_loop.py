@@ -56,7 +56,7 @@ class Writer:
     def body(
         self, prompt_tokens: int, output_tokens: int, max_tokens: int, slo: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
-        """A request with a prompt of just so many tokens, answered by just so many. `slo`: its field, if any."""
+        """A request with a prompt of just so many tokens, answered by just so many. `slo`: if it has one."""
         body = {
             "model": self._model,
             "prompt": self._rng.integers(FIRST_TOKEN_ID, self._stop_id, prompt_tokens).tolist(),

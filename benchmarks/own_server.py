@@ -62,6 +62,8 @@ def _arguments(config: ClusterConfig, port: int) -> list[str]:
     transfer = config.transfer
     connector = kv_transfer_config(transfer.lease_s, transfer.pull_deadline_s, "own-server")
     arguments.append(f"--kv-transfer-config={json.dumps(connector)}")
+    if engine.speculative is not None:
+        arguments.append(f"--speculative-config={json.dumps(engine.speculative)}")
     if engine.kv_cache_gib is not None:
         arguments.append(f"--kv-cache-memory-bytes={int(engine.kv_cache_gib * 2**30)}")
     return arguments

@@ -95,6 +95,8 @@ class SseServer:
         body = await self._take(request)
         if self.fault == "refuse":
             return JSONResponse({"error": {"message": "no room"}}, status_code=503)
+        if not body["stream"]:  # as vLLM answers a prompt whose KV is to be fetched
+            return JSONResponse({"kv_transfer_params": {"remote_host": "here", "number": len(self.bodies)}})
         return StreamingResponse(self._texts(body), media_type="text/event-stream")
 
     async def _take(self, request: Request) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Real vLLM engines under load: ours, and vLLM as it ships, on the same cores with the same client."""

@@ -1,0 +1,117 @@
+"""The bench itself: real systems, one at a time, and windows on them that are measured once."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Self
+
+from benchmarks.capacity import Cache
+from benchmarks.fidelity.own_profile import profile_here
+from benchmarks.hardware import hardware
+from benchmarks.real.cells import Cell
+from benchmarks.real.fingerprint import fingerprint
+from benchmarks.real.predicted import Machine
+from benchmarks.real.running import Running, running
+from benchmarks.real.systems import KV_GIB, RealSystem, configuration, systems
+from benchmarks.real.window import Row, measure, predicted
+from benchmarks.simulator.systems import Tuning
+
+
+class OutOfTime(Exception):
+    """No window may begin any more."""
+
+
+@dataclass(slots=True)
+class Bench:
+    """What windows are measured with: one system runs at a time, until another one is asked.
+
+    No window begins after `ends_s` (monotonic). `window_s`: shorter than cells ask for, for a look.
+    """
+
+    machine: Machine
+    model: str
+    profile: Path
+    folder: Path
+    cache: Cache
+    say: Callable[[str], None]
+    ends_s: float = math.inf
+    window_s: float | None = None
+    _stack: ExitStack = field(default_factory=ExitStack)
+    _started: tuple[tuple[RealSystem, Tuning], Running] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        model: str,
+        step_profile: str | None,
+        profile_minutes: float,
+        folder: Path,
+        cache: Path,
+        say: Callable[[str], None],
+    ) -> Self:
+        """For `model` on this machine, whose steps are measured first where no profile of them is at hand.
+
+        Raises ConfigError for an unknown profile or model, EngineStartError.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        any_system = systems(1)[0]
+        base = configuration(any_system, any_system.defaults, model, None)
+        profile = profile_here(base, step_profile, folder, profile_minutes, say)
+        known = hardware(profile, kv_tokens=1, max_batch_tokens=base.engine.max_batch_tokens)
+        kv_tokens = int(KV_GIB * 2**30 / known.kv_bytes_per_token)
+        return cls(Machine(replace(known, kv_tokens=kv_tokens)), model, profile, folder, Cache(cache), say)
+
+    def window(self, cell: Cell, system: RealSystem, tuning: Tuning, rate_per_s: float, seed: int) -> Row:
+        """One window, from the cache if it was measured before. Raises OutOfTime."""
+        seconds = self.window_s or self.machine.seconds(cell, rate_per_s)
+        key = [asdict(cell), asdict(system), asdict(tuning), self.model, round(rate_per_s, 6), seed, seconds]
+        code = fingerprint(system.ours)
+        return self.cache.kept(
+            key, lambda: self._measured(cell, system, tuning, rate_per_s, seconds, seed), code
+        )
+
+    def close(self) -> None:
+        """Stop what runs."""
+        self._started = None
+        self._stack.close()
+
+    def _measured(
+        self, cell: Cell, system: RealSystem, tuning: Tuning, rate_per_s: float, seconds: float, seed: int
+    ) -> Row:
+        if time.monotonic() > self.ends_s:
+            raise OutOfTime
+        workload = cell.workload(rate_per_s, seconds, seed)
+        slos = self.machine.promises(workload)
+        text = f"{cell.text}: {system.label}, {rate_per_s:.2f} req/s, seed {seed}"
+        started = self._running(system, tuning)
+
+        def tell(at_s: float) -> None:
+            self.say(f"{text}, {at_s:.0f} of {seconds:.0f} s")
+
+        row = measure(started, system, self.model, workload, slos, seed, self.folder, tell)
+        return {
+            "scenario": cell.scenario,
+            "engines": cell.engines,
+            "system": system.name,
+            "settings": asdict(tuning),
+            "asked_per_s": rate_per_s,
+            "rate_per_s": workload.rate_per_s,
+            "seed": seed,
+            "seconds": seconds,
+            **row,
+            "predicted": predicted(self.machine, system, tuning, workload, seed),
+        }
+
+    def _running(self, system: RealSystem, tuning: Tuning) -> Running:
+        key = (system, tuning)
+        if self._started is None or self._started[0] != key:
+            self.close()
+            config = configuration(system, tuning, self.model, self.profile)
+            self.say(f"starting {system.label}")
+            self._started = key, self._stack.enter_context(running(system, config, self.folder, self.say))
+        return self._started[1]

@@ -1,0 +1,71 @@
+"""What is served on real engines: scenarios with lengths that fit the scale model, smooth or in bursts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from benchmarks.scenarios import make
+from benchmarks.workload import Workload
+from engine.request import Slo
+
+DIVIDE = 6.0  # the scale model prefills at about a sixth of an A100's speed
+FURTHER = {"reasoning": 5.0}  # outputs of 5,500 tokens make windows of a quarter of an hour; so 180
+LEAST_SECONDS, MOST_SECONDS = 90.0, 300.0
+RESIDENCES = 10.0  # a window lasts as many times as long as a request does
+LEAST_REQUESTS = 60  # and as long as it takes for so many to come: one of ten may miss
+# Half of the cells smooth, half in bursts.
+ARRIVALS: Mapping[str, str] = {
+    "chatbot": "poisson",
+    "summarizer": "poisson",
+    "reasoning": "poisson",
+    "coder": "bursty",
+    "tool": "bursty",
+    "mixed": "bursty",
+}
+LAYOUTS: Mapping[int, tuple[str, ...]] = {
+    1: ("chatbot", "coder", "summarizer", "tool", "reasoning"),
+    2: ("chatbot", "coder", "mixed"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """A scenario on so many engines."""
+
+    scenario: str
+    engines: int
+
+    @property
+    def text(self) -> str:
+        """For people."""
+        return f"{self.scenario} on {self.engines}"
+
+    def workload(self, rate_per_s: float, seconds: float, seed: int) -> Workload:
+        """Requests for `seconds`, all engines together."""
+        arrivals = ARRIVALS[self.scenario]
+        made = make(self.scenario, rate_per_s, seconds, seed, divide=DIVIDE, arrivals=arrivals)
+        return _shorter(made, FURTHER.get(self.scenario, 1.0))
+
+
+def window_s(workload: Workload, slos: Sequence[Slo], rate_per_s: float) -> float:
+    """How long a window must be at this rate. The workload, at any other, says how long requests stay."""
+    thinking = workload.thinking_tokens
+    first_pace_s = np.array([slo.first_pace_s for slo in slos])
+    tpot_s = np.array([slo.tpot_s for slo in slos])
+    ttft_s = np.array([slo.ttft_s for slo in slos])
+    resident_s = ttft_s + thinking * first_pace_s + (workload.output_tokens - thinking) * tpot_s
+    enough_s = min(LEAST_REQUESTS / rate_per_s, MOST_SECONDS)
+    return max(LEAST_SECONDS, RESIDENCES * float(resident_s.mean()), enough_s)
+
+
+def _shorter(workload: Workload, divide: float) -> Workload:
+    """Outputs, and what clients ask for, divided once more; at least one token of an answer is left."""
+    if divide == 1.0:
+        return workload
+    output = np.maximum(np.rint(workload.output_tokens / divide), 4).astype(np.int64)
+    thinking = np.minimum(np.rint(workload.thinking_tokens / divide).astype(np.int64), output - 1)
+    asked = np.maximum(np.rint(workload.max_tokens / divide).astype(np.int64), output)
+    return replace(workload, output_tokens=output, thinking_tokens=thinking, max_tokens=asked)

@@ -1,0 +1,79 @@
+"""What capacities on real engines add up to: ours over stock vLLM, and what of the admitted was kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.table import Table
+
+Row = dict[str, Any]
+Key = tuple[str, int]
+
+
+def headline(rows: Sequence[Row], loads: Sequence[Row]) -> Row:
+    """Ours in its best mode over the best stock system, without speculation; None where nothing is compared.
+
+    `admitted_kept`: the least share of the admitted that met every stage, over all loads. `kept_at_twice`:
+    requests kept a second at twice the capacity, over those at the capacity; the least.
+    """
+    plain = [row for row in rows if not row["drafts"]]
+    default, tuned = ratios(plain, tuned=False), ratios(plain, tuned=True)
+    drafting = ratios([row for row in rows if row["drafts"]], tuned=False)
+    kept = [row["admitted_kept"] for row in loads if row["admitted_kept"] is not None]
+    twice = [row for row in loads if row["load"] == 2.0]
+    return {
+        "geomean_vs_stock_default": _geomean(default.values()),
+        "geomean_vs_stock_tuned": _geomean(tuned.values()),
+        "worst_ratio": min(tuned.values(), default=None),
+        "admitted_kept": min(kept, default=None),
+        "kept_at_twice": min((_over_capacity(row, loads) for row in twice), default=None),
+        "geomean_with_drafts": _geomean(drafting.values()),
+        "ratios": {
+            name: {f"{scenario} on {engines}": value for (scenario, engines), value in found.items()}
+            for name, found in (("default", default), ("tuned", tuned), ("with drafts", drafting))
+        },
+    }
+
+
+def ratios(rows: Iterable[Row], *, tuned: bool) -> dict[Key, float]:
+    """By scenario and engines: our best mode over the best of vLLM, `tuned` or only as it comes."""
+    ours: dict[Key, float] = {}
+    stock: dict[Key, float] = {}
+    for row in rows:
+        key = (str(row["scenario"]), int(row["engines"]))
+        if row["ours"]:
+            ours[key] = max(ours.get(key, 0.0), float(row["mean"]))
+        elif tuned or not row["tuned"]:
+            stock[key] = max(stock.get(key, 0.0), float(row["mean"]))
+    return {key: ours[key] / stock[key] for key in ours if stock.get(key, 0.0) > 0}
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """Capacity of every system, for the terminal."""
+    shown = Table(title="requests a second with nine of ten kept, real engines", title_justify="left")
+    for heading in ("scenario", "engines", "system", "settings", "capacity", "least to most", "simulator"):
+        shown.add_column(heading, justify="left" if heading in ("scenario", "system", "settings") else "right")
+    for row in rows:
+        shown.add_row(
+            row["scenario"],
+            str(row["engines"]),
+            row["system"],
+            row["tuning"],
+            f"{row['mean']:.2f}",
+            f"{row['least']:.2f} to {row['most']:.2f}",
+            f"{row['predicted']:.2f}",
+        )
+    return shown
+
+
+def _over_capacity(row: Row, loads: Iterable[Row]) -> float:
+    same = ("scenario", "engines", "system")
+    (base,) = (one for one in loads if one["load"] == 1.0 and all(one[key] == row[key] for key in same))
+    return float(row["kept_per_s"] / base["kept_per_s"]) if base["kept_per_s"] else math.nan
+
+
+def _geomean(values: Iterable[float]) -> float | None:
+    found = list(values)
+    return math.exp(sum(map(math.log, found)) / len(found)) if found and min(found) > 0 else None

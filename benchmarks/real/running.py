@@ -1,0 +1,134 @@
+"""Systems that run: started, kept to their cores, asked by a client that is a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import msgspec
+import psutil
+
+from benchmarks.own_server import own_server
+from benchmarks.real.client import Job, Seen
+from benchmarks.real.systems import RealSystem
+from benchmarks.startup import step
+from coordinator.config import ClusterConfig
+from engine.errors import EngineError
+
+CLIENT = "benchmarks.real.client"
+ENGINE_TITLE = "EngineCore"  # what vLLM's server calls the process with the engine in it
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A system that takes requests. `pair`: prompts at the first target, the rest at the second."""
+
+    targets: tuple[str, ...]
+    pair: bool
+    model: str
+    client_cores: tuple[int, ...]
+
+    def ask(self, job: Job, folder: Path, tell: Callable[[float], None]) -> list[Seen]:
+        """Run a client process with this job, and read what it saw. Raises EngineError if it fails."""
+        asked, answered = folder / "job.json", folder / "seen.json"
+        answered.unlink(missing_ok=True)
+        asked.write_bytes(msgspec.json.encode(job))
+        command = [sys.executable, "-m", CLIENT, str(asked), str(answered)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as client:
+            os.sched_setaffinity(client.pid, self.client_cores)
+            assert client.stdout is not None
+            assert client.stderr is not None
+            for line in client.stdout:
+                tell(float(line))
+            errors = client.stderr.read()
+        if client.returncode != 0 or not answered.exists():
+            raise EngineError(f"the client ended with status {client.returncode}:\n{errors[-2000:]}")
+        return msgspec.json.decode(answered.read_bytes(), type=list[Seen])
+
+
+@contextmanager
+def running(
+    system: RealSystem, config: ClusterConfig, logs: Path, tell: Callable[[str], None]
+) -> Iterator[Running]:
+    """Start it; everything ends with the block."""
+    with (_ours if system.ours else _stock)(system, config, logs, tell) as started:
+        yield started
+
+
+def cores_of(engines: int) -> tuple[tuple[tuple[int, ...], ...], tuple[int, ...]]:
+    """The core of each engine, and those of everything else: all of them, if none would be left."""
+    cores = sorted(os.sched_getaffinity(0))
+    own = tuple((core,) for core in cores[-engines:])
+    return own, tuple(cores[:-engines]) or tuple(cores)
+
+
+@contextmanager
+def _ours(
+    system: RealSystem, config: ClusterConfig, logs: Path, tell: Callable[[str], None]
+) -> Iterator[Running]:
+    from coordinator.cluster_process import ClusterProcess
+
+    with ClusterProcess.start(config, None, lambda event: tell(step(event))) as cluster:
+        nodes = httpx.get(f"{cluster.base_url}/cluster", timeout=10.0).json()["nodes"]
+        engines, others = cores_of(system.engines)
+        everybody = [psutil.Process(pid) for pid in cluster.pids.values()]
+        family = {one.pid for process in everybody for one in [process, *process.children(recursive=True)]}
+        _keep_apart(family, [int(node["pid"]) for node in nodes], engines, others)
+        yield Running((cluster.base_url,), False, _model(cluster.base_url), others)
+
+
+@contextmanager
+def _stock(
+    system: RealSystem, config: ClusterConfig, logs: Path, tell: Callable[[str], None]
+) -> Iterator[Running]:
+    with ExitStack() as stack:
+        targets = []
+        for number in range(system.engines):
+            tell(f"vLLM's own server, {number + 1} of {system.engines}")
+            targets.append(stack.enter_context(own_server(config, logs / f"vllm-{number}.log")))
+        engines, others = cores_of(system.engines)
+        children = psutil.Process().children(recursive=True)
+        found = sorted(one.pid for one in children if ENGINE_TITLE in _title(one))
+        if len(found) != system.engines:
+            raise EngineError(f"vLLM's servers have {len(found)} engine processes, not {system.engines}")
+        _keep_apart({one.pid for one in children}, found, engines, others)
+        yield Running(tuple(targets), system.mode == "disaggregated", _model(targets[0]), others)
+
+
+def _keep_apart(
+    everybody: set[int], engines: Sequence[int], cores: Sequence[tuple[int, ...]], others: tuple[int, ...]
+) -> None:
+    """Every engine alone on its core, as far as this run goes, and all the rest on the others."""
+    for pid in everybody - set(engines):
+        _pin(pid, others)
+    for pid, core in zip(engines, cores, strict=True):
+        _pin(pid, core)
+
+
+def _pin(pid: int, cores: tuple[int, ...]) -> None:
+    """With all the threads that it has; new ones follow the one that makes them."""
+    try:
+        threads = psutil.Process(pid).threads()
+        for thread in threads:
+            os.sched_setaffinity(thread.id, cores)
+    except (psutil.NoSuchProcess, ProcessLookupError):
+        return  # a helper that has ended
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join([process.name(), *process.cmdline()])
+    except psutil.NoSuchProcess:
+        return ""
+
+
+def _model(base_url: str) -> str:
+    response = httpx.get(f"{base_url}/v1/models", timeout=10.0)
+    response.raise_for_status()
+    return str(response.json()["data"][0]["id"])

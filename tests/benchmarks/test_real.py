@@ -1,0 +1,267 @@
+"""Real engines side by side: the client process, what a window adds up to, the knee and the headline."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sse_server import SseServer
+from sse_server import running as serving
+
+from benchmarks.capacity import Cache, Point
+from benchmarks.hardware import hardware
+from benchmarks.real import bench as bench_module
+from benchmarks.real.bench import Bench, OutOfTime
+from benchmarks.real.cells import ARRIVALS, LAYOUTS, LEAST_SECONDS, Cell
+from benchmarks.real.client import NO_ANSWER, Job, Seen, run
+from benchmarks.real.command import crossing
+from benchmarks.real.headline import headline, ratios
+from benchmarks.real.predicted import SHARE, Machine
+from benchmarks.real.running import Running, cores_of
+from benchmarks.real.systems import SYSTEMS, configuration, systems
+from benchmarks.real.window import measure, summary
+from benchmarks.workload import Workload
+from engine.errors import ConfigError
+from engine.request import Slo
+
+MACHINE = Machine(hardware("scale"))
+CHAT = Cell("chatbot", 1)
+
+
+def _job(targets: list[str], **changed: Any) -> Job:
+    fields: dict[str, Any] = {
+        "targets": targets,
+        "pair": False,
+        "model": "m",
+        "vocab_size": 3072,
+        "seed": 1,
+        "hang_up": False,
+        "arrival_s": [0.0, 0.02, 0.04],
+        "prompt_tokens": [9, 10, 11],
+        "output_tokens": [4, 5, 6],
+        "max_tokens": [300, 300, 300],
+        "slos": [None, None, None],
+        "after": {},
+        "cut_off_s": 20.0,
+    }
+    return Job(**fields | changed)
+
+
+def _workload(rate: float = 2.0, seconds: float = 30.0) -> tuple[Workload, list[Slo]]:
+    workload = CHAT.workload(rate, seconds, 1)
+    return workload, MACHINE.promises(workload)
+
+
+def _perfect(workload: Workload, slos: list[Slo], verdict: str | None = None) -> list[Seen]:
+    """Every first token at half of its time, every other one at half of its pace."""
+    seen = []
+    for slo, tokens in zip(slos, workload.output_tokens.tolist(), strict=True):
+        times = slo.ttft_s / 2 + np.arange(tokens) * slo.tpot_s / 2
+        seen.append(Seen(0.001, times.tolist(), verdict, None))
+    return seen
+
+
+# ---- the client --------------------------------------------------------------------------------------------
+
+
+async def test_two_servers_are_asked_by_turns() -> None:
+    with serving(SseServer()) as one, serving(SseServer()) as other:
+        seen = await run(_job([one.base_url, other.base_url]))
+        assert [len(body["prompt"]) for body in one.bodies] == [9, 11]
+        assert [len(body["prompt"]) for body in other.bodies] == [10]
+    assert [len(each.token_times_s) for each in seen] == [4, 5, 6]
+    assert not any(each.error for each in seen)
+
+
+async def test_a_pair_computes_the_prompt_at_the_first_and_the_rest_at_the_second() -> None:
+    with serving(SseServer()) as prefill, serving(SseServer()) as decode:
+        seen = await run(_job([prefill.base_url, decode.base_url], pair=True))
+        prompts, rest = list(prefill.bodies), list(decode.bodies)
+    assert [len(each.token_times_s) for each in seen] == [4, 5, 6]
+    for body in prompts:
+        assert (body["max_tokens"], body["stream"]) == (1, False)
+        assert body["kv_transfer_params"] == {"do_remote_decode": True}
+        assert not {"stop_token_ids", "logit_bias", "min_tokens"} & set(body)  # it must end because it is full
+    assert {body["kv_transfer_params"]["number"] for body in rest} == {1, 2, 3}
+    assert [body["prompt"] for body in rest] == [body["prompt"] for body in prompts]
+
+
+async def test_what_has_no_answer_in_time_is_given_up_and_what_has_one_is_kept() -> None:
+    with serving(SseServer(token_delay_s=0.05)) as server:
+        seen = await run(_job([server.base_url], output_tokens=[2, 200, 2], cut_off_s=1.0))
+    assert [each.error for each in seen] == [None, NO_ANSWER, None]
+
+
+async def test_a_server_that_refuses_is_an_error_of_each_request() -> None:
+    with serving(SseServer(fault="refuse")) as server:
+        seen = await run(_job([server.base_url, server.base_url], pair=True))
+    assert all("503" in str(each.error) for each in seen)
+
+
+def test_the_client_is_a_process_of_its_own(tmp_path: Path) -> None:
+    told: list[float] = []
+    with serving(SseServer()) as server:
+        started = Running((server.base_url,), False, "m", tuple(cores_of(1)[1]))
+        seen = started.ask(_job([server.base_url]), tmp_path, told.append)
+        assert [len(each.token_times_s) for each in seen] == [4, 5, 6]
+        workload, slos = _workload(rate=6.0, seconds=2.0)
+        row = measure(started, SYSTEMS["ours"], "scale", workload, slos, 1, tmp_path, told.append)
+        asked = server.bodies[3:]
+    assert told
+    assert row["completed"] == row["counted"] > 0
+    assert [len(body["prompt"]) for body in asked] == workload.prompt_tokens.tolist()
+    assert asked[0]["slo"]["ttft_ms"] == pytest.approx(slos[0].ttft_s * 1e3)
+
+
+# ---- the windows -------------------------------------------------------------------------------------------
+
+
+def test_windows_are_long_enough_for_requests_and_for_many_of_them() -> None:
+    for engines, names in LAYOUTS.items():
+        for name in names:
+            assert MACHINE.seconds(Cell(name, engines), 20.0) >= LEAST_SECONDS
+    assert MACHINE.seconds(CHAT, 0.25) == pytest.approx(240.0)
+    assert {ARRIVALS[name] for names in LAYOUTS.values() for name in names} == {"poisson", "bursty"}
+
+
+def test_thinking_is_scaled_to_fit_and_an_answer_stays() -> None:
+    workload = Cell("reasoning", 1).workload(2.0, 60.0, 1)
+    assert (workload.thinking_tokens < workload.output_tokens).all()
+    assert (workload.output_tokens <= workload.max_tokens).all()
+    assert len(set(workload.max_tokens.tolist())) == 1  # it tells of no single output
+    assert 100 < workload.output_tokens.mean() < 300
+
+
+def test_a_window_in_which_all_is_in_time_is_attained_whole() -> None:
+    workload, slos = _workload()
+    row = summary(workload, slos, _perfect(workload, slos, "admitted"))
+    assert row["attainment"] == row["admitted_kept"] == row["attainment_strict"] == 1.0
+    assert row["admitted"] == row["counted"] == int((workload.arrival_s >= 3.0).sum())
+    assert row["drained"]
+    assert row["client_late_ms"]["p50"] == pytest.approx(1.0)
+
+
+def test_what_failed_was_late_or_was_cut_short_is_a_miss() -> None:
+    workload, slos = _workload()
+    seen = _perfect(workload, slos, "admitted")
+    late = [time + 2 * slos[-1].ttft_s for time in seen[-1].token_times_s]
+    seen[-1] = Seen(0.0, late, "best_effort", None)
+    seen[-2] = Seen(0.0, seen[-2].token_times_s[:-1], "admitted", None)
+    seen[-3] = Seen(0.0, [], None, NO_ANSWER)
+    row = summary(workload, slos, seen)
+    assert row["attainment"] == pytest.approx(1 - 3 / row["counted"])
+    assert row["admitted_kept"] == pytest.approx(1 - 1 / (row["counted"] - 2))
+    assert (row["best_effort"], row["best_effort_completed"]) == (1, 1)
+    assert (row["errors"], row["drained"]) == (1, False)
+
+
+def test_a_window_is_measured_once_and_none_begins_when_time_is_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[str] = []
+
+    @contextmanager
+    def fake(system: Any, *_: Any) -> Iterator[Running]:
+        started.append(system.name)
+        yield Running((), False, "m", ())
+
+    def served(_: Running, system: Any, recipe: str, workload: Workload, slos: list[Slo], *rest: Any) -> Any:
+        return summary(workload, slos, _perfect(workload, slos))
+
+    monkeypatch.setattr(bench_module, "running", fake)
+    monkeypatch.setattr(bench_module, "measure", served)
+    profile = Path("configs/profiles/scale.json")
+    bench = Bench(MACHINE, "scale", profile, tmp_path, Cache(tmp_path / "kept"), lambda _: None)
+    bench.window_s = 10.0
+    system = SYSTEMS["vllm"]
+    rows = [bench.window(CHAT, system, system.defaults, rate, 1) for rate in (2.0, 3.0, 2.0)]
+    assert rows[0] == rows[2] != rows[1]
+    assert started == ["vllm"]
+    assert rows[0]["predicted"]["attainment"] > 0.5
+    bench.ends_s = -math.inf
+    assert bench.window(CHAT, system, system.defaults, 3.0, 1) == rows[1]
+    with pytest.raises(OutOfTime):
+        bench.window(CHAT, system, system.defaults, 4.0, 1)
+    bench.close()
+
+
+# ---- what they add up to -----------------------------------------------------------------------------------
+
+
+def _point(rate: float, attainment: float, drained: bool = True) -> Point:
+    return Point(rate, rate, attainment, drained, {})
+
+
+def test_the_knee_is_where_the_line_between_two_rates_falls_through_the_share() -> None:
+    assert crossing([_point(2.0, 0.95), _point(3.0, 0.85)]) == pytest.approx(2.5)
+    assert crossing([_point(3.0, 0.85), _point(2.0, 0.9)]) == pytest.approx(2.0)
+    assert crossing([_point(2.0, 0.95), _point(3.0, 0.95, drained=False)]) == 2.0
+    assert crossing([_point(2.0, 0.95)]) == 2.0
+    assert crossing([_point(2.0, 0.5)]) == 0.0
+
+
+def _row(system: str, mean: float, scenario: str = "chatbot") -> dict[str, Any]:
+    known = SYSTEMS[system]
+    about = {"ours": known.ours, "tuned": known.tuned, "drafts": known.drafts, "engines": known.engines}
+    return {"scenario": scenario, "system": system, "mean": mean, **about}
+
+
+def test_ours_is_compared_with_the_best_of_what_ships_and_of_what_was_tuned() -> None:
+    rows = [_row("vllm", 2.0), _row("vllm-tuned", 3.0), _row("ours", 4.5), _row("ours-ngram", 9.0)]
+    rows += [_row("vllm-2", 2.0), _row("vllm-1p1d", 4.0), _row("ours-2", 4.0), _row("ours-1p1d", 3.0)]
+    plain = [row for row in rows if not row["drafts"]]
+    assert ratios(plain, tuned=False) == {("chatbot", 1): 2.25, ("chatbot", 2): 1.0}
+    assert ratios(plain, tuned=True) == {("chatbot", 1): 1.5, ("chatbot", 2): 1.0}
+    found = headline(rows, [])
+    assert found["geomean_vs_stock_default"] == pytest.approx(1.5)
+    assert (found["worst_ratio"], found["admitted_kept"]) == (1.0, None)
+
+
+def test_the_promise_is_judged_by_its_worst_load() -> None:
+    def load(of_capacity: float, kept: float, kept_per_s: float) -> dict[str, Any]:
+        return {**_row("ours", 1.0), "load": of_capacity, "admitted_kept": kept, "kept_per_s": kept_per_s}
+
+    found = headline([], [load(0.5, 1.0, 2.0), load(1.0, 0.995, 4.0), load(2.0, 0.992, 3.8)])
+    assert found["admitted_kept"] == 0.992
+    assert found["kept_at_twice"] == pytest.approx(0.95)
+
+
+# ---- the systems -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", list(SYSTEMS))
+def test_every_system_has_a_configuration_and_a_simulated_twin(name: str) -> None:
+    system = SYSTEMS[name]
+    config = configuration(system, system.defaults, "scale", None)
+    assert config.pools.total == system.engines
+    assert all(one.ttft_floor_ms == 0 for one in config.slo_classes.values())
+    assert (config.engine.speculative is not None) == bool(system.drafts)
+    workload, _ = _workload(rate=0.5 * system.engines)
+    out = MACHINE.serve(system, system.defaults, workload, 1)
+    assert out.attainment >= SHARE
+
+
+def test_a_system_that_there_is_not_is_named() -> None:
+    with pytest.raises(ConfigError, match="no system 'sglang'; there are vllm"):
+        systems(1, ["sglang"])
+
+
+def test_tuning_finds_settings_that_hold_no_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    cell, system = Cell("summarizer", 1), SYSTEMS["vllm-tuned"]
+    found: dict[Any, float] = {}
+    knee: Callable[..., float] = Machine.knee
+
+    def noted(self: Machine, *asked: Any) -> float:
+        found[asked[2]] = knee(self, *asked)
+        return found[asked[2]]
+
+    monkeypatch.setattr(Machine, "knee", noted)
+    best = MACHINE.tuned(cell, system)
+    assert found[best] == max(found.values())
+    assert found[best] >= found[replace(system.defaults)]
