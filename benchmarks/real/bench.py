@@ -15,11 +15,13 @@ from benchmarks.fidelity.own_profile import profile_here
 from benchmarks.hardware import hardware
 from benchmarks.real.cells import Cell
 from benchmarks.real.fingerprint import fingerprint
-from benchmarks.real.predicted import Machine
+from benchmarks.real.predicted import TUNING_SEED, Machine
 from benchmarks.real.running import Running, running
 from benchmarks.real.systems import KV_GIB, RealSystem, configuration, systems
 from benchmarks.real.window import Row, measure, predicted
 from benchmarks.simulator.systems import Tuning
+
+WARM_UP_S, WARM_UP_RATE = 10.0, 2.0  # a system's first requests pay for what is made once
 
 
 class OutOfTime(Exception):
@@ -88,7 +90,7 @@ class Bench:
         workload = cell.workload(rate_per_s, seconds, seed)
         slos = self.machine.promises(workload)
         text = f"{cell.text}: {system.label}, {rate_per_s:.2f} req/s, seed {seed}"
-        started = self._running(system, tuning)
+        started = self._running(cell, system, tuning)
 
         def tell(at_s: float) -> None:
             self.say(f"{text}, {at_s:.0f} of {seconds:.0f} s")
@@ -107,11 +109,15 @@ class Bench:
             "predicted": predicted(self.machine, system, tuning, workload, seed),
         }
 
-    def _running(self, system: RealSystem, tuning: Tuning) -> Running:
+    def _running(self, cell: Cell, system: RealSystem, tuning: Tuning) -> Running:
         key = (system, tuning)
         if self._started is None or self._started[0] != key:
             self.close()
             config = configuration(system, tuning, self.model, self.profile)
             self.say(f"starting {system.label}")
-            self._started = key, self._stack.enter_context(running(system, config, self.folder, self.say))
+            started = self._stack.enter_context(running(system, config, self.folder, self.say))
+            workload = cell.workload(WARM_UP_RATE, WARM_UP_S, TUNING_SEED)
+            slos = self.machine.promises(workload)
+            measure(started, system, self.model, workload, slos, TUNING_SEED, self.folder, lambda _: None)
+            self._started = key, started
         return self._started[1]

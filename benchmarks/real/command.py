@@ -35,6 +35,7 @@ from engine.errors import ConfigError, SlosserveError
 SEEDS = (1, 2, 3)
 STEP = 1.15  # between two rates; the knee is read off the line between them
 LOADS = (0.5, 1.0, 1.5, 2.0)  # of our capacity: what was admitted is to be kept at each
+HOPELESS = 10.0  # times below what the simulator says, a search ends
 QUICK_FRACTIONS = (0.8, 1.0, 1.2)
 PROFILE_MINUTES = 6.0
 
@@ -170,6 +171,8 @@ class _Results:
         for seed in self.seeds:
 
             def at(rate: float, seed: int = seed) -> Point:
+                if rate < knee / HOPELESS:
+                    return Point(rate, 0.0, SHARE, True, {})  # not measured: next to nothing is held
                 row = self._window(cell, system, tuning, rate, seed)
                 return Point(rate, row["rate_per_s"], row["attainment"] or 0.0, row["drained"], {})
 

@@ -97,13 +97,13 @@ def summary(workload: Workload, slos: Sequence[Slo], seen: Sequence[Seen]) -> Ro
 
 def predicted(
     machine: Machine, system: RealSystem, tuning: Tuning, workload: Workload, seed: int
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """The same requests in simulated time."""
     out = machine.serve(system, tuning, workload, seed)
     return {
         "attainment": out.attainment,
-        "ttft_p50_s": float(np.nanmedian(out.ttft_s[out.counted])),
-        "tpot_p50_s": float(np.nanmedian(out.tpot_s[out.counted])),
+        "ttft_p50_s": _quantiles(_finite(out.ttft_s[out.counted]))["p50"],
+        "tpot_p50_s": _quantiles(_finite(out.tpot_s[out.counted]))["p50"],
     }
 
 
@@ -129,6 +129,11 @@ def _completed(workload: Workload, seen: Seen, index: int) -> bool:
 
 def _tpot_s(seen: Seen) -> float:
     return (seen.token_times_s[-1] - seen.token_times_s[0]) / (len(seen.token_times_s) - 1)
+
+
+def _finite(values: Floats) -> list[float]:
+    finite: list[float] = values[np.isfinite(values)].tolist()
+    return finite
 
 
 def _mean(values: Sequence[bool]) -> float | None:
