@@ -39,7 +39,14 @@ def _command() -> str:
     """What was typed: a script by its name, a module as `python -m NAME`."""
     main = sys.modules["__main__"].__spec__
     started = ["python", "-m", main.name] if main is not None else [Path(sys.argv[0]).name]
-    return shlex.join([*started, *sys.argv[1:]])
+    return shlex.join([*started, *map(_as_typed_here, sys.argv[1:])])
+
+
+def _as_typed_here(argument: str) -> str:
+    """A path within the source tree as from its root: where the tree lies is nobody else's."""
+    root = Path(__file__).resolve().parent.parent
+    path = Path(argument)
+    return str(path.relative_to(root)) if path.is_absolute() and path.is_relative_to(root) else argument
 
 
 @cache

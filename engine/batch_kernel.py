@@ -29,10 +29,7 @@ POUR = np.dtype(
     [
         ("room", np.int64),
         ("limit_s", np.float64),
-        (
-            "coming_due_s",
-            np.float64,
-        ),  # earliest first token of a promise whose KV is on its way; else without end
+        ("coming_due_s", np.float64),  # first token of a promise whose KV is on its way, the earliest; or inf
         ("draft_steps", np.int64),  # of the deepest verify that is planned
         ("seqs", np.int64),  # in the batch so far: the first of `order`
         ("pulls", np.int64),  # that may begin: the next of `order`

@@ -281,9 +281,8 @@ class Slosserve:
             if world.is_idle(replica):
                 take_report(station, world.rows, world.now_s)
             reported_s, told_of_s = float(station.times[REPORTED_S]), float(station.times[TOLD_OF_S])
-            if (reported_s, told_of_s) > self._reported[
-                replica
-            ]:  # idle, it may tell of a batch in that instant
+            # An idle one may tell, in the same instant, of a batch that begins.
+            if (reported_s, told_of_s) > self._reported[replica]:
                 self._reported[replica] = reported_s, told_of_s
                 report = self._report(world, replica, reported_s, told_of_s)
                 self._mirrors[_node(replica)].take_report(report, world.now_s)
