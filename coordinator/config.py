@@ -175,11 +175,13 @@ class SloClass(Section):
 class PlannerConfig(Section):
     """Admission. `max_deferred` requests may wait for a promise as best effort; more get 503.
 
-    `explained`: how many decisions are remembered for `/explain`.
+    `explained`: how many decisions are remembered for `/explain`. Without `pairs` a request is prefilled and
+    decoded on one node, whatever the roles.
     """
 
     max_deferred: Positive = 256
     explained: Positive = 256
+    pairs: bool = True
 
 
 class TimeoutsConfig(Section):

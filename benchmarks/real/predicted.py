@@ -49,15 +49,14 @@ class Machine:
         stop_below: float | None = None,
     ) -> Outcome:
         """A window in simulated time."""
-        mode = "colocated" if system.engines == 1 else system.mode
         deployment = Deployment(
             system.design,
             self.hardware,
-            roles_for(mode, system.engines, tuning.prefill, tuning.decode),
+            roles_for(system.mode, system.engines, tuning.prefill, tuning.decode),
             replace(tuning, draft_tokens=0 if system.ours else system.drafts),
             ACCEPTANCE if system.drafts else None,
             block_tokens=BLOCK_TOKENS,
-            one_node=mode == "colocated",
+            one_node=system.mode == "colocated",
         )
         return run(workload, deployment, seed=seed, stop_below=stop_below)
 

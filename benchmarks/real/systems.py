@@ -58,7 +58,8 @@ SYSTEMS: Mapping[str, RealSystem] = {
         RealSystem("vllm-2", "vLLM, two by turns", 2, "sarathi"),
         RealSystem("vllm-2-tuned", "vLLM, two by turns, tuned", 2, "sarathi", tuned=True),
         RealSystem("vllm-1p1d", "vLLM, 1P1D over NIXL", 2, "distserve", "disaggregated"),
-        RealSystem("ours-2", "slosserve, mixed", 2, OURS_NAME, "mixed"),
+        RealSystem("ours-2", "slosserve, colocated", 2, OURS_NAME),
+        RealSystem("ours-mixed", "slosserve, mixed", 2, OURS_NAME, "mixed"),
         RealSystem("ours-1p1d", "slosserve, 1P1D", 2, OURS_NAME, "disaggregated"),
     )
 }
@@ -86,6 +87,7 @@ def configuration(system: RealSystem, tuning: Tuning, model: str, profile: Path 
         "engine.kv_cache_gib": KV_GIB,
         "engine.max_num_seqs": tuning.max_seqs,
         "engine.max_batch_tokens": tuning.token_budget,
+        "planner.pairs": system.mode != "colocated",
         **{f"pools.{role}": count for role, count in pools.items()},
         # As in the paper: a promise is a multiple of the prefill, however short.
         **{f"slo_classes.{name}.ttft_floor_ms": 0.0 for name in FLOORS},

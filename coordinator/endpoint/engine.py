@@ -117,7 +117,8 @@ class ClusterEngine(TextEngineClient):
         """
         context = current()
         try:
-            way = served_by(sampling_params, virtual=self._config.engines == "virtual")
+            pairs, virtual = self._config.planner.pairs, self._config.engines == "virtual"
+            way = served_by(sampling_params, pairs=pairs, virtual=virtual)
             self._check_room(sampling_params.n)
         except RequestError as error:
             raise VLLMValidationError(str(error)) from error

@@ -23,15 +23,18 @@ class ServedBy(StrEnum):
     ONE_NODE = "one node"
 
 
-def served_by(params: SamplingParams, *, virtual: bool = False) -> ServedBy:
-    """Raises RequestError for what nobody serves: a client's own `kv_transfer_params`, logprobs where no model
-    runs (`virtual`)."""
+def served_by(params: SamplingParams, *, pairs: bool = True, virtual: bool = False) -> ServedBy:
+    """Without `pairs` everything stays on one node.
+
+    Raises RequestError for what nobody serves: a client's own `kv_transfer_params`, logprobs where no model
+    runs (`virtual`).
+    """
     if params.extra_args and "kv_transfer_params" in params.extra_args:
         raise RequestError(
             "kv_transfer_params is not accepted: the cluster decides where KV is moved; leave the field out"
         )
     if virtual and (params.logprobs is not None or params.prompt_logprobs is not None):
         raise RequestError("the engines of this cluster are virtual and have no logprobs; leave the field out")
-    if params.n > 1 or params.prompt_logprobs is not None:
+    if not pairs or params.n > 1 or params.prompt_logprobs is not None:
         return ServedBy.ONE_NODE
     return ServedBy.PAIR

@@ -214,7 +214,7 @@ def _row(system: str, mean: float, scenario: str = "chatbot") -> dict[str, Any]:
 
 def test_ours_is_compared_with_the_best_of_what_ships_and_of_what_was_tuned() -> None:
     rows = [_row("vllm", 2.0), _row("vllm-tuned", 3.0), _row("ours", 4.5), _row("ours-ngram", 9.0)]
-    rows += [_row("vllm-2", 2.0), _row("vllm-1p1d", 4.0), _row("ours-2", 4.0), _row("ours-1p1d", 3.0)]
+    rows += [_row("vllm-2", 2.0), _row("vllm-1p1d", 4.0), _row("ours-mixed", 4.0), _row("ours-1p1d", 3.0)]
     plain = [row for row in rows if not row["drafts"]]
     assert ratios(plain, tuned=False) == {("chatbot", 1): 2.25, ("chatbot", 2): 1.0}
     assert ratios(plain, tuned=True) == {("chatbot", 1): 1.5, ("chatbot", 2): 1.0}
@@ -242,6 +242,7 @@ def test_every_system_has_a_configuration_and_a_simulated_twin(name: str) -> Non
     assert config.pools.total == system.engines
     assert all(one.ttft_floor_ms == 0 for one in config.slo_classes.values())
     assert (config.engine.speculative is not None) == bool(system.drafts)
+    assert config.planner.pairs == (system.mode != "colocated")
     workload, _ = _workload(rate=0.5 * system.engines)
     out = MACHINE.serve(system, system.defaults, workload, 1)
     assert out.attainment >= SHARE
