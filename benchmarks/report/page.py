@@ -23,6 +23,7 @@ from benchmarks.report.capacity import (
 from benchmarks.report.capacity_view import HEAD_SHARE, Row, View, views
 from benchmarks.report.limits import bursty, limits, targets
 from benchmarks.report.markdown import NOTHING, command_of, machine, origin, source, table
+from benchmarks.report.real import real
 from benchmarks.report.studies import Write
 from engine.errors import ConfigError
 
@@ -65,6 +66,7 @@ STUDIES = (
     ),
     Study("demo", "The demo", "slosserve demo", studies.demo),
 )
+REAL = Study("real", "Real engines", "slosserve bench real", real)
 TRUST = (
     Study("fidelity", "The simulator against a real node", "slosserve bench fidelity", studies.fidelity),
     Study(
@@ -117,7 +119,7 @@ def report(
 
 def commands() -> dict[str, str]:
     """What makes each file."""
-    return {"capacity": CAPACITY, **{one.name: one.command for one in (*STUDIES, *TRUST)}}
+    return {"capacity": CAPACITY, **{one.name: one.command for one in (REAL, *STUDIES, *TRUST)}}
 
 
 def read(folder: Path) -> dict[str, Row]:
@@ -144,6 +146,7 @@ def page(files: Mapping[str, Row], plots: Path) -> str:
         old.unlink()
     parts = ["# Results", INTRODUCTION]
     parts += _guarded("capacity", CAPACITY, lambda: list(_capacity(files.get("capacity"), plots)))
+    parts += _study(REAL, files.get(REAL.name), plots, "##")
     parts += ["## Side studies"]
     for study in STUDIES:
         parts += _study(study, files.get(study.name), plots)
@@ -194,8 +197,8 @@ def _at_equal_rates(file: Row, head: View) -> Iterator[str]:
         yield source(file)
 
 
-def _study(study: Study, file: Row | None, plots: Path) -> list[str]:
-    title = f"### {study.title}"
+def _study(study: Study, file: Row | None, plots: Path, level: str = "###") -> list[str]:
+    title = f"{level} {study.title}"
     if file is None:
         return [title, MISSING.format(command=study.command, file=study.file)]
     return [title, *_guarded(study.name, study.command, lambda: list(study.write(file, plots))), source(file)]

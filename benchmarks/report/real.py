@@ -1,0 +1,131 @@
+"""The part of RESULTS.md about real engines: ours beside vLLM as it ships, and what was kept under load."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.real.systems import SYSTEMS
+from benchmarks.report.markdown import NOTHING, image, number, percent, ratio, table
+from benchmarks.report.plots import Line, Panel, draw_lines
+
+Row = Mapping[str, Any]
+TARGETS = (
+    ("over the best of vLLM as it comes", "geomean_vs_stock_default", "at least 1.5x", 1.5),
+    ("over the best of vLLM tuned", "geomean_vs_stock_tuned", "-", None),
+    ("worst scenario, over the tuned", "worst_ratio", "at least 1.00x", 1.0),
+)
+# Colours of the simulated systems that these are of the family of.
+FAMILY = {"distserve": "distserve", "sarathi": "vllm", "ours": "ours"}
+
+
+def real(file: Row, plots: Path) -> list[str]:
+    """From the headline to every load."""
+    method = file["method"]
+    parts = [
+        f"vLLM engines with the `{method['model']}` model, each on a core of its own, asked over HTTP by a "
+        f"client in a process of its own; lengths divided by {method['lengths_divided_by']:g}. Latency counts "
+        "from when a request should have been sent. Half of the scenarios come smoothly, half in bursts "
+        "(gamma, CV 3). Nothing is drafted unless it says so. Two engines on two cores leave none to client "
+        "and endpoint: there only ratios count.",
+        table(["geometric mean of ours", "figure", "target", ""], list(map(_target, TARGETS, [file] * 3))),
+        _kept(file),
+        table(
+            ["", "settings", "requests/s at 90 %", "over vLLM", "over tuned", "simulator", "arrivals"],
+            [_capacity(row, file) for row in file["rows"]],
+        ),
+    ]
+    if file["loads"]:
+        headings = [
+            "ours",
+            "load",
+            "requests/s",
+            "attained",
+            "admitted",
+            "admitted and kept",
+            "best effort done",
+        ]
+        parts.append(table(headings, [_load(row) for row in file["loads"]]))
+    if file["windows"]:
+        draw_lines(plots / "real.png", _panels(file["windows"]), "Real engines: promises kept over the rate")
+        parts.append(image("results/plots/real.png", "attainment against rate on real engines, by scenario"))
+    return parts
+
+
+def _target(target: tuple[str, str, str, float | None], file: Row) -> list[str]:
+    name, key, words, least = target
+    value = file[key]
+    met = NOTHING if value is None or least is None else "met" if value >= least else "missed"
+    return [name, ratio(value, "x"), words, met]
+
+
+def _kept(file: Row) -> str:
+    kept, twice = percent(file["admitted_kept"]), ratio(file["kept_at_twice"])
+    return (
+        f"Of what was admitted, at every load up to twice capacity, {kept} or more met every stage (target "
+        f"99 %); at twice capacity {twice} as much was kept a second as at capacity, or more (target 0.9). With "
+        f"n-gram drafts on both sides: {ratio(file['geomean_with_drafts'], 'x')} (random weights repeat "
+        "themselves, so drafts are right more often than on real text)."
+    )
+
+
+def _capacity(row: Row, file: Row) -> list[str]:
+    cell = f"{row['scenario']} on {row['engines']}"
+    held = number(row["mean"])
+    if row["least"] != row["most"]:
+        held += f" ({number(row['least'])} to {number(row['most'])})"
+    over = [
+        ratio(_over(row, file["rows"], tuned=tuned), "x") if row["ours"] else ""  # its own, not its best mode's
+        for tuned in (False, True)
+    ]
+    label = SYSTEMS[row["system"]].label
+    return [f"{cell}: {label}", row["tuning"], held, *over, number(row["predicted"]), row["arrivals"]]
+
+
+def _over(row: Row, rows: Iterable[Row], *, tuned: bool) -> float | None:
+    """Over the best stock system of the cell that drafts if this one does."""
+    same = ("scenario", "engines")
+    stock = [
+        float(one["mean"])
+        for one in rows
+        if not one["ours"] and all(one[key] == row[key] for key in same)
+        and bool(one["drafts"]) == bool(row["drafts"]) and (tuned or not one["tuned"])
+    ]  # fmt: skip
+    best = max(stock, default=0.0)
+    return float(row["mean"]) / best if best > 0 else None
+
+
+def _load(row: Row) -> list[str]:
+    return [
+        f"{row['scenario']} on {row['engines']}: {SYSTEMS[row['system']].label}",
+        ratio(row["load"], "x"),
+        number(row["rate_per_s"]),
+        percent(row["attainment"]),
+        f"{row['admitted']:,} of {row['counted']:,}",
+        percent(row["admitted_kept"]),
+        f"{row['best_effort_completed']:,} of {row['best_effort']:,}",
+    ]
+
+
+def _panels(windows: Sequence[Row]) -> list[Panel]:
+    panels = []
+    for cell in dict.fromkeys((row["scenario"], row["engines"]) for row in windows):
+        mine = [row for row in windows if (row["scenario"], row["engines"]) == cell]
+        names = [name for name in dict.fromkeys(row["system"] for row in mine) if not SYSTEMS[name].drafts]
+        lines = [_line(name, [row for row in mine if row["system"] == name]) for name in names]
+        panels.append(
+            Panel(f"{cell[0]} on {cell[1]}", lines=lines, target=0.9, xlabel="requests/s", ylabel="kept")
+        )
+    return panels
+
+
+def _line(name: str, windows: Sequence[Row]) -> Line:
+    """The mean over seeds, at each rate that was asked for."""
+    kept: dict[float, list[float]] = {}
+    for row in windows:
+        kept.setdefault(row["asked_per_s"], []).append(row["attainment"] or 0.0)
+    points = sorted((rate, sum(each) / len(each)) for rate, each in kept.items())
+    system = SYSTEMS[name]
+    mode = system.mode if system.mode != "colocated" else ""
+    return Line(system.label, [x for x, _ in points], [y for _, y in points], FAMILY[system.design], mode)
