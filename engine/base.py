@@ -122,6 +122,7 @@ class StepReport:
     accepted_tokens: int = 0
     preempted: int = 0
     prefill_kv_tokens: int = 0  # KV that prefill chunks read, of what was computed before
+    planning_s: float = 0.0  # of `seconds`, what planning the batch took, beyond the engine's own scheduler
 
 
 @dataclass(frozen=True, slots=True)

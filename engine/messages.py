@@ -205,6 +205,8 @@ class Report:
     pid: int
     in_flight_s: float = 0.0
     age_s: float = 0.0  # since it was made; set when it is sent
+    busy_s: float = 0.0  # in batches, since it started
+    planning_s: float = 0.0  # of that, in planning them
 
 
 @dataclass(frozen=True, slots=True)

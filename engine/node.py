@@ -100,6 +100,7 @@ class Node:
         self._recent_pulls: deque[Pull] = deque(maxlen=RECENT_PULLS)
         self._steps = 0
         self._step_s: float | None = None
+        self._busy_s = self._planning_s = 0.0
         self._local_prefills = 0
         self._promises_preempted = 0
         self._promises_starved = 0
@@ -308,6 +309,8 @@ class Node:
         self._steps += 1
         before_s = result.report.seconds if self._step_s is None else self._step_s
         self._step_s = before_s + 0.1 * (result.report.seconds - before_s)
+        self._busy_s += result.report.seconds
+        self._planning_s += result.report.planning_s
         self._residuals.note(self._cost, result.report)
         self._cost = self._cost.updated(result.report)
         self._rested_s = self._clock()
@@ -484,4 +487,6 @@ class Node:
             local_prefills=self._local_prefills,
             pid=os.getpid(),
             in_flight_s=in_flight_s,
+            busy_s=self._busy_s,
+            planning_s=self._planning_s,
         )

@@ -124,6 +124,7 @@ class _Step:
     prefill_kv_tokens: int = 0
     drafted_tokens: int = 0
     preempted: int = 0
+    planning_s: float = 0.0
 
     def add(self, computed_tokens: int, new_tokens: int, drafts: int) -> None:
         """Count a sequence of the batch. A decode is one token (and its drafts) over KV that is there."""
@@ -150,6 +151,7 @@ class _Step:
             accepted_tokens=accepted_tokens,
             preempted=self.preempted,
             prefill_kv_tokens=self.prefill_kv_tokens,
+            planning_s=self.planning_s,
         )
 
 
@@ -182,8 +184,10 @@ class PlannedScheduler(Scheduler):  # type: ignore[misc]
         self._plan, self._held = plan, held
         self._pull_waits = any(_starts_pull(r) and r.request_id not in held for r in self.waiting)
         carried_out = _CarriedOut(self, plan, held)
-        output = carried_out.run(partial(super().schedule, throttle_prefills))
+        vllms = _Timed(partial(super().schedule, throttle_prefills))
+        output = carried_out.run(vllms)
         self._blocked = carried_out.blocked
+        self._step.planning_s = time.monotonic() - self._step.started_s - vllms.seconds
         self._step.preempted = len(output.preempted_req_ids or ())
         self._unreported.append(self._step)
         return output
@@ -192,6 +196,7 @@ class PlannedScheduler(Scheduler):  # type: ignore[misc]
         """Nothing was planned: vLLM's own batch, without laying anything over its queues."""
         assert self._step is not None
         self._plan, self._held, self._pull_waits, self._blocked = UNPLANNED, frozenset(), False, None
+        self._step.planning_s = time.monotonic() - self._step.started_s
         output = super().schedule(throttle_prefills)
         self._step.preempted = len(output.preempted_req_ids or ())
         self._unreported.append(self._step)
@@ -274,6 +279,21 @@ class PlannedScheduler(Scheduler):  # type: ignore[misc]
 
 class PlannedAsyncScheduler(PlannedScheduler, AsyncScheduler):  # type: ignore[misc]
     """The same over vLLM's asynchronous scheduler, which composes a batch while the one before it runs."""
+
+
+class _Timed:
+    """A call, and how long it took."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self._call = call
+        self.seconds = 0.0
+
+    def __call__(self) -> Any:
+        began_s = time.monotonic()
+        try:
+            return self._call()
+        finally:
+            self.seconds = time.monotonic() - began_s
 
 
 class _CarriedOut:

@@ -14,6 +14,7 @@ import httpx
 import msgspec
 import psutil
 
+from benchmarks.cluster_facts import TIMEOUT_S, Facts
 from benchmarks.own_server import own_server
 from benchmarks.real.client import Job, Seen
 from benchmarks.real.systems import RealSystem
@@ -33,6 +34,13 @@ class Running:
     pair: bool
     model: str
     client_cores: tuple[int, ...]
+
+    def nodes(self) -> list[Facts]:
+        """What the nodes of our cluster say of themselves."""
+        response = httpx.get(f"{self.targets[0]}/cluster", timeout=TIMEOUT_S)
+        response.raise_for_status()
+        nodes: list[Facts] = response.json()["nodes"]
+        return nodes
 
     def ask(self, job: Job, folder: Path, tell: Callable[[float], None]) -> list[Seen]:
         """Run a client process with this job, and read what it saw. Raises EngineError if it fails."""
@@ -75,12 +83,12 @@ def _ours(
     from coordinator.cluster_process import ClusterProcess
 
     with ClusterProcess.start(config, None, lambda event: tell(step(event))) as cluster:
-        nodes = httpx.get(f"{cluster.base_url}/cluster", timeout=10.0).json()["nodes"]
         engines, others = cores_of(system.engines)
         everybody = [psutil.Process(pid) for pid in cluster.pids.values()]
         family = {one.pid for process in everybody for one in [process, *process.children(recursive=True)]}
-        _keep_apart(family, [int(node["pid"]) for node in nodes], engines, others)
-        yield Running((cluster.base_url,), False, _model(cluster.base_url), others)
+        started = Running((cluster.base_url,), False, _model(cluster.base_url), others)
+        _keep_apart(family, [int(node["pid"]) for node in started.nodes()], engines, others)
+        yield started
 
 
 @contextmanager
@@ -129,6 +137,6 @@ def _title(process: psutil.Process) -> str:
 
 
 def _model(base_url: str) -> str:
-    response = httpx.get(f"{base_url}/v1/models", timeout=10.0)
+    response = httpx.get(f"{base_url}/v1/models", timeout=TIMEOUT_S)
     response.raise_for_status()
     return str(response.json()["data"][0]["id"])

@@ -55,7 +55,11 @@ def measure(
         after=followers(workload),
         cut_off_s=last_due_s(workload, slos) + DRAIN_S,
     )
-    return summary(workload, slos, started.ask(job, folder, tell))
+    before = started.nodes() if system.ours else []
+    row = summary(workload, slos, started.ask(job, folder, tell))
+    if system.ours:
+        row["planning_share"] = _gain(before, started.nodes(), "planning_s", "busy_s")
+    return row
 
 
 def summary(workload: Workload, slos: Sequence[Slo], seen: Sequence[Seen]) -> Row:
@@ -105,6 +109,14 @@ def predicted(
         "ttft_p50_s": _quantiles(_finite(out.ttft_s[out.counted]))["p50"],
         "tpot_p50_s": _quantiles(_finite(out.tpot_s[out.counted]))["p50"],
     }
+
+
+def _gain(before: Sequence[Row], after: Sequence[Row], part: str, whole: str) -> float | None:
+    """How much `part` of all nodes grew, as a share of `whole`."""
+    parts, wholes = (
+        sum(node[key] for node in after) - sum(node[key] for node in before) for key in (part, whole)
+    )
+    return float(parts / wholes) if wholes > 0 else None
 
 
 def _field(slo: Slo) -> dict[str, Any]:

@@ -62,11 +62,12 @@ def _target(target: tuple[str, str, str, float | None], file: Row) -> list[str]:
 
 def _kept(file: Row) -> str:
     kept, twice = percent(file["admitted_kept"]), ratio(file["kept_at_twice"])
+    drafting = ratio(file["geomean_with_drafts"], "x")
     return (
         f"Of what was admitted, at every load up to twice capacity, {kept} or more met every stage (target "
-        f"99 %); at twice capacity {twice} as much was kept a second as at capacity, or more (target 0.9). With "
-        f"n-gram drafts on both sides: {ratio(file['geomean_with_drafts'], 'x')} (random weights repeat "
-        "themselves, so drafts are right more often than on real text)."
+        f"99 %). At twice capacity {twice} as much was kept a second as at capacity, or more (target 0.9). "
+        f"With n-gram drafts on both sides: {drafting} (random weights repeat themselves, so drafts are right "
+        "more often than on real text)."
     )
 
 

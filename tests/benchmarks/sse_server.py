@@ -55,7 +55,9 @@ class SseServer:
             {
                 "engine": "double 1",
                 "transport": "none",
-                "nodes": [{"name": "p", "role": "prefill", "state": "ready"}],
+                "nodes": [
+                    {"name": "p", "role": "prefill", "state": "ready", "busy_s": done, "planning_s": done / 50}
+                ],
                 "handoffs": {
                     "count": done,
                     "kv_bytes": 10 * done,

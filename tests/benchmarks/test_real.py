@@ -115,6 +115,7 @@ def test_the_client_is_a_process_of_its_own(tmp_path: Path) -> None:
         asked = server.bodies[3:]
     assert told
     assert row["completed"] == row["counted"] > 0
+    assert row["planning_share"] == pytest.approx(0.02)
     assert [len(body["prompt"]) for body in asked] == workload.prompt_tokens.tolist()
     assert asked[0]["slo"]["ttft_ms"] == pytest.approx(slos[0].ttft_s * 1e3)
 

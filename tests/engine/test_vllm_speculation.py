@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 
 import pytest
 
 from engine.base import BatchPlan, Engine, Seq, Work
+from engine.vllm_scheduler import _CarriedOut
 from tests.engine.replica import Drive, prompt, running_engine, work
 
 DRAFTS = 4
@@ -124,3 +126,18 @@ def test_one_token_left_is_one_token_in_the_batch(engine: Engine) -> None:
     assert (report.tokens, report.drafted_tokens) == (1, 0)
     drive.run()
     assert drive.tokens["second"] == alone.tokens["first"]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_holding_a_request_drops_its_drafts_where_batches_overlap(asynchronous: bool) -> None:
+    """On GPUs they stand for what the batch before may draft, and the worker forgets them when it is held out.
+
+    (The CPU platform forces asynchronous scheduling off, so no engine here can show it.)
+    """
+    drafts = [-1] * DRAFTS
+    held, other = (SimpleNamespace(request_id=key, spec_token_ids=drafts) for key in ("held", "other"))
+    scheduler = SimpleNamespace(scheduler_config=SimpleNamespace(async_scheduling=asynchronous))
+    carried_out = _CarriedOut(scheduler, BatchPlan(skip={"held"}), frozenset({"held"}))
+    carried_out._cut_drafts([held, other])
+    assert held.spec_token_ids == ([] if asynchronous else [-1] * DRAFTS)
+    assert other.spec_token_ids == [-1] * DRAFTS
