@@ -12,6 +12,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import msgspec
@@ -438,8 +439,7 @@ class Coordinator:
                 "leases": len(report.leases),
                 "steps": report.steps,
                 "step_ms": report.step_s * 1e3,
-                "busy_s": report.busy_s,
-                "planning_s": report.planning_s,
+                "tally": asdict(report.tally),
                 "cost_base_ms": report.cost.predict(1) * 1e3,
                 "cost_per_token_ms": _per_token_s(report) * 1e3,
                 "cost_drift": report.cost.drift,

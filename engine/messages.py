@@ -16,9 +16,10 @@ from engine.base import EngineInfo, Usage
 from engine.cost import StepCost
 from engine.errors import ProtocolError
 from engine.request import Pace, RoleName, WorkKind
+from engine.tally import Tally
 from kv_transfer.base import Handoff, Lease, Link, PeerAddress, Pull
 
-VERSION = 4
+VERSION = 5
 TELL_EVERY_S = 0.02  # a node tells of batches as they begin; of one that lasts longer, always
 
 
@@ -205,8 +206,7 @@ class Report:
     pid: int
     in_flight_s: float = 0.0
     age_s: float = 0.0  # since it was made; set when it is sent
-    busy_s: float = 0.0  # in batches, since it started
-    planning_s: float = 0.0  # of that, in planning them
+    tally: Tally = field(default_factory=Tally)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 
 from engine.base import UNPLANNED, BatchPlan, Engine, EngineInfo, Output, Seq, StepResult
@@ -45,6 +46,7 @@ from engine.request import RoleName
 from engine.residuals import Residuals
 from engine.role import Role
 from engine.socket import Line
+from engine.tally import Tally
 from kv_transfer.base import Link, Pull, PullOutcome, TransferError
 
 logger = logging.getLogger(__name__)
@@ -100,7 +102,7 @@ class Node:
         self._recent_pulls: deque[Pull] = deque(maxlen=RECENT_PULLS)
         self._steps = 0
         self._step_s: float | None = None
-        self._busy_s = self._planning_s = 0.0
+        self._tally = Tally()
         self._local_prefills = 0
         self._promises_preempted = 0
         self._promises_starved = 0
@@ -309,8 +311,7 @@ class Node:
         self._steps += 1
         before_s = result.report.seconds if self._step_s is None else self._step_s
         self._step_s = before_s + 0.1 * (result.report.seconds - before_s)
-        self._busy_s += result.report.seconds
-        self._planning_s += result.report.planning_s
+        self._tally.batch(result.report)
         self._residuals.note(self._cost, result.report)
         self._cost = self._cost.updated(result.report)
         self._rested_s = self._clock()
@@ -331,6 +332,7 @@ class Node:
             )
             plan = self._role.compose(seqs, duties, moment)
         note_batched(plan, here, now_s)
+        self._tally.plan(plan, seqs)
         self._depths = plan.depth
         due = now_s - self._told_s >= TELL_EVERY_S or plan.expected_s >= TELL_EVERY_S
         if due and not self._stalled:
@@ -487,6 +489,5 @@ class Node:
             local_prefills=self._local_prefills,
             pid=os.getpid(),
             in_flight_s=in_flight_s,
-            busy_s=self._busy_s,
-            planning_s=self._planning_s,
+            tally=copy(self._tally),
         )

@@ -58,7 +58,9 @@ def measure(
     before = started.nodes() if system.ours else []
     row = summary(workload, slos, started.ask(job, folder, tell))
     if system.ours:
-        row["planning_share"] = _gain(before, started.nodes(), "planning_s", "busy_s")
+        after = started.nodes()
+        row["planning_share"] = _gain(before, after, "planning_s", "busy_s")
+        row["acceptance"] = _gain(before, after, "accepted_tokens", "drafted_tokens")
     return row
 
 
@@ -114,7 +116,8 @@ def predicted(
 def _gain(before: Sequence[Row], after: Sequence[Row], part: str, whole: str) -> float | None:
     """How much `part` of all nodes grew, as a share of `whole`."""
     parts, wholes = (
-        sum(node[key] for node in after) - sum(node[key] for node in before) for key in (part, whole)
+        sum(node["tally"][key] for node in after) - sum(node["tally"][key] for node in before)
+        for key in (part, whole)
     )
     return float(parts / wholes) if wholes > 0 else None
 

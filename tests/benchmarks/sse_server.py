@@ -50,14 +50,13 @@ class SseServer:
 
     async def cluster(self, _: Request) -> Response:
         done = len(self.bodies)
+        tally = {"busy_s": done, "planning_s": done / 50, "drafted_tokens": 0, "accepted_tokens": 0}
         counts = {"requests": done, "met": done, "stages": {"prefill": {"met": done, "total": done}}}
         return JSONResponse(
             {
                 "engine": "double 1",
                 "transport": "none",
-                "nodes": [
-                    {"name": "p", "role": "prefill", "state": "ready", "busy_s": done, "planning_s": done / 50}
-                ],
+                "nodes": [{"name": "p", "role": "prefill", "state": "ready", "tally": tally}],
                 "handoffs": {
                     "count": done,
                     "kv_bytes": 10 * done,
