@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from benchmarks.capacity_table import BURSTY
-from benchmarks.report.capacity_view import HEAD_SHARE, Row, View, geomean, key_of, name_of
+from benchmarks.report.capacity_view import HEAD_SHARE, Row, View, geomean, key_of, machine_words, name_of
 from benchmarks.report.markdown import NOTHING, mean, percent, ratio, table
 from benchmarks.scenarios import SCENARIOS
 from benchmarks.simulator.systems import OURS_NAME
@@ -83,6 +83,18 @@ def targets(view: View, drafted: View | None) -> str:
     if len(names) < len(SCENARIOS):
         told += f"\n\nOnly {len(names)} of the {len(SCENARIOS)} scenarios have been run: {', '.join(names)}."
     return told
+
+
+def elsewhere(view: View) -> str:
+    """The same figures on another machine, in a sentence."""
+    found = Headline.of(view)
+    least, worst = times(found.least_over_tuned), found.worst or NOTHING
+    against = verdict(found.least_over_tuned, 1.0, "x")
+    return (
+        f"On {machine_words(view.hardware)}: {ratio(found.of_bound)} of the bound, {times(found.over_default)} "
+        f"the best default, {times(found.over_tuned)} the best tuned baseline; in the worst scenario ({worst}) "
+        f"{least} the best tuned, target 1.0x {against}."
+    )
 
 
 def bursty(view: View) -> list[str]:

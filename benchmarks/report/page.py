@@ -21,7 +21,7 @@ from benchmarks.report.capacity import (
     tuning_table,
 )
 from benchmarks.report.capacity_view import HEAD_SHARE, Row, View, views
-from benchmarks.report.limits import bursty, limits, targets
+from benchmarks.report.limits import bursty, elsewhere, limits, targets
 from benchmarks.report.markdown import NOTHING, command_of, machine, origin, source, table
 from benchmarks.report.real import real
 from benchmarks.report.studies import Write
@@ -166,6 +166,9 @@ def _capacity(file: Row | None, plots: Path) -> Iterator[str]:
     head = next((view for view in found if (view.share, view.acceptance) == (HEAD_SHARE, None)), found[0])
     drafted = next((one for one in found if one.acceptance is not None and one.share == HEAD_SHARE), None)
     yield from ("## In short", targets(head, drafted))
+    for view in found:
+        if (view.share, view.acceptance) == (HEAD_SHARE, None) and view.hardware != head.hardware:
+            yield elsewhere(view)
     for view in found:
         yield f"## {heading(view)}"
         if view.scenarios:

@@ -155,6 +155,12 @@ def test_headline_equals_that_of_the_command_and_misses_are_named(text: str) -> 
     assert f"the worst scenario (tool) | >= 1.0x | {ratio(worst, 'x')} | **missed by" in section
 
 
+def test_another_machine_is_not_left_out_of_the_headline(text: str) -> None:
+    section = _section(text, "In short")
+    assert "On Llama-3.1-8B on RTX PRO 6000" in section
+    assert "target 1.0x" in section.partition("On Llama")[2]
+
+
 def test_every_view_has_a_table_and_drafting_is_compared_with_those_who_do_not_draft(text: str) -> None:
     for title in (
         "Capacity at 98%: OPT-6.7B",
