@@ -148,11 +148,12 @@ def search(  # type: ignore[no-untyped-def]
     made = 0
     overflow = False
 
-    active = np.zeros(max(T, 1), np.bool_)
-    total_running = 0.0
+    # A tier that does not bind yet is ahead: until then its decodes may be left out, and cost a batch nothing.
+    active, bind_s = np.zeros(max(T, 1), np.bool_), np.zeros(T)
     for tier in range(T):
         active[tier] = running[tier] > 0 and active_s[tier] <= 0.0
-        total_running += running[tier]
+        if active[tier]:
+            bind_s[tier] = tier_s[tier]
     nobody = np.zeros(max(T, 1), np.int64)
     length_s = _length(full_s, period_s, nobody, active)
 
@@ -169,7 +170,7 @@ def search(  # type: ignore[no-untyped-def]
                 kinds[candidate] == ACTIVATE or modes[candidate] == DROPPED or not 0 < end_s < first_due_s
             ):
                 continue
-            held = capacity(end_s, end_s + length_s, line, load, period_s, nobody, tier_s, joined_s)
+            held = capacity(end_s, end_s + length_s, line, load, period_s, nobody, bind_s, joined_s)
             if held >= _needed(end_s + length_s, due_s, due_slots) and made < limit:
                 t[made], pb[made] = _round(end_s), held
                 for k in range(K):
@@ -211,7 +212,7 @@ def search(  # type: ignore[no-untyped-def]
                 # ---- bound: budget and memory until the last deadline, the rest taken in part
                 length_s = _length(full_s, period_s, counts[label], active)
                 rate = (
-                    net_budget(length_s, length_s, line, load, period_s, slots, nobody, tier_s, joined_s) + 1.0
+                    net_budget(length_s, length_s, line, load, period_s, slots, nobody, bind_s, joined_s) + 1.0
                 )
                 budget = pb[label] - _needed(last_s, due_s, due_slots)
                 budget += max(last_s - t[label], 0.0) / length_s * rate + 1.0
@@ -240,7 +241,7 @@ def search(  # type: ignore[no-untyped-def]
             if kinds[item] == NEWCOMER and seqs[label] + 1 > free_seqs:
                 continue
             length_s = _length(full_s, period_s, counts[label], active)
-            each = net_budget(length_s, length_s, line, load, period_s, slots, counts[label], tier_s, joined_s)
+            each = net_budget(length_s, length_s, line, load, period_s, slots, counts[label], bind_s, joined_s)
             batches = max(0, math.floor((deadline_s - at_s) / length_s + EPS_S))
             end_s = at_s + batches * length_s
             # ---- what is due before the next batch ends must be covered by each batch on the way
@@ -278,7 +279,7 @@ def search(  # type: ignore[no-untyped-def]
                     if rest_s <= EPS_S or (activation and not tightens):
                         break
                     short = net_budget(
-                        rest_s, rest_s + length_s, line, load, period_s, slots, counts[label], tier_s, joined_s
+                        rest_s, rest_s + length_s, line, load, period_s, slots, counts[label], bind_s, joined_s
                     )
                     if short <= 0:
                         break
@@ -392,7 +393,7 @@ def search(  # type: ignore[no-untyped-def]
                 label = following[place]
                 length_s = _length(full_s, period_s, counts[label], active)
                 each = net_budget(
-                    length_s, length_s, line, load, period_s, slots, counts[label], tier_s, joined_s
+                    length_s, length_s, line, load, period_s, slots, counts[label], bind_s, joined_s
                 )
                 ranks[place] = pb[label] - t[label] / length_s * each
             best_first = np.argsort(-ranks[:on])
@@ -405,6 +406,7 @@ def search(  # type: ignore[no-untyped-def]
         alive = on
         if activation:
             active[tier] = True
+            bind_s[tier] = tier_s[tier]
         if alive == 0:
             break
 
@@ -415,7 +417,7 @@ def search(  # type: ignore[no-untyped-def]
             continue
         # ---- what comes due in bunches after the last decision must be covered as well
         length_s = _length(full_s, period_s, counts[label], active)
-        each = net_budget(length_s, length_s, line, load, period_s, slots, counts[label], tier_s, joined_s)
+        each = net_budget(length_s, length_s, line, load, period_s, slots, counts[label], bind_s, joined_s)
         covered = True
         batch = 1
         while t[label] + batch * length_s <= horizon_s + EPS_S:

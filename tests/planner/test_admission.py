@@ -13,6 +13,7 @@ from coordinator.planner import admission
 from coordinator.planner.admission import Problem, solve
 from coordinator.planner.instance import Decode, FreeKv, Instance, Newcomer, Prefill, Tier
 from coordinator.planner.labels import capacity
+from coordinator.planner.replay import replay
 from engine.cost import Piece, StepCost
 
 COST = StepCost.line(0.025, 1e-4)  # 50 ms hold 250 tokens, 100 ms 750
@@ -33,6 +34,32 @@ def test_an_idle_replica_admits_what_it_can_prefill_in_time() -> None:
     late = solve(replace(EMPTY, newcomers=[asks("a", 999, 0.12)]))
     assert late.admitted == ()
     assert "cannot end within 0.120 s" in late.deferred["a"]
+
+
+LONG_CONTEXTS = replace(StepCost.line(0.013, 1e-5), per_context_token_s=1.4e-7)  # 30 of 3,000: 12.6 ms more
+
+
+def long_decodes(due_s: float) -> Instance:
+    decodes = [Decode(f"r{index}", "tight", due_s, 3000) for index in range(30)]
+    return Instance(LONG_CONTEXTS, 2048, (TIGHT,), decodes=decodes)
+
+
+def test_decodes_that_are_ahead_cost_a_batch_nothing_until_they_bind() -> None:
+    """They may be left out of a batch that ends before any of their tokens is due."""
+    soon = [asks("a", 100, 0.016, "tight")]
+    ahead = replace(long_decodes(due_s=2.0), newcomers=soon)
+    plan = solve(ahead)
+    assert plan.admitted == ("a",)
+    assert not replay(ahead, plan).missed
+    assert solve(replace(long_decodes(due_s=0.05), newcomers=soon)).admitted == ()
+
+
+def test_decodes_that_are_ahead_must_still_be_kept_for_ever() -> None:
+    too_many = [Decode(f"r{index}", "tight", 2.0, 3000) for index in range(90)]  # 38 ms of context in 50
+    instance = Instance(
+        LONG_CONTEXTS, 2048, (TIGHT,), decodes=too_many, newcomers=[asks("a", 100, 1.0, "tight")]
+    )
+    assert solve(instance).admitted == ()
 
 
 def test_each_thing_that_is_lacking_is_named() -> None:
