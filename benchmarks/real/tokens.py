@@ -34,7 +34,7 @@ Row = dict[str, Any]
 DTYPES = ("float32", "bfloat16")
 PROMPTS = 100
 DRAFTS = 4
-KV_TOKENS = 3_000  # of each node: some of a hundred prompts have to wait, or to give way
+KV_TOKENS = 1_600  # of each node: some of a hundred prompts have to wait, or to give way
 BATCH_TOKENS, SLOTS = 256, 32
 LONGEST_PROMPT, LONGEST_OUTPUT = 400, 96
 # Tight, loose, and without any: by turns.

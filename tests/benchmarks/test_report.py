@@ -366,6 +366,14 @@ def test_real_engines_have_their_ratios_loads_and_picture(tmp_path: Path) -> Non
     assert (tmp_path / "plots" / "real.png").exists()
 
 
+def test_equal_tokens_stand_beside_what_was_done_to_the_batches(tmp_path: Path) -> None:
+    row = {"dtype": "float32", "equal": 99, "prompts": 100, "happened": {"chunked": 1234, "local_prefills": 0}}
+    (tmp_path / "tokens.json").write_text(json.dumps({"rows": [row], "provenance": PROVENANCE}))
+    made = page(read(tmp_path), tmp_path / "plots")
+    assert "|  | equal | chunked | local prefills |" in made
+    assert "| float32 | 99 of 100 | 1,234 | 0 |" in made
+
+
 def test_studies_have_their_tables_and_pictures(tmp_path: Path) -> None:
     files: dict[str, Row] = {
         "ablation": ABLATION, "scaling": SCALING, "burst": BURST, "rebalance": REBALANCE, "fidelity": FIDELITY,
