@@ -61,9 +61,9 @@ def same_tokens(file: Row, _: Path) -> list[str]:
         for row in file["rows"]
     ]
     return [
-        "Prompts at temperature 0, one at a time by vLLM's own server, and all at once by our prefill and decode "
-        "node with little memory, small batches and n-gram drafts. In bfloat16 the largest two logits of a model "
-        "with random weights tie often, and which one wins depends on the shape of the batch.",
+        "Prompts at temperature 0, one at a time by vLLM's own server, and all at once by our prefill and "
+        "decode node with little memory, small batches and n-gram drafts. In bfloat16 the largest two logits of "
+        "a model with random weights tie often, and which one wins depends on the shape of the batch.",
         table(["", "equal", *(kind.replace("_", " ") for kind in kinds)], rows),
     ]
 
