@@ -1,7 +1,7 @@
 """`slosserve bench tokens`: the same tokens as stock vLLM at temperature 0, whatever is done to a batch.
 
-Prompts are answered one at a time by vLLM's own server, and all at once by our cluster of a prefill and a
-decode node with little memory, small batches and drafts: chunks, skips, preemptions, verified drafts and
+Prompts are answered one at a time by vLLM's own server, all at once by it, for comparison, and all at once by
+our cluster of a prefill and a decode node with little memory, small batches and drafts: chunks, skips, preemptions, verified drafts and
 handoffs all happen, and are counted. In float32, and again in bfloat16, where two tokens may tie in one shape
 of a batch and not in another.
 """
@@ -153,20 +153,21 @@ def _compare(config: ClusterConfig, bodies: Sequence[Row], folder: Path, say: Ca
         update={"engine": config.engine.model_copy(update={"speculative": None, "max_batch_tokens": 2048})}
     )
     with own_server(alone, folder / "tokens-vllm.log") as url:
-        expected, _ = asyncio.run(_answers(url, bodies, at_once=False, say=say))
+        expected = asyncio.run(_answers(url, bodies, at_once=False, say=say))
+        together = asyncio.run(_answers(url, bodies, at_once=True, say=say))
     with ClusterProcess.start(config, None, lambda event: say(step(event))) as cluster:
-        asked = [
-            body if slo is None else {**body, "slo": slo}
-            for body, slo in zip(bodies, (SLOS[at % len(SLOS)] for at in range(len(bodies))), strict=True)
-        ]
-        got, facts = asyncio.run(_answers(cluster.base_url, asked, at_once=True, say=say))
-    return {**compared(expected, got), "happened": _happened(facts)}
+        slos = [SLOS[at % len(SLOS)] for at in range(len(bodies))]
+        asked = [body if slo is None else {**body, "slo": slo} for body, slo in zip(bodies, slos, strict=True)]
+        got = asyncio.run(_answers(cluster.base_url, asked, at_once=True, say=say))
+        facts = asyncio.run(_facts(cluster.base_url))
+    itself = compared(expected, together)["equal"]
+    return {**compared(expected, got), "vllm_equal_to_itself": itself, "happened": _happened(facts)}
 
 
 async def _answers(
     url: str, bodies: Sequence[Row], *, at_once: bool, say: Callable[[str], None]
-) -> tuple[list[list[int]], Row]:
-    """The tokens of every answer, and what the cluster says of itself then. Raises EngineError."""
+) -> list[list[int]]:
+    """The tokens of every answer. Raises EngineError for a failure."""
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=TIMEOUT_S, limits=limits) as client:
         done = 0
@@ -181,12 +182,17 @@ async def _answers(
             return list(response.json()["choices"][0]["token_ids"])
 
         if not at_once:
-            return [await one(body) for body in bodies], {}
+            return [await one(body) for body in bodies]
         tasks = []
         for body in bodies:
             tasks.append(asyncio.create_task(one(body)))
             await asyncio.sleep(GAP_S)
-        return await asyncio.gather(*tasks), await fetch_facts(client)
+        return await asyncio.gather(*tasks)
+
+
+async def _facts(url: str) -> Row:
+    async with httpx.AsyncClient(base_url=url, timeout=TIMEOUT_S) as client:
+        return await fetch_facts(client)
 
 
 def _happened(facts: Row) -> Row:
@@ -198,10 +204,11 @@ def _happened(facts: Row) -> Row:
 
 def _table(rows: Sequence[Row]) -> Table:
     table = Table(title="the same tokens as vLLM's own server", title_justify="left")
-    for heading in ("dtype", "equal", *rows[0]["happened"]):
+    for heading in ("dtype", "equal", "vLLM to itself", *rows[0]["happened"]):
         table.add_column(heading.replace("_", " "), justify="right")
     for row in rows:
-        table.add_row(row["dtype"], f"{row['equal']} of {row['prompts']}", *map(str, row["happened"].values()))
+        equal = [f"{row[key]} of {row['prompts']}" for key in ("equal", "vllm_equal_to_itself")]
+        table.add_row(row["dtype"], *equal, *map(str, row["happened"].values()))
     return table
 
 

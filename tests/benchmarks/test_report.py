@@ -367,11 +367,12 @@ def test_real_engines_have_their_ratios_loads_and_picture(tmp_path: Path) -> Non
 
 
 def test_equal_tokens_stand_beside_what_was_done_to_the_batches(tmp_path: Path) -> None:
-    row = {"dtype": "float32", "equal": 99, "prompts": 100, "happened": {"chunked": 1234, "local_prefills": 0}}
+    happened = {"chunked": 1234, "local_prefills": 0}
+    row = {"dtype": "float32", "equal": 99, "prompts": 100, "vllm_equal_to_itself": 98, "happened": happened}
     (tmp_path / "tokens.json").write_text(json.dumps({"rows": [row], "provenance": PROVENANCE}))
     made = page(read(tmp_path), tmp_path / "plots")
-    assert "|  | equal | chunked | local prefills |" in made
-    assert "| float32 | 99 of 100 | 1,234 | 0 |" in made
+    assert "|  | equal | vLLM to itself | chunked | local prefills |" in made
+    assert "| float32 | 99 of 100 | 98 of 100 | 1,234 | 0 |" in made
 
 
 def test_studies_have_their_tables_and_pictures(tmp_path: Path) -> None:
