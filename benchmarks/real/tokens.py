@@ -1,9 +1,9 @@
 """`slosserve bench tokens`: the same tokens as stock vLLM at temperature 0, whatever is done to a batch.
 
 Prompts are answered one at a time by vLLM's own server, all at once by it, for comparison, and all at once by
-our cluster of a prefill and a decode node with little memory, small batches and drafts: chunks, skips, preemptions, verified drafts and
-handoffs all happen, and are counted. In float32, and again in bfloat16, where two tokens may tie in one shape
-of a batch and not in another.
+our cluster of a prefill and a decode node with little memory, small batches and drafts: chunks, skips,
+preemptions, verified drafts and handoffs all happen, and are counted. In float32, and again in bfloat16, where
+two tokens may tie in one shape of a batch and not in another.
 """
 
 from __future__ import annotations
