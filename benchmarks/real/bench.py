@@ -72,6 +72,7 @@ class Bench:
         """One window, from the cache if it was measured before. Raises OutOfTime."""
         seconds = self.window_s or self.machine.seconds(cell, rate_per_s)
         key = [asdict(cell), asdict(system), asdict(tuning), self.model, round(rate_per_s, 6), seed, seconds]
+        key.append(self.profile.read_text(encoding="utf-8"))  # what is promised is counted by it
         code = fingerprint(system.ours)
         return self.cache.kept(
             key, lambda: self._measured(cell, system, tuning, rate_per_s, seconds, seed), code

@@ -23,7 +23,8 @@ from benchmarks.capacity import Point, capacity, spread
 from benchmarks.provenance import provenance
 from benchmarks.real.bench import Bench, OutOfTime
 from benchmarks.real.cells import ARRIVALS, DIVIDE, FURTHER, LAYOUTS, Cell
-from benchmarks.real.headline import headline, table
+from benchmarks.real.fingerprint import fingerprint
+from benchmarks.real.headline import headline, table, windows_table
 from benchmarks.real.predicted import SHARE, TUNING_SEED
 from benchmarks.real.systems import MODEL, RealSystem, systems
 from benchmarks.real.window import Row
@@ -92,7 +93,7 @@ def bench_real(
         raise typer.Exit(2) from error
     told = results.told(seeds)
     write(out, told)
-    console.print(table(told["rows"]))
+    console.print(windows_table(told["windows"]) if quick else table(told["rows"]))
     for key, value in told.items():
         if isinstance(value, float):
             console.print(f"{key}: {value:.3f}")
@@ -157,6 +158,7 @@ class _Results:
             return {"tuning": asdict(tuning), "knee": knee}
 
         key = ["expected", asdict(cell), asdict(system), self.bench.profile.read_text(encoding="utf-8")]
+        key.append(fingerprint(system.ours))  # beside the simulator's own
         found = self.bench.cache.kept(key, make)
         return Tuning(**found["tuning"]), float(found["knee"]) or self.bench.machine.guess(cell)
 
@@ -214,6 +216,10 @@ def crossing(points: Sequence[Point]) -> float:
 
 
 def _cells(scenarios: list[str] | None, engines: list[int] | None, quick: bool) -> list[Cell]:
+    known = sorted({name for names in LAYOUTS.values() for name in names})
+    strange = sorted(set(scenarios or ()) - set(known))
+    if strange:
+        raise ConfigError(f"no scenario {strange[0]!r}; there are {', '.join(known)}")
     if quick:
         return [Cell((scenarios or ["chatbot"])[0], 1)]
     unknown = sorted(set(engines or ()) - set(LAYOUTS))

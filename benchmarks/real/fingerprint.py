@@ -21,7 +21,9 @@ LOAD = (
     "benchmarks/real/window.py",
     "benchmarks/scenarios.py",
     "benchmarks/traffic.py",
+    "configs/colocated.yaml",
     "engine/score.py",
+    "kv_transfer/params.py",
 )
 PRODUCT = ("coordinator", "decode_node", "engine", "kv_transfer", "prefill_node")
 

@@ -28,7 +28,7 @@ def headline(rows: Sequence[Row], loads: Sequence[Row]) -> Row:
         "geomean_vs_stock_tuned": _geomean(tuned.values()),
         "worst_ratio": min(tuned.values(), default=None),
         "admitted_kept": min(kept, default=None),
-        "kept_at_twice": min((_over_capacity(row, loads) for row in twice), default=None),
+        "kept_at_twice": min(_known(_over_capacity(row, loads) for row in twice), default=None),
         "geomean_with_drafts": _geomean(drafting.values()),
         "ratios": {
             name: {f"{scenario} on {engines}": value for (scenario, engines), value in found.items()}
@@ -68,10 +68,35 @@ def table(rows: Sequence[Row]) -> Table:
     return shown
 
 
-def _over_capacity(row: Row, loads: Iterable[Row]) -> float:
+def windows_table(windows: Sequence[Row]) -> Table:
+    """Every window as it was measured, for the terminal."""
+    shown = Table(title="windows on real engines", title_justify="left")
+    for heading in ("scenario", "engines", "system", "requests/s", "kept", "simulator", "TTFT p50", "TPOT p50"):
+        shown.add_column(heading, justify="left" if heading in ("scenario", "system") else "right")
+    for row in windows:
+        kept, foreseen = row["attainment"], row["predicted"]["attainment"]
+        times = (row["ttft_s"]["p50"], row["tpot_s"]["p50"])
+        shown.add_row(
+            row["scenario"],
+            str(row["engines"]),
+            row["system"],
+            f"{row['rate_per_s']:.2f}",
+            "-" if kept is None else f"{kept:.1%}",
+            f"{foreseen:.1%}",
+            *("-" if seconds is None else f"{seconds * 1e3:.0f} ms" for seconds in times),
+        )
+    return shown
+
+
+def _over_capacity(row: Row, loads: Iterable[Row]) -> float | None:
+    """None where nothing was kept at capacity: there is nothing to compare with."""
     same = ("scenario", "engines", "system")
     (base,) = (one for one in loads if one["load"] == 1.0 and all(one[key] == row[key] for key in same))
-    return float(row["kept_per_s"] / base["kept_per_s"]) if base["kept_per_s"] else math.nan
+    return float(row["kept_per_s"] / base["kept_per_s"]) if base["kept_per_s"] else None
+
+
+def _known(values: Iterable[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
 
 
 def _geomean(values: Iterable[float]) -> float | None:
