@@ -5,7 +5,10 @@ Ours rides along as one more field of the agent's metadata, which vLLM's decoder
 
 from __future__ import annotations
 
+import sys
+import threading
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -41,6 +44,17 @@ def ask_peer(peer: PeerAddress, compat_hash: str, timeout_s: float) -> PeerMemor
     if _FIELD not in metadata:
         raise TransferError(f"engine {peer.engine_id} does not run our connector: it has no lease words")
     return PeerMemory(**metadata[_FIELD])
+
+
+def whereabouts(thread_name: str) -> str:
+    """What the threads whose names begin so are doing, for the message about a handshake that does not end."""
+    stacks = sys._current_frames()
+    innermost = [
+        f"{frame.f_code.co_name}, line {frame.f_lineno} of {Path(frame.f_code.co_filename).name}"
+        for thread in threading.enumerate()
+        if thread.name.startswith(thread_name) and (frame := stacks.get(thread.ident or 0)) is not None
+    ]
+    return "; ".join(innermost) or "no thread is at it"
 
 
 def _query(peer: PeerAddress, timeout_s: float) -> bytes:

@@ -17,7 +17,7 @@ from kv_transfer.base import PeerAddress, PullOutcome, TransferError
 from kv_transfer.nixl_agent import WatchedAgent, is_under_way, resting_progress
 from kv_transfer.nixl_checks import Verdict, WordChecks
 from kv_transfer.nixl_exchange import Exchange, HeldPull
-from kv_transfer.nixl_greeting import ask_peer, with_memory
+from kv_transfer.nixl_greeting import ask_peer, whereabouts, with_memory
 from kv_transfer.nixl_memory import PeerMemory
 from kv_transfer.params import DEFAULT_LEASE_S
 
@@ -171,10 +171,15 @@ class SlosPullWorker(NixlPullConnectorWorker):  # type: ignore[misc]
             handles = transfers.pop(key, None)
             if handles:
                 self._exchange.held[key] = HeldPull(handles)
-            what = "bytes were" if handles else "the check was" if key in self._checks else "the handshake was"
+            if handles:
+                what = "bytes were under way"
+            elif key in self._checks:
+                what = "the check was under way"
+            else:
+                what = f"the handshake was under way ({whereabouts('vllm-nixl-handshake-initiator')})"
             self._checks.abandon(key)
             # What failed before, and could not let go of its blocks, keeps its own reason.
-            self._why.setdefault(key, (PullOutcome.LATE, f"the deadline passed while {what} under way"))
+            self._why.setdefault(key, (PullOutcome.LATE, f"the deadline passed while {what}"))
             self._recv_failures.add(key)
 
     def _log_failure(self, failure_type: str, req_id: str | None, *args: Any, **kwargs: Any) -> None:
