@@ -86,7 +86,7 @@ def _ours(
         engines, others = cores_of(system.engines)
         everybody = [psutil.Process(pid) for pid in cluster.pids.values()]
         family = {one.pid for process in everybody for one in [process, *process.children(recursive=True)]}
-        started = Running((cluster.base_url,), False, _model(cluster.base_url), others)
+        started = Running((cluster.base_url,), False, served_model(cluster.base_url), others)
         _keep_apart(family, [int(node["pid"]) for node in started.nodes()], engines, others)
         yield started
 
@@ -106,7 +106,7 @@ def _stock(
         if len(found) != system.engines:
             raise EngineError(f"vLLM's servers have {len(found)} engine processes, not {system.engines}")
         _keep_apart({one.pid for one in children}, found, engines, others)
-        yield Running(tuple(targets), system.mode == "disaggregated", _model(targets[0]), others)
+        yield Running(tuple(targets), system.mode == "disaggregated", served_model(targets[0]), others)
 
 
 def _keep_apart(
@@ -136,7 +136,8 @@ def _title(process: psutil.Process) -> str:
         return ""
 
 
-def _model(base_url: str) -> str:
+def served_model(base_url: str) -> str:
+    """The name that clients use."""
     response = httpx.get(f"{base_url}/v1/models", timeout=TIMEOUT_S)
     response.raise_for_status()
     return str(response.json()["data"][0]["id"])

@@ -73,6 +73,27 @@ def same_tokens(file: Row, _: Path) -> list[str]:
     ]
 
 
+def same_goodput(file: Row, _: Path) -> list[str]:
+    """Whether vLLM's own client and our scorecard call the same requests good."""
+    rows = [
+        [
+            number(row["rate_per_s"]),
+            f"{row['requests']:,}",
+            *(f"{row[f'good_by_{side}']:,}" for side in ("client", "scorecard")),
+            percent(row["difference"], 1),
+        ]
+        for row in file["rows"]
+    ]
+    met = "met" if file["target"]["met"] else "missed"
+    slo = file["slo"]
+    return [
+        "`vllm.benchmarks.serve --goodput`, as vLLM ships it, asks our endpoint; the scorecard reads the same "
+        f"definition there (TTFT at most {slo['ttft_ms']:g} ms, mean TPOT at most {slo['tpot_ms']:g} ms, no "
+        f"tolerance). They are at most {percent(file['target']['at_most'], 0)} of the requests apart: {met}.",
+        table(["requests/s", "requests", "good by vLLM's client", "good by our scorecard", "apart"], rows),
+    ]
+
+
 def _target(target: tuple[str, str, str, float | None], file: Row) -> list[str]:
     name, key, words, least = target
     value = file[key]

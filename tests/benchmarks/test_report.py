@@ -375,6 +375,23 @@ def test_equal_tokens_stand_beside_what_was_done_to_the_batches(tmp_path: Path) 
     assert "| float32 | 99 of 100 | 98 of 100 | 1,234 | 0 |" in made
 
 
+def test_goodput_stands_as_both_sides_count_it(tmp_path: Path) -> None:
+    row = {
+        "rate_per_s": 4.5,
+        "requests": 200,
+        "good_by_client": 171,
+        "good_by_scorecard": 173,
+        "difference": 0.01,
+    }
+    target = {"at_most": 0.02, "met": True}
+    slo = {"ttft_ms": 400.0, "tpot_ms": 45.0}
+    file = {"rows": [row], "target": target, "slo": slo, "provenance": PROVENANCE}
+    (tmp_path / "goodput.json").write_text(json.dumps(file))
+    made = page(read(tmp_path), tmp_path / "plots")
+    assert "at most 2% of the requests apart: met" in made
+    assert "| 4.50 | 200 | 171 | 173 | 1.0% |" in made
+
+
 def test_studies_have_their_tables_and_pictures(tmp_path: Path) -> None:
     files: dict[str, Row] = {
         "ablation": ABLATION, "scaling": SCALING, "burst": BURST, "rebalance": REBALANCE, "fidelity": FIDELITY,
