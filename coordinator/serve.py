@@ -61,6 +61,7 @@ def node_spec(config: ClusterConfig, name: str, run_dir: Path) -> dict[str, Any]
             "max_batch_tokens": engine.max_batch_tokens,
             "enable_prefix_caching": engine.enable_prefix_caching,
             "speculative": engine.speculative,
+            "async_scheduling": engine.async_scheduling,
             "lease_s": config.transfer.lease_s,
             "pull_deadline_s": config.transfer.pull_deadline_s,
         },

@@ -1,4 +1,4 @@
-"""Random-weight models, made here: `tiny` for tests and the demo, `scale` for measurements.
+"""Random-weight models, made here: `tiny` for tests and the demo, `scale` and `llama-8b` for measurements.
 
 A model is made from its recipe (configs/models/NAME.yaml) with a fixed seed, so two machines get the same
 weights and the same tokenizer. It is written beside its final place and renamed, under a lock: a reader sees
@@ -28,13 +28,14 @@ from engine.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-MODEL_NAMES = ("tiny", "scale")
+MODEL_NAMES = ("tiny", "scale", "llama-8b")
 END_OF_TURN = "<|im_end|>"
 END_OF_TEXT = "<|endoftext|>"
 CONTROL_TOKENS = ("<|im_start|>", END_OF_TURN, END_OF_TEXT)
 # Parsers of reasoning and tool calls look for these in the text, so they are not dropped as control tokens.
 MARKUP_TOKENS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
 GENERATED_LINES = 4000
+NOT_OF_THE_SHAPE = ("description", "seed", "dtype", "spare_tokens", "weights")
 CONSTANT_CHANNEL = 0.5  # large beside the other channels of an embedding, so its share of the norm is steady
 
 CHAT_TEMPLATE = """\
@@ -71,7 +72,10 @@ To call one, answer with <tool_call>{"name": NAME, "arguments": ARGUMENTS}</tool
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What a model is made from. Field names are those of transformers' LlamaConfig where it has them."""
+    """What a model is made from. Field names are those of transformers' LlamaConfig where it has them.
+
+    `spare_tokens` of the vocabulary occur in no text. Without `weights` the engine makes up its own.
+    """
 
     description: str
     seed: int
@@ -84,6 +88,8 @@ class Recipe:
     intermediate_size: int
     max_position_embeddings: int
     initializer_range: float
+    spare_tokens: int
+    weights: bool
     quiet_weight: float  # head weight that lowers the logits of white space and of parts of characters
 
     @property
@@ -105,6 +111,15 @@ def load_recipe(name: str) -> Recipe:
         odd = ", ".join(sorted(set(values) ^ expected))
         raise ConfigError(f"configs/models/{name}.yaml: keys missing or unknown: {odd}")
     return Recipe(**values)
+
+
+def lacks_weights(folder: str) -> bool:
+    """Whether a model was made without weights, so that an engine has to make up its own."""
+    try:
+        made = json.loads((Path(folder) / "recipe.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return made.get("recipe", {}).get("weights") is False
 
 
 def resolve_model(name_or_path: str) -> str:
@@ -212,7 +227,7 @@ def _train_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=recipe.vocab_size - len(CONTROL_TOKENS) - len(MARKUP_TOKENS),
+        vocab_size=recipe.vocab_size - recipe.spare_tokens - len(CONTROL_TOKENS) - len(MARKUP_TOKENS),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -225,7 +240,7 @@ def _train_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
         model_max_length=recipe.max_position_embeddings,
         clean_up_tokenization_spaces=False,
     )
-    tokenizer.add_tokens(list(MARKUP_TOKENS))
+    tokenizer.add_tokens([*MARKUP_TOKENS, *(f"<spare-{number}>" for number in range(recipe.spare_tokens))])
     tokenizer.chat_template = CHAT_TEMPLATE
     # An id that the model can sample but the tokenizer does not know would break detokenisation.
     if len(tokenizer) != recipe.vocab_size:
@@ -239,7 +254,7 @@ def _save_weights(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, folder: Pa
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    shape = {key: value for key, value in asdict(recipe).items() if key not in ("description", "seed", "dtype")}
+    shape = {key: value for key, value in asdict(recipe).items() if key not in NOT_OF_THE_SHAPE}
     config = LlamaConfig(
         **shape,
         bos_token_id=tokenizer.convert_tokens_to_ids(END_OF_TEXT),
@@ -247,6 +262,10 @@ def _save_weights(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, folder: Pa
         pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=False,
     )
+    if not recipe.weights:
+        config.architectures, config.dtype = ["LlamaForCausalLM"], recipe.dtype
+        config.save_pretrained(folder)
+        return recipe.parameters
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         model = LlamaForCausalLM(config)

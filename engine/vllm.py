@@ -27,6 +27,7 @@ from engine.base import (
     Work,
 )
 from engine.errors import EngineError, EngineStartError, MissingHook, RequestError
+from engine.models import lacks_weights
 from engine.vllm_codec import (
     decode_output,
     decode_sampling,
@@ -411,6 +412,7 @@ def _engine_args(config: VllmEngineConfig, platform: Any) -> dict[str, Any]:
         "kv_cache_memory_bytes": config.kv_cache_bytes,
         "num_gpu_blocks_override": config.num_blocks,
         "speculative_config": config.speculative,
+        "load_format": "dummy" if lacks_weights(config.model) else None,
     }
     return {
         "model": config.model,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,16 @@ def test_imports_run_one_way(folder: str) -> None:
 def test_every_package_of_ours_is_listed() -> None:
     ours = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests"}
     assert ours == set(MAY_IMPORT)
+
+
+def test_an_installation_has_every_folder_with_code() -> None:
+    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    there = {
+        path.parent.relative_to(ROOT).as_posix().replace("/", ".")
+        for folder in MAY_IMPORT
+        for path in (ROOT / folder).rglob("__init__.py")
+    }
+    assert listed == there
 
 
 def test_a_planner_decides_without_clock_io_or_randomness() -> None:

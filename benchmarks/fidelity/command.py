@@ -25,7 +25,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from benchmarks.fidelity.compared import JUDGED, TARGET, Compared, within, write_series
-from benchmarks.fidelity.own_profile import profile_here
+from benchmarks.fidelity.own_profile import Here, profile_here
 from benchmarks.fidelity.real_node import RealNode, overheads
 from benchmarks.fidelity.twin import DIVIDE, Twin
 from benchmarks.provenance import provenance
@@ -76,7 +76,9 @@ def fidelity(
             bar = progress.add_task("starting", total=seconds * len(rate or SHARES))
             shown = _Shown(progress, bar)
             settings = load_config(config, OVERRIDES)
-            profile = profile_here(settings, step_profile, out.parent, profile_minutes, shown.say)
+            profile = profile_here(
+                settings, step_profile, Here.processor(out.parent), profile_minutes, shown.say
+            )
             settings = load_config(config, {**OVERRIDES, "engine.step_profile": str(profile)})
             result = _measure(settings, rate, seconds, host_ms, latency_ms, seed, shown, requests_out)
             result["facts"]["step_profile"] = _about(StepProfile.load(profile))

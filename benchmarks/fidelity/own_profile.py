@@ -9,7 +9,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from benchmarks.provenance import provenance
 from coordinator.config import ClusterConfig
@@ -20,11 +22,25 @@ from engine.profile import StepProfile
 CLI = [sys.executable, "-c", "from coordinator.cli import main; main()", "profile"]
 
 
+@dataclass(frozen=True, slots=True)
+class Here:
+    """A device, by its name, and where a profile of it and the rows behind that are left."""
+
+    device: str
+    profiles: Path
+    rows: Path
+
+    @classmethod
+    def processor(cls, folder: Path) -> Self:
+        """The processor of this machine; everything is left in one folder."""
+        return cls(str(provenance(0)["hardware"]["cpu"]), folder, folder)
+
+
 def profile_here(
-    config: ClusterConfig, given: str | None, folder: Path, minutes: float, tell: Callable[[str], None]
+    config: ClusterConfig, given: str | None, here: Here, minutes: float, tell: Callable[[str], None]
 ) -> Path:
-    """The profile that is given; else the one that ships for the model, if it is of this processor and as many
-    threads; else a new one, measured in about `minutes` and left in `folder`.
+    """The profile that is given; else the one that ships for the model, if it is of this device and as many
+    threads; else a new one, measured in about `minutes`.
 
     Raises ConfigError for an unknown name, EngineStartError.
     """
@@ -33,20 +49,21 @@ def profile_here(
         known = find_profile(given, model)
     except ValueError as error:
         raise ConfigError(f"--step-profile: {error}") from error
-    if known is not None and (given is not None or _is_of_here(StepProfile.load(known), engine.env)):
+    if known is not None and (given is not None or _is_of(here, StepProfile.load(known), engine.env)):
         return known
-    rows, fitted = folder / f"{model}-steps.csv.gz", folder / f"{model}-profile.json"
-    tell(f"measuring the steps of {model} on this processor, about {minutes:g} minutes")
+    rows = here.rows / f"{model}-steps.csv.gz"
+    fitted = here.profiles / (f"{model}-profile.json" if here.profiles == here.rows else f"{model}.json")
+    tell(f"measuring the steps of {model} on {here.device}, about {minutes:g} minutes")
     sizes = ["--minutes", str(minutes), "--max-batch-tokens", str(engine.max_batch_tokens)]
     _run(engine.env, "run", "--model", model, "--out", str(rows), *sizes, "--json")
     _run(engine.env, "fit", "--steps", str(rows), "--out", str(fitted), "--json")
     return fitted.resolve()
 
 
-def _is_of_here(profile: StepProfile, env: Mapping[str, str]) -> bool:
+def _is_of(here: Here, profile: StepProfile, env: Mapping[str, str]) -> bool:
     threads = f"{env['OMP_NUM_THREADS']} threads" if "OMP_NUM_THREADS" in env else ""
     measured_on = profile.about.get("hardware", "")
-    return measured_on.startswith(str(provenance(0)["hardware"]["cpu"])) and measured_on.endswith(threads)
+    return measured_on.startswith(here.device) and measured_on.endswith(threads)
 
 
 def _run(env: Mapping[str, str], *arguments: str) -> None:

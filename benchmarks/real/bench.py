@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Self
 
 from benchmarks.capacity import Cache
-from benchmarks.fidelity.own_profile import profile_here
+from benchmarks.fidelity.own_profile import Here, profile_here
 from benchmarks.hardware import hardware
 from benchmarks.real.cells import Cell
 from benchmarks.real.fingerprint import fingerprint
 from benchmarks.real.predicted import TUNING_SEED, Machine
 from benchmarks.real.running import Running, running
-from benchmarks.real.systems import KV_GIB, RealSystem, configuration, systems
+from benchmarks.real.site import Site
+from benchmarks.real.systems import RealSystem, configuration, systems
 from benchmarks.real.window import Row, measure, predicted
 from benchmarks.simulator.systems import Tuning
 
@@ -49,7 +50,8 @@ class Bench:
     @classmethod
     def of(
         cls,
-        model: str,
+        site: Site,
+        model: str | None,
         step_profile: str | None,
         profile_minutes: float,
         folder: Path,
@@ -58,22 +60,25 @@ class Bench:
     ) -> Self:
         """For `model` on this machine, whose steps are measured first where no profile of them is at hand.
 
-        Raises ConfigError for an unknown profile or model, EngineStartError.
+        Raises ConfigError for an unknown profile or model, or no device of the site, EngineStartError.
         """
         folder.mkdir(parents=True, exist_ok=True)
+        model = model or site.model
         any_system = systems(1)[0]
-        base = configuration(any_system, any_system.defaults, model, None)
-        profile = profile_here(base, step_profile, folder, profile_minutes, say)
+        base = configuration(site, any_system, any_system.defaults(site), model, None)
+        here = Here(site.devices()[0], site.profiles(folder), folder)
+        profile = profile_here(base, step_profile, here, profile_minutes, say)
         known = hardware(profile, kv_tokens=1, max_batch_tokens=base.engine.max_batch_tokens)
-        kv_tokens = int(KV_GIB * 2**30 / known.kv_bytes_per_token)
-        return cls(Machine(replace(known, kv_tokens=kv_tokens)), model, profile, folder, Cache(cache), say)
+        kv_tokens = int(site.kv_gib * 2**30 / known.kv_bytes_per_token)
+        machine = Machine(replace(known, kv_tokens=kv_tokens), site)
+        return cls(machine, model, profile, folder, Cache(cache), say)
 
     def window(self, cell: Cell, system: RealSystem, tuning: Tuning, rate_per_s: float, seed: int) -> Row:
         """One window, from the cache if it was measured before. Raises OutOfTime."""
         seconds = self.window_s or self.machine.seconds(cell, rate_per_s)
         key = [asdict(cell), asdict(system), asdict(tuning), self.model, round(rate_per_s, 6), seed, seconds]
         key.append(self.profile.read_text(encoding="utf-8"))  # what is promised is counted by it
-        code = fingerprint(system.ours)
+        code = fingerprint(system.ours, self.machine.site)
         return self.cache.kept(
             key, lambda: self._measured(cell, system, tuning, rate_per_s, seconds, seed), code
         )
@@ -88,7 +93,7 @@ class Bench:
     ) -> Row:
         if time.monotonic() > self.ends_s:
             raise OutOfTime
-        workload = cell.workload(rate_per_s, seconds, seed)
+        workload = cell.workload(self.machine.site, rate_per_s, seconds, seed)
         slos = self.machine.promises(workload)
         text = f"{cell.text}: {system.label}, {rate_per_s:.2f} req/s, seed {seed}"
         started = self._running(cell, system, tuning)
@@ -114,10 +119,11 @@ class Bench:
         key = (system, tuning)
         if self._started is None or self._started[0] != key:
             self.close()
-            config = configuration(system, tuning, self.model, self.profile)
+            site = self.machine.site
+            config = configuration(site, system, tuning, self.model, self.profile)
             self.say(f"starting {system.label}")
-            started = self._stack.enter_context(running(system, config, self.folder, self.say))
-            workload = cell.workload(WARM_UP_RATE, WARM_UP_S, TUNING_SEED)
+            started = self._stack.enter_context(running(site, system, config, self.folder, self.say))
+            workload = cell.workload(site, WARM_UP_RATE, WARM_UP_S, TUNING_SEED)
             slos = self.machine.promises(workload)
             measure(started, system, self.model, workload, slos, TUNING_SEED, self.folder, lambda _: None)
             self._started = key, started

@@ -1,4 +1,4 @@
-"""What is served on real engines: scenarios with lengths that fit the scale model, smooth or in bursts."""
+"""What is served on real engines: scenarios with lengths that fit the model, smooth or in bursts."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from benchmarks.real.site import Site
 from benchmarks.scenarios import make
 from benchmarks.workload import Workload
 from engine.request import Slo
 
-DIVIDE = 6.0  # the scale model prefills at about a sixth of an A100's speed
-FURTHER = {"reasoning": 5.0}  # outputs of 5,500 tokens make windows of a quarter of an hour; so 180
 LEAST_SECONDS, MOST_SECONDS = 90.0, 300.0
 RESIDENCES = 10.0  # a window lasts as many times as long as a request does
 LEAST_REQUESTS = 60  # and as long as it takes for so many to come: one of ten may miss
@@ -43,11 +42,11 @@ class Cell:
         """For people."""
         return f"{self.scenario} on {self.engines}"
 
-    def workload(self, rate_per_s: float, seconds: float, seed: int) -> Workload:
+    def workload(self, site: Site, rate_per_s: float, seconds: float, seed: int) -> Workload:
         """Requests for `seconds`, all engines together."""
         arrivals = ARRIVALS[self.scenario]
-        made = make(self.scenario, rate_per_s, seconds, seed, divide=DIVIDE, arrivals=arrivals)
-        return _shorter(made, FURTHER.get(self.scenario, 1.0))
+        made = make(self.scenario, rate_per_s, seconds, seed, divide=site.divide, arrivals=arrivals)
+        return _shorter(made, site.further.get(self.scenario, 1.0))
 
 
 def window_s(workload: Workload, slos: Sequence[Slo], rate_per_s: float) -> float:

@@ -22,11 +22,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from benchmarks.capacity import Point, capacity, spread
 from benchmarks.provenance import provenance
 from benchmarks.real.bench import Bench, OutOfTime
-from benchmarks.real.cells import ARRIVALS, DIVIDE, FURTHER, LAYOUTS, Cell
+from benchmarks.real.cells import ARRIVALS, LAYOUTS, Cell
 from benchmarks.real.fingerprint import fingerprint
 from benchmarks.real.headline import headline, table, windows_table
 from benchmarks.real.predicted import SHARE, TUNING_SEED
-from benchmarks.real.systems import MODEL, RealSystem, systems
+from benchmarks.real.site import CPU, GPU
+from benchmarks.real.systems import RealSystem, systems
 from benchmarks.real.window import Row
 from benchmarks.simulator.outcome import WARM_UP_SHARE
 from benchmarks.simulator.systems import Tuning
@@ -50,7 +51,13 @@ def bench_real(
     minutes: Annotated[float | None, typer.Option(min=1, help="Begin no window after so long.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Chatbot on one engine at three rates.")] = False,
     window_s: Annotated[float | None, typer.Option(min=1, help="Shorter windows, for a look.")] = None,
-    model: Annotated[str, typer.Option(help="Of `slosserve model make`.")] = MODEL,
+    gpu: Annotated[
+        bool, typer.Option("--gpu", help="An engine per GPU, not per core; lengths undivided.")
+    ] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Of `slosserve model make`.", show_default=f"{CPU.model}, or {GPU.model} on GPUs"),
+    ] = None,
     step_profile: Annotated[
         str | None, typer.Option(help="Of the model here; else one that fits, or measured first.")
     ] = None,
@@ -60,7 +67,8 @@ def bench_real(
 ) -> None:
     """Measure what real engines keep of their promises, under ours and as vLLM ships them.
 
-    What was measured before is not measured again: give --minutes, and call it again to go on.
+    What was measured before is not measured again: give --minutes, and call it again to go on. On GPUs the
+    profile of their steps is left in configs/profiles.
 
     Example: slosserve bench real --scenario chatbot --engines 1 --minutes 60
     """
@@ -68,14 +76,17 @@ def bench_real(
     began_s = time.monotonic()
     columns = (TextColumn("[progress.description]{task.description}"), BarColumn(), TimeElapsedColumn())
     try:
-        cells = _cells(scenario, engines, quick)
+        site = GPU if gpu else CPU
+        cells = [one for one in _cells(scenario, engines, quick) if one.engines <= len(site.devices())]
+        if not cells:
+            raise ConfigError(f"too few devices here for --engines {engines}: {', '.join(site.devices())}")
         with Progress(*columns, console=console, refresh_per_second=1) as progress:
             bar = progress.add_task("starting", total=None)
 
             def say(text: str) -> None:
                 progress.update(bar, description=text)
 
-            bench = Bench.of(model, step_profile, profile_minutes, out.parent, cache, say)
+            bench = Bench.of(site, model, step_profile, profile_minutes, out.parent, cache, say)
             bench.window_s = window_s
             bench.ends_s = math.inf if minutes is None else began_s + 60 * minutes
             results = _Results(bench, tuple(range(1, seeds + 1)), quick)
@@ -133,14 +144,17 @@ class _Results:
         return {**headline(self.rows, self.loads), **self._method(seeds), "provenance": about}
 
     def _method(self, seeds: int) -> Row:
+        site = self.bench.machine.site
         method = {
             "model": self.bench.model,
+            "site": site.name,
+            "devices": site.devices(),
             "step_profile": self.bench.profile.name,
             "share": SHARE,
             "seeds": seeds,
             "tuning_seed": TUNING_SEED,
-            "lengths_divided_by": DIVIDE,
-            "outputs_divided_further_by": FURTHER,
+            "lengths_divided_by": site.divide,
+            "outputs_divided_further_by": dict(site.further),
             "arrivals": ARRIVALS,
             "share_not_counted": WARM_UP_SHARE,
             "rates_apart": STEP,
@@ -153,12 +167,12 @@ class _Results:
 
         def make() -> Row:
             machine = self.bench.machine
-            tuning = machine.tuned(cell, system) if system.tuned else system.defaults
+            tuning = machine.tuned(cell, system) if system.tuned else system.defaults(machine.site)
             knee = machine.knee(cell, system, tuning, TUNING_SEED, machine.guess(cell))
             return {"tuning": asdict(tuning), "knee": knee}
 
         key = ["expected", asdict(cell), asdict(system), self.bench.profile.read_text(encoding="utf-8")]
-        key.append(fingerprint(system.ours))  # beside the simulator's own
+        key.append(fingerprint(system.ours, self.bench.machine.site))  # beside the simulator's own
         found = self.bench.cache.kept(key, make)
         return Tuning(**found["tuning"]), float(found["knee"]) or self.bench.machine.guess(cell)
 

@@ -10,6 +10,7 @@ import numpy as np
 from benchmarks.capacity import PRECISION, Point, capacity
 from benchmarks.hardware import Hardware
 from benchmarks.real.cells import Cell, window_s
+from benchmarks.real.site import Site
 from benchmarks.real.systems import RealSystem
 from benchmarks.simulator.outcome import Outcome
 from benchmarks.simulator.run import promises, run
@@ -22,7 +23,6 @@ TUNING_SEED = 0
 CAPS = (16, 32, 64, 128, 256)
 SAMPLE_S = 60.0
 ACCEPTANCE = 0.8  # about what n-gram drafts have on a model that repeats itself
-BLOCK_TOKENS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,7 @@ class Machine:
     """The engines of this machine, as the simulator knows them."""
 
     hardware: Hardware
+    site: Site
 
     def promises(self, workload: Workload) -> list[Slo]:
         """The same for every system: from the step times that were measured beforehand."""
@@ -37,7 +38,7 @@ class Machine:
 
     def seconds(self, cell: Cell, rate_per_s: float) -> float:
         """How long a window of this cell is at this rate."""
-        sample = cell.workload(10.0, SAMPLE_S, TUNING_SEED)
+        sample = cell.workload(self.site, 10.0, SAMPLE_S, TUNING_SEED)
         return window_s(sample, self.promises(sample), rate_per_s)
 
     def serve(
@@ -55,7 +56,7 @@ class Machine:
             roles_for(system.mode, system.engines, tuning.prefill, tuning.decode),
             replace(tuning, draft_tokens=0 if system.ours else system.drafts),
             ACCEPTANCE if system.drafts else None,
-            block_tokens=BLOCK_TOKENS,
+            block_tokens=self.site.block_tokens,
             one_node=system.mode == "colocated",
         )
         return run(workload, deployment, seed=seed, stop_below=stop_below)
@@ -66,7 +67,7 @@ class Machine:
 
     def tuned(self, cell: Cell, system: RealSystem) -> Tuning:
         """The budget and then the batch cap with the highest knee, on a seed that is not reported."""
-        best, most = system.defaults, 0.0
+        best, most = system.defaults(self.site), 0.0
         guess = self.guess(cell)
         tried: Sequence[tuple[str, tuple[int, ...]]] = (("token_budget", BUDGETS), ("max_seqs", CAPS))
         for field, values in tried:
@@ -79,7 +80,7 @@ class Machine:
 
     def guess(self, cell: Cell) -> float:
         """Requests a second that the engines of a cell are about busy with: where a search may begin."""
-        some, cost = cell.workload(10.0, SAMPLE_S, TUNING_SEED), self.hardware.cost
+        some, cost = cell.workload(self.site, 10.0, SAMPLE_S, TUNING_SEED), self.hardware.cost
         prompt, output = float(some.prompt_tokens.mean()), float(some.output_tokens.mean())
         seqs = 16
         step_s = cost.predict(seqs, seqs=seqs, context_tokens=int(seqs * (prompt + output / 2)))
@@ -89,7 +90,7 @@ class Machine:
     def _at(self, cell: Cell, system: RealSystem, tuning: Tuning, seed: int) -> Callable[[float], Point]:
 
         def at(rate_per_s: float) -> Point:
-            workload = cell.workload(rate_per_s, self.seconds(cell, rate_per_s), seed)
+            workload = cell.workload(self.site, rate_per_s, self.seconds(cell, rate_per_s), seed)
             out = self.serve(system, tuning, workload, seed, stop_below=SHARE)
             return Point(rate_per_s, workload.rate_per_s, out.attainment, out.drained, {})
 

@@ -17,6 +17,7 @@ import psutil
 from benchmarks.cluster_facts import TIMEOUT_S, Facts
 from benchmarks.own_server import own_server
 from benchmarks.real.client import Job, Seen
+from benchmarks.real.site import Site
 from benchmarks.real.systems import RealSystem
 from benchmarks.startup import step
 from coordinator.config import ClusterConfig
@@ -62,28 +63,32 @@ class Running:
 
 @contextmanager
 def running(
-    system: RealSystem, config: ClusterConfig, logs: Path, tell: Callable[[str], None]
+    site: Site, system: RealSystem, config: ClusterConfig, logs: Path, tell: Callable[[str], None]
 ) -> Iterator[Running]:
     """Start it; everything ends with the block."""
-    with (_ours if system.ours else _stock)(system, config, logs, tell) as started:
+    with (_ours if system.ours else _stock)(site, system, config, logs, tell) as started:
         yield started
 
 
-def cores_of(engines: int) -> tuple[tuple[tuple[int, ...], ...], tuple[int, ...]]:
-    """The core of each engine, and those of everything else: all of them, if none would be left."""
+def cores_of(engines: int, each: int = 1) -> tuple[tuple[tuple[int, ...], ...], tuple[int, ...]]:
+    """The cores of each engine, and those of everything else: all of them, if none would be left.
+
+    An engine has fewer than `each` where there are too few of them.
+    """
     cores = sorted(os.sched_getaffinity(0))
-    own = tuple((core,) for core in cores[-engines:])
-    return own, tuple(cores[:-engines]) or tuple(cores)
+    each = max(min(each, (len(cores) - 1) // engines), 1)
+    own = tuple(tuple(cores[len(cores) - each * (at + 1) :][:each]) for at in reversed(range(engines)))
+    return own, tuple(cores[: -engines * each]) or tuple(cores)
 
 
 @contextmanager
 def _ours(
-    system: RealSystem, config: ClusterConfig, logs: Path, tell: Callable[[str], None]
+    site: Site, system: RealSystem, config: ClusterConfig, logs: Path, tell: Callable[[str], None]
 ) -> Iterator[Running]:
     from coordinator.cluster_process import ClusterProcess
 
     with ClusterProcess.start(config, None, lambda event: tell(step(event))) as cluster:
-        engines, others = cores_of(system.engines)
+        engines, others = cores_of(system.engines, site.engine_cores)
         everybody = [psutil.Process(pid) for pid in cluster.pids.values()]
         family = {one.pid for process in everybody for one in [process, *process.children(recursive=True)]}
         started = Running((cluster.base_url,), False, served_model(cluster.base_url), others)
@@ -93,14 +98,15 @@ def _ours(
 
 @contextmanager
 def _stock(
-    system: RealSystem, config: ClusterConfig, logs: Path, tell: Callable[[str], None]
+    site: Site, system: RealSystem, config: ClusterConfig, logs: Path, tell: Callable[[str], None]
 ) -> Iterator[Running]:
     with ExitStack() as stack:
         targets = []
         for number in range(system.engines):
             tell(f"vLLM's own server, {number + 1} of {system.engines}")
-            targets.append(stack.enter_context(own_server(config, logs / f"vllm-{number}.log")))
-        engines, others = cores_of(system.engines)
+            server = own_server(config, logs / f"vllm-{number}.log", site.environment(number))
+            targets.append(stack.enter_context(server))
+        engines, others = cores_of(system.engines, site.engine_cores)
         children = psutil.Process().children(recursive=True)
         found = sorted(one.pid for one in children if ENGINE_TITLE in _title(one))
         if len(found) != system.engines:

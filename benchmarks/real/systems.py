@@ -7,14 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.real.site import Site
 from benchmarks.simulator.systems import OURS_NAME, Tuning
 from coordinator.config import ClusterConfig, load_config
 from engine.errors import ConfigError
 
-MODEL = "scale"
-KV_GIB = 0.25  # 21,000 tokens: as many requests fit at a time as lengths divided by six leave on 40 GB
-STOCK_DEFAULTS = Tuning(token_budget=2048, max_seqs=256)  # vLLM's own, online
-OUR_DEFAULTS = Tuning(token_budget=2048, max_seqs=64)
 FLOORS = ("chatbot", "coder", "summarizer", "tool", "reasoning")
 
 
@@ -40,10 +37,9 @@ class RealSystem:
         """Whether our planner is in charge."""
         return self.design == OURS_NAME
 
-    @property
-    def defaults(self) -> Tuning:
+    def defaults(self, site: Site) -> Tuning:
         """As it comes, in the words of the simulator."""
-        base = OUR_DEFAULTS if self.ours else STOCK_DEFAULTS
+        base = site.our_defaults if self.ours else site.stock_defaults
         return replace(base, prefill=1, decode=1) if self.mode == "disaggregated" else base
 
 
@@ -74,7 +70,9 @@ def systems(engines: int, names: list[str] | None = None, *, drafting: bool = Tr
     return [one for one in chosen if drafting or not one.drafts]
 
 
-def configuration(system: RealSystem, tuning: Tuning, model: str, profile: Path | None) -> ClusterConfig:
+def configuration(
+    site: Site, system: RealSystem, tuning: Tuning, model: str, profile: Path | None
+) -> ClusterConfig:
     """Of our cluster, or of the engines of stock vLLM: the same arguments for both."""
     pools = {"mixed": system.engines, "prefill": 0, "decode": 0}
     if system.mode == "disaggregated":
@@ -84,7 +82,7 @@ def configuration(system: RealSystem, tuning: Tuning, model: str, profile: Path 
         "model": model,
         "dtype": "auto",
         "endpoint.port": 0,
-        "engine.kv_cache_gib": KV_GIB,
+        "engine.kv_cache_gib": site.kv_gib,
         "engine.max_num_seqs": tuning.max_seqs,
         "engine.max_batch_tokens": tuning.token_budget,
         "planner.pairs": system.mode != "colocated",
@@ -101,4 +99,4 @@ def configuration(system: RealSystem, tuning: Tuning, model: str, profile: Path 
             "prompt_lookup_max": 4,
             "prompt_lookup_min": 2,
         }
-    return load_config("colocated", overrides)
+    return load_config(site.config, overrides)

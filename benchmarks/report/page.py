@@ -69,6 +69,7 @@ STUDIES = (
     Study("demo", "The demo", "slosserve demo", studies.demo),
 )
 REAL = Study("real", "Real engines", "slosserve bench real", real)
+REAL_GPU = Study("real_gpu", "Real engines on GPUs", "make bench-gpu", real)
 TRUST = (
     Study("fidelity", "The simulator against a real node", "slosserve bench fidelity", studies.fidelity),
     Study(
@@ -87,6 +88,10 @@ of vLLM, Sarathi-Serve and DistServe (nobody ships Sarathi-EDF). A figure is the
 the most of them in brackets; the best of a column is bold. Ours, where one figure stands for it, is its best
 mode."""
 MISSING = "*Not run: `{command}` makes `{file}`.*"
+NO_GPU = (
+    "No figure on this page was measured on a GPU by us. Where a table names one, step times of it that others "
+    "have published or measured drive the simulator."
+)
 
 
 def report(
@@ -121,7 +126,7 @@ def report(
 
 def commands() -> dict[str, str]:
     """What makes each file."""
-    return {"capacity": CAPACITY, **{one.name: one.command for one in (REAL, *STUDIES, *TRUST)}}
+    return {"capacity": CAPACITY, **{one.name: one.command for one in (REAL, REAL_GPU, *STUDIES, *TRUST)}}
 
 
 def read(folder: Path) -> dict[str, Row]:
@@ -149,6 +154,9 @@ def page(files: Mapping[str, Row], plots: Path) -> str:
     parts = ["# Results", INTRODUCTION]
     parts += _guarded("capacity", CAPACITY, lambda: list(_capacity(files.get("capacity"), plots)))
     parts += _study(REAL, files.get(REAL.name), plots, "##")
+    parts += _study(REAL_GPU, files.get(REAL_GPU.name), plots, "##")
+    if REAL_GPU.name not in files:
+        parts.append(NO_GPU)
     parts += ["## Side studies"]
     for study in STUDIES:
         parts += _study(study, files.get(study.name), plots)

@@ -22,13 +22,8 @@ FAMILY = {"distserve": "distserve", "sarathi": "vllm", "ours": "ours"}
 
 def real(file: Row, plots: Path) -> list[str]:
     """From the headline to every load."""
-    method = file["method"]
     parts = [
-        f"vLLM engines with the `{method['model']}` model, each on a core of its own, asked over HTTP by a "
-        f"client in a process of its own; lengths divided by {method['lengths_divided_by']:g}. Latency counts "
-        "from when a request should have been sent. Half of the scenarios come smoothly, half in bursts "
-        "(gamma, CV 3). Nothing is drafted unless it says so. Two engines on two cores leave none to client "
-        "and endpoint: there only ratios count.",
+        _setting(file["method"]),
         table(["geometric mean of ours", "figure", "target", ""], list(map(_target, TARGETS, [file] * 3))),
         _kept(file),
         table(
@@ -48,8 +43,9 @@ def real(file: Row, plots: Path) -> list[str]:
         ]
         parts.append(table(headings, [_load(row) for row in file["loads"]]))
     if file["windows"]:
-        draw_lines(plots / "real.png", _panels(file["windows"]), "Real engines: promises kept over the rate")
-        parts.append(image("results/plots/real.png", "attainment against rate on real engines, by scenario"))
+        name = f"{_name(file)}.png"
+        draw_lines(plots / name, _panels(file["windows"]), "Real engines: promises kept over the rate")
+        parts.append(image(f"results/plots/{name}", "attainment against rate on real engines, by scenario"))
     return parts
 
 
@@ -92,6 +88,26 @@ def same_goodput(file: Row, _: Path) -> list[str]:
         f"tolerance). They are at most {percent(file['target']['at_most'], 0)} of the requests apart: {met}.",
         table(["requests/s", "requests", "good by vLLM's client", "good by our scorecard", "apart"], rows),
     ]
+
+
+def _name(file: Row) -> str:
+    return "real_gpu" if file["method"].get("site") == "gpu" else "real"
+
+
+def _setting(method: Row) -> str:
+    if method.get("site") == "gpu":
+        where = f"a GPU of its own ({', '.join(sorted(set(method['devices'])))})"
+        lengths = "lengths as they are"
+    else:
+        where, lengths = "a core of its own", f"lengths divided by {method['lengths_divided_by']:g}"
+    text = (
+        f"vLLM engines with the `{method['model']}` model, each on {where}, asked over HTTP by a client in a "
+        f"process of its own; {lengths}. Latency counts from when a request should have been sent. Half of the "
+        "scenarios come smoothly, half in bursts (gamma, CV 3). Nothing is drafted unless it says so."
+    )
+    if method.get("site") != "gpu":
+        text += " Two engines on two cores leave none to client and endpoint: there only ratios count."
+    return text
 
 
 def _target(target: tuple[str, str, str, float | None], file: Row) -> list[str]:

@@ -40,7 +40,6 @@ def front_arguments(config: ClusterConfig, model: str, port: int) -> list[str]:
         f"--port={port}",
         f"--max-num-seqs={engine.max_num_seqs}",
         f"--max-num-batched-tokens={engine.max_batch_tokens}",
-        "--enforce-eager",
         "--generation-config=vllm",
         '--structured-outputs-config={"backend": "xgrammar", "disable_any_whitespace": true}',
         "--enable-prompt-tokens-details",
@@ -108,7 +107,8 @@ def _front(config: ClusterConfig, port: int) -> tuple[Namespace, Any]:
     from engine.models import resolve_model
 
     parser = make_arg_parser(FlexibleArgumentParser())
-    args = parser.parse_args(front_arguments(config, resolve_model(config.model), port))
+    # No engine is here: what one would compile need not be worked out.
+    args = parser.parse_args([*front_arguments(config, resolve_model(config.model), port), "--enforce-eager"])
     engine_args = AsyncEngineArgs.from_cli_args(args)
     return args, engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER)
 

@@ -169,7 +169,7 @@ def test_the_profile_that_ships_is_taken_on_its_own_processor_only(
 
     def on(processor: str) -> Path:
         monkeypatch.setattr(own_profile, "provenance", lambda seed: {"hardware": {"cpu": processor}})
-        return own_profile.profile_here(CONFIG, None, tmp_path, 2.0, said.append)
+        return own_profile.profile_here(CONFIG, None, own_profile.Here.processor(tmp_path), 2.0, said.append)
 
     shipped = on("Intel(R) Xeon(R) Processor")
     assert shipped.name == "scale.json"
@@ -178,6 +178,9 @@ def test_the_profile_that_ships_is_taken_on_its_own_processor_only(
     assert [arguments[0] for _, arguments in ran] == ["run", "fit"]
     assert ran[0][0]["OMP_NUM_THREADS"] == "1"  # as many threads as the node will have
     assert said
-    assert own_profile.profile_here(CONFIG, str(shipped), tmp_path, 2.0, said.append) == shipped
+    assert (
+        own_profile.profile_here(CONFIG, str(shipped), own_profile.Here.processor(tmp_path), 2.0, said.append)
+        == shipped
+    )
     with pytest.raises(ConfigError, match="--step-profile"):
-        own_profile.profile_here(CONFIG, "nowhere.json", tmp_path, 2.0, said.append)
+        own_profile.profile_here(CONFIG, "nowhere.json", own_profile.Here.processor(tmp_path), 2.0, said.append)

@@ -14,9 +14,11 @@ import pytest
 from sse_server import SseServer
 from sse_server import running as serving
 
+from benchmarks import own_server
 from benchmarks.capacity import Cache, Point
 from benchmarks.hardware import hardware
 from benchmarks.real import bench as bench_module
+from benchmarks.real import running as running_module
 from benchmarks.real.bench import Bench, OutOfTime
 from benchmarks.real.cells import ARRIVALS, LAYOUTS, LEAST_SECONDS, Cell
 from benchmarks.real.client import NO_ANSWER, Job, Seen, run
@@ -24,13 +26,14 @@ from benchmarks.real.command import crossing
 from benchmarks.real.headline import headline, ratios
 from benchmarks.real.predicted import SHARE, Machine
 from benchmarks.real.running import Running, cores_of
+from benchmarks.real.site import CPU, GPU
 from benchmarks.real.systems import SYSTEMS, configuration, systems
 from benchmarks.real.window import measure, summary
 from benchmarks.workload import Workload
 from engine.errors import ConfigError
 from engine.request import Slo
 
-MACHINE = Machine(hardware("scale"))
+MACHINE = Machine(hardware("scale"), CPU)
 CHAT = Cell("chatbot", 1)
 
 
@@ -54,7 +57,7 @@ def _job(targets: list[str], **changed: Any) -> Job:
 
 
 def _workload(rate: float = 2.0, seconds: float = 30.0) -> tuple[Workload, list[Slo]]:
-    workload = CHAT.workload(rate, seconds, 1)
+    workload = CHAT.workload(CPU, rate, seconds, 1)
     return workload, MACHINE.promises(workload)
 
 
@@ -133,7 +136,7 @@ def test_windows_are_long_enough_for_requests_and_for_many_of_them() -> None:
 
 
 def test_thinking_is_scaled_to_fit_and_an_answer_stays() -> None:
-    workload = Cell("reasoning", 1).workload(2.0, 60.0, 1)
+    workload = Cell("reasoning", 1).workload(CPU, 2.0, 60.0, 1)
     assert (workload.thinking_tokens < workload.output_tokens).all()
     assert (workload.output_tokens <= workload.max_tokens).all()
     assert len(set(workload.max_tokens.tolist())) == 1  # it tells of no single output
@@ -169,7 +172,7 @@ def test_a_window_is_measured_once_and_none_begins_when_time_is_up(
     started: list[str] = []
 
     @contextmanager
-    def fake(system: Any, *_: Any) -> Iterator[Running]:
+    def fake(_site: Any, system: Any, *_: Any) -> Iterator[Running]:
         started.append(system.name)
         yield Running((), False, "m", ())
 
@@ -182,14 +185,14 @@ def test_a_window_is_measured_once_and_none_begins_when_time_is_up(
     bench = Bench(MACHINE, "scale", profile, tmp_path, Cache(tmp_path / "kept"), lambda _: None)
     bench.window_s = 10.0
     system = SYSTEMS["vllm"]
-    rows = [bench.window(CHAT, system, system.defaults, rate, 1) for rate in (2.0, 3.0, 2.0)]
+    rows = [bench.window(CHAT, system, system.defaults(CPU), rate, 1) for rate in (2.0, 3.0, 2.0)]
     assert rows[0] == rows[2] != rows[1]
     assert started == ["vllm"]
     assert rows[0]["predicted"]["attainment"] > 0.5
     bench.ends_s = -math.inf
-    assert bench.window(CHAT, system, system.defaults, 3.0, 1) == rows[1]
+    assert bench.window(CHAT, system, system.defaults(CPU), 3.0, 1) == rows[1]
     with pytest.raises(OutOfTime):
-        bench.window(CHAT, system, system.defaults, 4.0, 1)
+        bench.window(CHAT, system, system.defaults(CPU), 4.0, 1)
     bench.close()
 
 
@@ -240,14 +243,61 @@ def test_the_promise_is_judged_by_its_worst_load() -> None:
 @pytest.mark.parametrize("name", list(SYSTEMS))
 def test_every_system_has_a_configuration_and_a_simulated_twin(name: str) -> None:
     system = SYSTEMS[name]
-    config = configuration(system, system.defaults, "scale", None)
+    config = configuration(CPU, system, system.defaults(CPU), "scale", None)
     assert config.pools.total == system.engines
     assert all(one.ttft_floor_ms == 0 for one in config.slo_classes.values())
     assert (config.engine.speculative is not None) == bool(system.drafts)
     assert config.planner.pairs == (system.mode != "colocated")
     workload, _ = _workload(rate=0.5 * system.engines)
-    out = MACHINE.serve(system, system.defaults, workload, 1)
+    out = MACHINE.serve(system, system.defaults(CPU), workload, 1)
     assert out.attainment >= SHARE
+
+
+@pytest.mark.parametrize("name", list(SYSTEMS))
+def test_on_gpus_every_system_is_as_it_comes_there(name: str) -> None:
+    system = SYSTEMS[name]
+    config = configuration(GPU, system, system.defaults(GPU), GPU.model, None)
+    assert (config.engine.num_gpus, config.engine.async_scheduling) == (1, True)
+    assert config.engine.max_batch_tokens == 8192
+    workload = CHAT.workload(GPU, 2.0, 30.0, 1)
+    assert workload.prompt_tokens.mean() > 3 * CHAT.workload(CPU, 2.0, 30.0, 1).prompt_tokens.mean()
+
+
+def test_vllms_own_server_has_graphs_and_overlapped_steps_on_a_gpu() -> None:
+    pytest.importorskip("vllm")
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    system = SYSTEMS["vllm"]
+    for site in (CPU, GPU):
+        config = configuration(site, system, system.defaults(site), "tiny", None)
+        asked = make_arg_parser(FlexibleArgumentParser()).parse_args(own_server.arguments(config, 1))
+        assert asked.enforce_eager == (site is CPU)
+        assert asked.async_scheduling is (False if site is CPU else None)
+        assert asked.kv_transfer_config.kv_buffer_device == ("cpu" if site is CPU else "cuda")
+
+
+def test_gpus_are_those_that_the_driver_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match="nvidia-smi shows no GPU here"):
+        GPU.devices()
+    driver = tmp_path / "nvidia-smi"
+    driver.write_text("#!/bin/sh\necho NVIDIA H200\necho NVIDIA H200\n")
+    driver.chmod(0o755)
+    assert GPU.devices() == ["NVIDIA H200", "NVIDIA H200"]
+    assert GPU.environment(1) == {"CUDA_VISIBLE_DEVICES": "1"}
+    assert CPU.environment(1) == {}
+
+
+def test_engines_share_no_core_and_leave_some_if_there_are_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    def on(cores: int, engines: int, each: int) -> Any:
+        monkeypatch.setattr(running_module.os, "sched_getaffinity", lambda _: set(range(cores)))
+        return cores_of(engines, each)
+
+    assert on(2, 1, 1) == (((1,),), (0,))
+    assert on(2, 2, 1) == (((0,), (1,)), (0, 1))
+    assert on(8, 2, 2) == (((4, 5), (6, 7)), (0, 1, 2, 3))
+    assert on(4, 2, 2) == (((2,), (3,)), (0, 1))
 
 
 def test_a_system_that_there_is_not_is_named() -> None:
@@ -267,4 +317,4 @@ def test_tuning_finds_settings_that_hold_no_less(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(Machine, "knee", noted)
     best = MACHINE.tuned(cell, system)
     assert found[best] == max(found.values())
-    assert found[best] >= found[replace(system.defaults)]
+    assert found[best] >= found[replace(system.defaults(CPU))]

@@ -364,6 +364,17 @@ def test_real_engines_have_their_ratios_loads_and_picture(tmp_path: Path) -> Non
     assert "99.3% or more met every stage" in part
     assert "| 2.00x | 18.0 | 50.0% | 80 of 90 | 100.0% | 9 of 10 |" in part
     assert (tmp_path / "plots" / "real.png").exists()
+    assert "No figure on this page was measured on a GPU by us." in part
+
+
+def test_what_comes_from_a_gpu_says_so(tmp_path: Path) -> None:
+    method = {"model": "llama-8b", "lengths_divided_by": 1.0, "site": "gpu", "devices": ["NVIDIA H200"] * 2}
+    (tmp_path / "real_gpu.json").write_text(json.dumps({**REAL_ENGINES, "method": method}))
+    made = page(read(tmp_path), tmp_path / "plots")
+    part = made[made.index("## Real engines on GPUs") : made.index("## Side studies")]
+    assert "each on a GPU of its own (NVIDIA H200)" in part
+    assert "No figure on this page was measured on a GPU" not in made
+    assert (tmp_path / "plots" / "real_gpu.png").exists()
 
 
 def test_equal_tokens_stand_beside_what_was_done_to_the_batches(tmp_path: Path) -> None:

@@ -40,11 +40,30 @@ def _digests(folder: Path) -> dict[str, str]:
     return {path.name: sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
 
-@pytest.mark.parametrize(("name", "least", "most"), [("tiny", 4.5e6, 5.5e6), ("scale", 81e6, 83e6)])
+@pytest.mark.parametrize(
+    ("name", "least", "most"), [("tiny", 4.5e6, 5.5e6), ("scale", 81e6, 83e6), ("llama-8b", 7e9, 8e9)]
+)
 def test_recipes_have_the_promised_size(name: str, least: float, most: float) -> None:
     recipe = models.load_recipe(name)
     assert least < recipe.parameters < most
     assert recipe.max_position_embeddings >= 4096
+
+
+def test_a_model_without_weights_has_all_the_rest(tmp_path: Path, tiny: Path) -> None:
+    made = models.make_model("llama-8b", tmp_path)
+    assert models.lacks_weights(str(made))
+    assert not models.lacks_weights(str(tiny))
+    assert not models.lacks_weights("org/some-model")
+    assert not list(made.glob("*.safetensors"))
+    recipe = models.load_recipe("llama-8b")
+    config = json.loads((made / "config.json").read_text())
+    assert (config["num_hidden_layers"], config["dtype"]) == (32, "bfloat16")
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(made))
+    assert len(tokenizer) == config["vocab_size"] == recipe.vocab_size
+    assert tokenizer.decode([recipe.vocab_size - 1]) == f"<spare-{recipe.spare_tokens - 1}>"
 
 
 def test_parameters_written_are_those_of_the_recipe(tiny: Path) -> None:
