@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,7 +14,7 @@ from coordinator.placement import ENOUGH, Knowledge
 from coordinator.placement import place as place_and_explain
 from coordinator.planner.lengths import LearnedLengths
 from coordinator.prefixes import PrefixDirectory
-from engine.base import EngineInfo, Usage
+from engine.base import EngineInfo, StepReport, Usage
 from engine.cost import StepCost
 from engine.messages import NodeLoad, Place, Placed, Report, WorkState
 from engine.request import RoleName, WorkKind
@@ -97,6 +98,30 @@ def test_a_short_prompt_without_time_for_a_handoff_is_served_by_a_decode_node_al
     assert place(short, _pair(), FAST, 0.0).prefill is not None, "with time, a pair is preferred"
     long = place(replace(short, prompt_tokens=150), _pair(), far, 0.0)
     assert long.verdict == "best_effort"
+
+
+def test_a_node_that_has_slowed_promises_less_and_new_work_goes_elsewhere() -> None:
+    asks = [replace(ASK, request_id=f"r{number}", first_token_left_s=0.3) for number in range(8)]
+    slowed = StepCost.line(0.003, 0.0001)  # as of every node here
+    step = StepReport(seconds=0.1, tokens=200, seqs=1, decode_seqs=0, decode_context_tokens=0, prefill_work=0.0)
+    for _ in range(100):
+        slowed = slowed.updated(step)
+    assert slowed.drift == pytest.approx(0.1 / 0.023, rel=0.05), "as slow as what was measured"
+
+    def node(slow: bool) -> NodeMirror:
+        mirror = _node("a", RoleName.MIXED)
+        assert mirror.report is not None
+        if slow:
+            mirror.take_report(replace(mirror.report, cost=slowed), 0.0)
+        return mirror
+
+    def promised(mirror: NodeMirror) -> int:
+        return sum(place(ask, [mirror], {}, 0.0).verdict == "admitted" for ask in asks)
+
+    assert 0 < promised(node(slow=True)) < promised(node(slow=False))
+    other = _node("b", RoleName.MIXED)
+    placed = [place(ask, [node(slow=True), other], {}, 0.0) for ask in asks[:2]]
+    assert [(one.verdict, one.decode and one.decode.node) for one in placed] == [("admitted", "b")] * 2
 
 
 def test_what_must_stay_on_one_node_is_served_where_it_decodes() -> None:
