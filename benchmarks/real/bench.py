@@ -83,6 +83,19 @@ class Bench:
             key, lambda: self._measured(cell, system, tuning, rate_per_s, seconds, seed), code
         )
 
+    def expected(self, cell: Cell, system: RealSystem) -> tuple[Tuning, float]:
+        """Settings, and the knee in requests a second, by the simulator; kept like windows."""
+
+        def make() -> Row:
+            tuning = self.machine.tuned(cell, system) if system.tuned else system.defaults(self.machine.site)
+            knee = self.machine.knee(cell, system, tuning, TUNING_SEED, self.machine.guess(cell))
+            return {"tuning": asdict(tuning), "knee": knee}
+
+        key = ["expected", asdict(cell), asdict(system), self.profile.read_text(encoding="utf-8")]
+        key.append(fingerprint(system.ours, self.machine.site))  # beside the simulator's own
+        found = self.cache.kept(key, make)
+        return Tuning(**found["tuning"]), float(found["knee"]) or self.machine.guess(cell)
+
     def close(self) -> None:
         """Stop what runs."""
         self._started = None

@@ -1,7 +1,8 @@
 """`slosserve bench real`: real vLLM engines under our planner and as they ship, side by side.
 
-Scenario after scenario, so that what is compared is measured within minutes of each other. Every window is
-kept: a run that is interrupted, or out of time, goes on where it was.
+Scenario after scenario, so that what is compared is measured within minutes of each other, on one machine.
+Every window is kept: a run that is interrupted, or out of time, goes on where it was. The file of figures is
+filled scenario by scenario, and each says where it was measured: what is there of others stays.
 """
 
 from __future__ import annotations
@@ -9,8 +10,6 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -19,26 +18,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.capacity import Point, capacity, spread
-from benchmarks.provenance import provenance
 from benchmarks.real.bench import Bench, OutOfTime
-from benchmarks.real.cells import ARRIVALS, LAYOUTS, Cell
-from benchmarks.real.fingerprint import fingerprint
-from benchmarks.real.headline import headline, table, windows_table
-from benchmarks.real.predicted import SHARE, TUNING_SEED
+from benchmarks.real.cells import LAYOUTS, Cell
+from benchmarks.real.headline import table, windows_table
+from benchmarks.real.results import SEEDS, Results, of_other_runs
 from benchmarks.real.site import CPU, GPU
-from benchmarks.real.systems import RealSystem, systems
-from benchmarks.real.window import Row
-from benchmarks.simulator.outcome import WARM_UP_SHARE
-from benchmarks.simulator.systems import Tuning
+from benchmarks.real.systems import systems
 from benchmarks.studies.crew import write
 from engine.errors import ConfigError, SlosserveError
 
-SEEDS = (1, 2, 3)
-STEP = 1.15  # between two rates; the knee is read off the line between them
-LOADS = (0.5, 1.0, 1.5, 2.0)  # of our capacity: what was admitted is to be kept at each
-HOPELESS = 10.0  # times below what the simulator says, a search ends
-QUICK_FRACTIONS = (0.8, 1.0, 1.2)
 PROFILE_MINUTES = 6.0
 
 
@@ -89,12 +77,14 @@ def bench_real(
             bench = Bench.of(site, model, step_profile, profile_minutes, out.parent, cache, say)
             bench.window_s = window_s
             bench.ends_s = math.inf if minutes is None else began_s + 60 * minutes
-            results = _Results(bench, tuple(range(1, seeds + 1)), quick)
+            results = Results(bench, tuple(range(1, seeds + 1)), quick)
+            if not quick:
+                results.before = of_other_runs(out, results.method())
             try:
                 for cell in cells:
                     chosen = systems(cell.engines, system, drafting=speculation and not quick)
                     results.measure(cell, [one for one in chosen if not quick or not one.tuned])
-                    write(out, results.told(seeds))
+                    write(out, results.told())
             except OutOfTime:
                 console.print("out of time: call it again, and it goes on where it was")
             finally:
@@ -102,131 +92,13 @@ def bench_real(
     except SlosserveError as error:
         Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False)
         raise typer.Exit(2) from error
-    told = results.told(seeds)
+    told = results.told()
     write(out, told)
     console.print(windows_table(told["windows"]) if quick else table(told["rows"]))
     for key, value in told.items():
         if isinstance(value, float):
             console.print(f"{key}: {value:.3f}")
     console.print(f"figures in {out}", soft_wrap=True)
-
-
-@dataclass(slots=True)
-class _Results:
-    """Capacities as they are found, and every window that they are made of."""
-
-    bench: Bench
-    seeds: tuple[int, ...]
-    quick: bool
-    rows: list[Row] = field(default_factory=list)
-    loads: list[Row] = field(default_factory=list)
-    windows: list[Row] = field(default_factory=list)
-
-    def measure(self, cell: Cell, chosen: Sequence[RealSystem]) -> None:
-        """Every system in this cell, one after another."""
-        for system in chosen:
-            self.bench.say(f"{cell.text}: {system.label}, where the simulator sees its knee")
-            tuning, knee = self._expected(cell, system)
-            if self.quick:
-                for fraction in QUICK_FRACTIONS:
-                    self._window(cell, system, tuning, fraction * knee, self.seeds[0])
-                continue
-            row = self._capacity(cell, system, tuning, knee)
-            self.rows.append(row)
-            if system.ours and not system.drafts and row["mean"] > 0:
-                for load in LOADS:
-                    window = self._window(cell, system, tuning, load * row["mean"], self.seeds[0])
-                    self.loads.append({"load": load, **window})
-
-    def told(self, seeds: int) -> Row:
-        """All that is known so far, as JSON takes it."""
-        about = provenance(self.seeds[0])
-        return {**headline(self.rows, self.loads), **self._method(seeds), "provenance": about}
-
-    def _method(self, seeds: int) -> Row:
-        site = self.bench.machine.site
-        method = {
-            "model": self.bench.model,
-            "site": site.name,
-            "devices": site.devices(),
-            "step_profile": self.bench.profile.name,
-            "share": SHARE,
-            "seeds": seeds,
-            "tuning_seed": TUNING_SEED,
-            "lengths_divided_by": site.divide,
-            "outputs_divided_further_by": dict(site.further),
-            "arrivals": ARRIVALS,
-            "share_not_counted": WARM_UP_SHARE,
-            "rates_apart": STEP,
-            "loads": LOADS,
-        }
-        return {"rows": self.rows, "loads": self.loads, "windows": self.windows, "method": method}
-
-    def _expected(self, cell: Cell, system: RealSystem) -> tuple[Tuning, float]:
-        """Settings and knee by the simulator, kept like windows."""
-
-        def make() -> Row:
-            machine = self.bench.machine
-            tuning = machine.tuned(cell, system) if system.tuned else system.defaults(machine.site)
-            knee = machine.knee(cell, system, tuning, TUNING_SEED, machine.guess(cell))
-            return {"tuning": asdict(tuning), "knee": knee}
-
-        key = ["expected", asdict(cell), asdict(system), self.bench.profile.read_text(encoding="utf-8")]
-        key.append(fingerprint(system.ours, self.bench.machine.site))  # beside the simulator's own
-        found = self.bench.cache.kept(key, make)
-        return Tuning(**found["tuning"]), float(found["knee"]) or self.bench.machine.guess(cell)
-
-    def _window(self, cell: Cell, system: RealSystem, tuning: Tuning, rate: float, seed: int) -> Row:
-        row = self.bench.window(cell, system, tuning, rate, seed)
-        if row not in self.windows:
-            self.windows.append(row)
-        return row
-
-    def _capacity(self, cell: Cell, system: RealSystem, tuning: Tuning, knee: float) -> Row:
-        per_seed, guess = [], knee
-        for seed in self.seeds:
-
-            def at(rate: float, seed: int = seed) -> Point:
-                if rate < knee / HOPELESS:
-                    return Point(rate, 0.0, SHARE, True, {})  # not measured: next to nothing is held
-                row = self._window(cell, system, tuning, rate, seed)
-                return Point(rate, row["rate_per_s"], row["attainment"] or 0.0, row["drained"], {})
-
-            _, points = capacity(at, SHARE, guess, STEP - 1 + 1e-6, STEP)
-            per_seed.append(crossing(points))
-            guess = max((one.asked_per_gpu for one in points if one.holds(SHARE)), default=guess)
-        return {
-            "scenario": cell.scenario,
-            "engines": cell.engines,
-            "arrivals": ARRIVALS[cell.scenario],
-            "system": system.name,
-            "ours": system.ours,
-            "tuned": system.tuned,
-            "drafts": system.drafts,
-            "tuning": tuning.words,
-            "predicted": knee,
-            "per_seed": per_seed,
-            **spread(per_seed),
-        }
-
-
-def crossing(points: Sequence[Point]) -> float:
-    """Where attainment falls through SHARE, on the line between the last rate that held and the next one.
-
-    The rates are those that came. 0 if no rate held.
-    """
-    held = [one for one in points if one.holds(SHARE)]
-    if not held:
-        return 0.0
-    last = max(held, key=lambda one: one.asked_per_gpu)
-    over = [one for one in points if one.asked_per_gpu > last.asked_per_gpu]
-    if not over:
-        return last.rate_per_gpu
-    first = min(over, key=lambda one: one.asked_per_gpu)
-    if not first.drained or first.attainment >= SHARE:
-        return last.rate_per_gpu
-    part = (last.attainment - SHARE) / (last.attainment - first.attainment)
-    return last.rate_per_gpu + part * (first.rate_per_gpu - last.rate_per_gpu)
 
 
 def _cells(scenarios: list[str] | None, engines: list[int] | None, quick: bool) -> list[Cell]:

@@ -30,6 +30,7 @@ def real(file: Row, plots: Path) -> list[str]:
             ["", "settings", "requests/s at 90 %", "over vLLM", "over tuned", "simulator", "arrivals"],
             [_capacity(row, file) for row in file["rows"]],
         ),
+        _measured_on(file["rows"]),
     ]
     if file["loads"]:
         headings = [
@@ -139,6 +140,18 @@ def _capacity(row: Row, file: Row) -> list[str]:
     ]
     label = SYSTEMS[row["system"]].label
     return [f"{cell}: {label}", row["tuning"], held, *over, number(row["predicted"]), row["arrivals"]]
+
+
+def _measured_on(rows: Iterable[Row]) -> str:
+    """Which cells were measured where: not all of them in one run."""
+    places: dict[str, list[str]] = {}
+    for row in rows:
+        on = row["measured_on"]
+        place = f"{on['device']}, commit {on['commit']}, {on['date']}"
+        cell = f"{row['scenario']} on {row['engines']}"
+        if cell not in places.setdefault(place, []):
+            places[place].append(cell)
+    return "\n".join(f"- Measured on {place}: {', '.join(cells)}." for place, cells in places.items())
 
 
 def _over(row: Row, rows: Iterable[Row], *, tuned: bool) -> float | None:

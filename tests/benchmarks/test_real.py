@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -22,9 +23,9 @@ from benchmarks.real import running as running_module
 from benchmarks.real.bench import Bench, OutOfTime
 from benchmarks.real.cells import ARRIVALS, LAYOUTS, LEAST_SECONDS, Cell
 from benchmarks.real.client import NO_ANSWER, Job, Seen, run
-from benchmarks.real.command import crossing
 from benchmarks.real.headline import headline, ratios
 from benchmarks.real.predicted import SHARE, Machine
+from benchmarks.real.results import Results, crossing, of_other_runs
 from benchmarks.real.running import Running, cores_of
 from benchmarks.real.site import CPU, GPU
 from benchmarks.real.systems import SYSTEMS, configuration, systems
@@ -235,6 +236,68 @@ def test_the_promise_is_judged_by_its_worst_load() -> None:
     found = headline([], [load(0.5, 1.0, 2.0), load(1.0, 0.995, 4.0), load(2.0, 0.992, 3.8)])
     assert found["admitted_kept"] == 0.992
     assert found["kept_at_twice"] == pytest.approx(0.95)
+
+
+class _NoBench:
+    """What results ask of a bench, of which every window holds below 10 requests a second, until time is up."""
+
+    def __init__(self, windows: int) -> None:
+        self.machine, self.model, self.left = MACHINE, "scale", windows
+        self.profile = Path("configs/profiles/scale.json")
+
+    def say(self, text: str) -> None:
+        del text
+
+    def expected(self, cell: Cell, system: Any) -> Any:
+        del cell, system
+        return SYSTEMS["vllm"].defaults(CPU), 9.0
+
+    def window(self, cell: Cell, system: Any, tuning: Any, rate: float, seed: int) -> dict[str, Any]:
+        if self.left == 0:
+            raise OutOfTime
+        self.left -= 1
+        held = 0.95 if rate < 10 else 0.5
+        where = {"scenario": cell.scenario, "engines": cell.engines, "system": system.name, "seed": seed}
+        return {**where, "rate_per_s": rate, "asked_per_s": rate, "attainment": held, "drained": True,
+                "admitted_kept": 1.0, "kept_per_s": rate}  # fmt: skip
+
+
+def _results(windows: int, before: dict[str, Any] | None = None) -> Results:
+    return Results(cast("Bench", _NoBench(windows)), (1, 2), False, before=before or {})
+
+
+def test_another_run_adds_its_cells_and_what_it_did_not_finish_replaces_nothing(tmp_path: Path) -> None:
+    chosen, coder = systems(1, ["vllm", "ours"]), Cell("coder", 1)
+    first = _results(1000)
+    first.measure(CHAT, chosen)
+    path = tmp_path / "real.json"
+    path.write_text(json.dumps(first.told()))
+    assert first.told()["geomean_vs_stock_default"] == 1.0
+
+    second = _results(5, of_other_runs(path, first.method()))
+    with pytest.raises(OutOfTime):
+        second.measure(CHAT, chosen)
+    assert second.told()["rows"] == json.loads(path.read_text())["rows"]
+    third = _results(1000, of_other_runs(path, first.method()))
+    third.measure(coder, chosen)
+    told = third.told()
+    assert [(row["scenario"], row["system"]) for row in told["rows"]] == [
+        ("chatbot", "vllm"), ("chatbot", "ours"), ("coder", "vllm"), ("coder", "ours"),
+    ]  # fmt: skip
+    assert {row["scenario"] for row in told["windows"]} == {row["scenario"] for row in told["loads"]}
+    with pytest.raises(ConfigError, match="chatbot on 1 have ours as well"):
+        third.measure(CHAT, chosen[:1])
+
+
+def test_figures_of_another_method_are_not_mixed_with_these(tmp_path: Path) -> None:
+    path, method = tmp_path / "real.json", _results(0).method()
+    assert of_other_runs(path, method) == {}
+    path.write_text(json.dumps({"rows": [], "method": {**method, "seeds": 5}}))
+    with pytest.raises(ConfigError, match="seeds = 5, and now it is 2"):
+        of_other_runs(path, method)
+    path.write_text("[]")
+    with pytest.raises(ConfigError, match="not of this bench"):
+        of_other_runs(path, method)
 
 
 # ---- the systems -------------------------------------------------------------------------------------------

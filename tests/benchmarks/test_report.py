@@ -344,6 +344,7 @@ REAL_ENGINES = {
             "scenario": "chatbot", "engines": 1, "system": system, "ours": system == "ours", "drafts": 0,
             "tuned": "tuned" in system, "tuning": "budget 2048, cap 64", "predicted": 7.5,
             "arrivals": "poisson", **_spread(mean),
+            "measured_on": {"device": "a CPU", "commit": "abc", "date": "2026-01-02"},
         }
         for system, mean in (("vllm", 5.0), ("vllm-tuned", 6.0), ("ours", 9.0))
     ],
@@ -362,6 +363,7 @@ def test_real_engines_have_their_ratios_loads_and_picture(tmp_path: Path) -> Non
     assert "| worst scenario, over the tuned | 0.98x | at least 1.00x | missed |" in part
     assert "chatbot on 1: slosserve | budget 2048, cap 64 | 9.00 (8.10 to 9.90) | 1.80x | 1.50x | 7.50" in part
     assert "99.3% or more met every stage" in part
+    assert "- Measured on a CPU, commit abc, 2026-01-02: chatbot on 1." in part
     assert "| 2.00x | 18.0 | 50.0% | 80 of 90 | 100.0% | 9 of 10 |" in part
     assert (tmp_path / "plots" / "real.png").exists()
     assert "No figure on this page was measured on a GPU by us." in part
