@@ -19,7 +19,7 @@ from engine.request import Pace, RoleName, WorkKind
 from engine.tally import Tally
 from kv_transfer.base import Handoff, Lease, Link, PeerAddress, Pull
 
-VERSION = 5
+VERSION = 6
 TELL_EVERY_S = 0.02  # a node tells of batches as they begin; of one that lasts longer, always
 
 
@@ -130,6 +130,22 @@ class Timing:
     pulled_bytes: int = 0
 
 
+@dataclass(slots=True)
+class Account:
+    """What a node did for an attempt, told with its end.
+
+    It had tokens in `batches`, in `chunks` of them tokens of its prompt; `held`: batches that it was left out
+    of though it had its memory. `preempted`: times it lost that.
+    """
+
+    batches: int = 0
+    chunks: int = 0
+    held: int = 0
+    preempted: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+
+
 class Delta(msgspec.Struct, frozen=True):
     """What one step gave one attempt. `index`: how many tokens of this attempt went before.
 
@@ -148,6 +164,7 @@ class Delta(msgspec.Struct, frozen=True):
     error: str | None = None
     error_status: int = 500  # 400: the request itself cannot be served anywhere; else try elsewhere
     timing: Timing | None = None
+    account: Account | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -376,6 +376,8 @@ class Node:
             drafts, drafted = self._depths.get(output.work_id, 0), promise.drafted
             new = len(output.token_ids)
             drafted.estimate = self._drafting.verified(drafted.class_name, drafted.estimate, drafts, new)
+            promise.account.drafted_tokens += drafts
+            promise.account.accepted_tokens += min(new - 1, drafts)
         delta, starved = promise.say(output, self._clock())
         self._promises_starved += starved
         if output.handoff is None and output.finish_reason is not None:

@@ -52,4 +52,5 @@ def _merge(old: Delta, new: Delta) -> Delta | None:
         error=new.error,
         error_status=new.error_status,
         timing=old.timing or new.timing,
+        account=new.account,
     )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 from engine.base import BatchPlan, Output, Seq, Work
 from engine.batch import Duty
 from engine.drafting import Drafted, Drafting
-from engine.messages import Delta, Submit, Timing, WorkState
+from engine.messages import Account, Delta, Submit, Timing, WorkState
 from engine.outbox import attempt_key
 from engine.request import Pace, WorkKind
 from engine.score import TOLERANCE
@@ -21,7 +21,8 @@ class Promise:
     """Times are on the clock of its node. `drafts`: whether the engine drafts for it.
 
     `batched_s`: when the batch began in which it ran first. `lacks_memory`: it was preempted or found none, and
-    has made no token since; `starved`: and was late after it.
+    has made no token since; `starved`: and was late after it. `computed_tokens`, and
+    `seen_tokens` that it had made: as they were before the batch that runs.
     """
 
     submit: Submit
@@ -39,6 +40,9 @@ class Promise:
     tokens: int = 0
     offered: bool = False
     pull: Pull | None = None
+    computed_tokens: int = 0
+    seen_tokens: int = 0
+    account: Account = field(default_factory=Account)
 
     @classmethod
     def of(cls, submit: Submit, peer: bytes, now_s: float, drafting: Drafting) -> Self:
@@ -87,6 +91,7 @@ class Promise:
 
     def seen(self, seq: Seq) -> bool:
         """What the engine says of it before a batch. Whether a promise has lost its slot and memory since."""
+        self._count(seq)
         preempted = self.running and not seq.running and not self.duty.best_effort
         if preempted:
             self.running = False
@@ -109,6 +114,10 @@ class Promise:
         self.tokens += len(output.token_ids)
         self._set_next_due()
         self.offered |= output.handoff is not None
+        ends = output.finish_reason is not None
+        if ends:
+            self.account.batches += 1  # the last one, which nobody sees begin another
+            self.account.chunks += index == 0
         delta = Delta(
             request_id=self.submit.request_id,
             attempt=self.submit.attempt,
@@ -121,6 +130,7 @@ class Promise:
             handoff=output.handoff,
             error=output.error,
             timing=timing,
+            account=self.account if ends else None,
         )
         return delta, starved
 
@@ -147,6 +157,17 @@ class Promise:
             next_due_left_s=None if next_due_s is None else next_due_s - at_s,
             acceptance=self.drafted.estimate.acceptance if self.drafts else None,
         )
+
+    def _count(self, seq: Seq) -> None:
+        """Whether it was in the batch before this one; if it had no memory before, it was not left out."""
+        account = self.account
+        if seq.computed_tokens > self.computed_tokens:
+            account.batches += 1
+            account.chunks += self.seen_tokens == 0
+        elif self.running and seq.running:
+            account.held += 1
+        account.preempted += self.running and not seq.running
+        self.computed_tokens, self.seen_tokens = seq.computed_tokens, self.tokens
 
     def _starves(self, now_s: float) -> bool:
         """It makes a token again. Had it no memory before, and broke its promise for it, the first time?"""

@@ -73,6 +73,41 @@ def score(
     return Score(stages, strict, goodput=first_s <= slo.ttft_s and mean_tpot_s <= slo.tpot_s)
 
 
+@dataclass(frozen=True, slots=True)
+class StageTime:
+    """A stage as it went, in seconds since the request arrived.
+
+    `due_s` and `actual_s` are of its last token; `late_s` is the most by which any of its tokens was late,
+    without tolerance (below 0: all were early).
+    """
+
+    kind: StageKind
+    tokens: int
+    due_s: float
+    actual_s: float
+    late_s: float
+
+
+def stage_times(
+    slo: Slo, token_times_s: Sequence[float] | Floats, thinking_tokens: int | None = None
+) -> list[StageTime]:
+    """When the stages that have begun were due, and when they were done, by the rules of `score`."""
+    count = len(token_times_s)
+    if count == 0:
+        return []
+    thinking = 0 if slo.thinking_tpot_s is None else min(max(thinking_tokens or 0, 0), count)
+    times_s = np.asarray(token_times_s, dtype=np.float64)
+    first_s = float(times_s[0])
+    dues_s = np.asarray(_due_times(slo, first_s, count, thinking))
+    found = [StageTime(StageKind.PREFILL, 1, slo.ttft_s, first_s, first_s - slo.ttft_s)]
+    for kind, first, final in ((StageKind.THINKING, 1, thinking), (StageKind.ANSWER, max(thinking, 1), count)):
+        if final > first:
+            late_s = float((times_s[first:final] - dues_s[first:final]).max())
+            last = (float(dues_s[final - 1]), float(times_s[final - 1]))
+            found.append(StageTime(kind, final - first, *last, late_s))
+    return found
+
+
 def missed(kinds: Iterable[StageKind]) -> Score:
     """Nothing was met: refused, deferred, failed, or given up by a client whose deadline had passed."""
     return Score(dict.fromkeys(kinds, False), strict=False, goodput=False)

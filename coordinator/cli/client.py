@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 
@@ -26,6 +27,10 @@ class ClusterClient:
     def cluster(self) -> dict[str, Any]:
         """GET /cluster. Raises NoCapacity if nothing answers, SlosserveError with the error it answered."""
         return self._ask("GET", "/cluster", None, ANSWER_S)
+
+    def explain(self, request_id: str) -> dict[str, Any]:
+        """GET /explain/ID. Raises as `cluster`; RequestError for a request that is not known there."""
+        return self._ask("GET", f"/explain/{quote(request_id, safe='')}", None, ANSWER_S)
 
     def set_pools(self, prefill: int, decode: int, mixed: int, *, dry_run: bool) -> dict[str, Any]:
         """POST /cluster/pools. Raises as `cluster`."""

@@ -17,6 +17,7 @@ VERBS = {
     "up": ("coordinator.cli.up:up", "Start a cluster and watch it start."),
     "down": ("coordinator.cli.down:down", "Stop a cluster and everything it started."),
     "status": ("coordinator.cli.status:status", "Show nodes, roles, load and promises kept."),
+    "explain": ("coordinator.cli.explain:explain", "Say why a request was slow, deferred or refused."),
     "pools": ("coordinator.cli.pools:pools", "Show how many nodes prefill, decode, or do both."),
     "rebalance": ("coordinator.cli.pools:rebalance", "Change what nodes do while they serve."),
     "plan": ("coordinator.cli.plan:plan", "Ask whom a replica could promise, and in what batches."),

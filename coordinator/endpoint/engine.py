@@ -13,7 +13,7 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Iterable, Mapping
 from copy import copy
-from dataclasses import asdict, replace
+from dataclasses import replace
 from http import HTTPStatus
 from typing import Any
 
@@ -32,6 +32,7 @@ from vllm.v1.metrics.stats import IterationStats
 from coordinator.best_effort import place_best_effort
 from coordinator.config import ClusterConfig
 from coordinator.endpoint.context import RequestContext, current
+from coordinator.endpoint.explain import record_of
 from coordinator.endpoint.features import ServedBy, served_by
 from coordinator.endpoint.flight import Flight, Passenger
 from coordinator.endpoint.links import CoordinatorLink, NodeLinks
@@ -449,31 +450,17 @@ class ClusterEngine(TextEngineClient):
         return result if flight.timeline.verdict == "admitted" else missed(result.stages)
 
     def _remember(self, journey: Journey, flight: Flight, finished: Finished) -> None:
-        passenger = flight.passenger
-        public_id = journey.context.headers.get("x-slosserve-request-id", passenger.request_id)
-        self.timelines[public_id] = {
-            "request_id": public_id,
-            "internal_id": passenger.request_id,
-            "slo": None if passenger.slo is None else asdict(passenger.slo),
-            "prompt_tokens": len(passenger.prompt_token_ids),
-            "output_tokens": len(flight.token_times_s),
-            "attempts": flight.attempt,
-            "outcome": finished.outcome,
-            "met": finished.met,
-            "stages": finished.stages,
-            "session_id": journey.context.session_id,
-            **asdict(flight.timeline),
-        }
+        public_id = _public_id(journey, flight)
+        self.timelines[public_id] = record_of(public_id, journey.context.session_id, flight, finished)
         while len(self.timelines) > REMEMBERED_REQUESTS:
             self.timelines.popitem(last=False)
 
-    def internal_id(self, public_id: str) -> str:
-        """The id by which the cluster knows a request, from the one that its client was told."""
-        for request_id, journey in self._journeys.items():
+    def record(self, public_id: str) -> dict[str, Any] | None:
+        """What is known of a request by the id that its client was told, running or over."""
+        for journey in self._journeys.values():
             if journey.context.headers.get("x-slosserve-request-id") == public_id:
-                return request_id
-        timeline = self.timelines.get(public_id)
-        return public_id if timeline is None else str(timeline["internal_id"])
+                return record_of(public_id, journey.context.session_id, journey.flights[0], None)
+        return self.timelines.get(public_id)
 
     # ---- the rest of vLLM's contract ---------------------------------------------------------------------
 
@@ -497,6 +484,10 @@ class ClusterEngine(TextEngineClient):
         """Let go of the nodes; they drop what this endpoint had asked for."""
         if self._links is not None:
             self._links.close()
+
+
+def _public_id(journey: Journey, flight: Flight) -> str:
+    return journey.context.headers.get("x-slosserve-request-id", flight.passenger.request_id)
 
 
 def _core_output(delta: Delta, flight: Flight, now_s: float) -> EngineCoreOutput:

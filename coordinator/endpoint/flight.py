@@ -14,7 +14,18 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from engine.errors import EngineError, NoCapacity, NodeLost, Refused, RequestError, SlosserveError
-from engine.messages import Cancel, Declined, Delta, NodeAddress, Place, Placed, Release, Submit, Timing
+from engine.messages import (
+    Account,
+    Cancel,
+    Declined,
+    Delta,
+    NodeAddress,
+    Place,
+    Placed,
+    Release,
+    Submit,
+    Timing,
+)
 from engine.prefix import prefix_hashes
 from engine.request import BEST_EFFORT, Pace, Slo, WorkKind
 
@@ -37,8 +48,13 @@ class Passenger:
 
 @dataclass(slots=True)
 class Timeline:
-    """When things happened, in seconds since the request arrived, for people who ask why."""
+    """When things happened, in seconds since the request arrived, for people who ask why; of the last attempt.
 
+    `cached_tokens` of the prompt had their KV where it was prefilled. What a node says of an attempt at its end
+    is in the accounts; one that was stopped from here says nothing.
+    """
+
+    asked_s: float | None = None
     placed_s: float | None = None
     verdict: str = ""
     prefill_node: str | None = None
@@ -47,6 +63,9 @@ class Timeline:
     handed_off_s: float | None = None
     prefill: Timing | None = None
     decode: Timing | None = None
+    prefill_account: Account | None = None
+    decode_account: Account | None = None
+    cached_tokens: int | None = None
     first_token_s: float | None = None
     ended_s: float | None = None
     events: list[str] = field(default_factory=list)
@@ -98,6 +117,7 @@ class Flight:
     def question(self) -> Place:
         """What to ask the coordinator for the next attempt."""
         self.attempt += 1
+        self.timeline.asked_s = self.since_arrival_s()
         passenger = self.passenger
         slo = passenger.slo
         return Place(
@@ -162,7 +182,10 @@ class Flight:
         self.output_token_ids.extend(delta.token_ids)
         if delta.timing is not None:
             self._note_pull(delta.timing)
+        if delta.cached_tokens is not None and not self.pair:
+            self.timeline.cached_tokens = delta.cached_tokens
         if delta.finish_reason is not None:
+            self.timeline.decode_account = delta.account
             self.ended_itself = delta.finish_reason == "stop"
             self.end()
         return True
@@ -239,6 +262,8 @@ class Flight:
         assert self.placed is not None
         assert self.placed.decode is not None
         self.timeline.prefill = delta.timing
+        self.timeline.prefill_account = delta.account
+        self.timeline.cached_tokens = delta.cached_tokens
         if delta.handoff is None:
             node = self.timeline.prefill_node or ""
             self._retry(node, f"{node} ended the prefill without a handoff ({delta.finish_reason})")

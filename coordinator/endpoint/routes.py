@@ -10,7 +10,8 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from coordinator.endpoint.context import error_body
-from coordinator.endpoint.engine import ClusterEngine
+from coordinator.endpoint.engine import REMEMBERED_REQUESTS, ClusterEngine
+from coordinator.endpoint.explain import explain as explained
 from coordinator.endpoint.links import AnswerError, CoordinatorLink
 from engine.errors import SlosserveError
 
@@ -72,21 +73,33 @@ async def set_pools(request: Request, pools: Annotated[PoolSizes, Body()]) -> JS
 async def timeline(request: Request, request_id: str) -> JSONResponse:
     """What happened to a request of this endpoint: when it was placed, where, and where its time went."""
     engine: ClusterEngine = request.app.state.cluster_engine
-    found = engine.timelines.get(request_id)
-    if found is None:
-        message = f"no request {request_id!r} is remembered here; the last 2048 that ended are"
-        return JSONResponse({"error": {"message": message, "code": "unknown_request"}}, status_code=404)
-    return JSONResponse(found)
+    found = engine.record(request_id)
+    return _unknown(request_id) if found is None else JSONResponse(found)
 
 
 @router.get("/explain/{request_id}")
-async def explain(request: Request, request_id: str) -> JSONResponse:
-    """Why a request was placed where it was: every candidate, with the problem that the planner was given.
+async def explain_request(request: Request, request_id: str) -> JSONResponse:
+    """Why a request was slow, or deferred, or placed where it was: in words, and with all that they rest on.
 
-    An instance in it can be replayed: save it to a file and run `slosserve plan --instance FILE`.
+    Of every candidate there is the problem that the planner was given: an instance in it can be replayed, save
+    it to a file and run `slosserve plan --instance FILE`. The coordinator forgets decisions before the endpoint
+    forgets requests; `candidates` is empty then.
     """
     engine: ClusterEngine = request.app.state.cluster_engine
-    return await _answer(request, "explain", request_id=engine.internal_id(request_id))
+    record = engine.record(request_id)
+    if record is None:
+        return _unknown(request_id)
+    coordinator: CoordinatorLink = request.app.state.coordinator
+    try:
+        decision = await coordinator.query("explain", request_id=record["internal_id"])
+    except SlosserveError:
+        decision = None  # it carried no SLO, or was decided on too long ago, or nobody is there to ask
+    return JSONResponse(explained(record, decision))
+
+
+def _unknown(request_id: str) -> JSONResponse:
+    message = f"no request {request_id!r} is remembered here: the last {REMEMBERED_REQUESTS} that ended are"
+    return JSONResponse({"error": {"message": message, "code": "unknown_request"}}, status_code=404)
 
 
 async def _answer(request: Request, what: str, **args: Any) -> JSONResponse:

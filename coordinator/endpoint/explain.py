@@ -1,0 +1,207 @@
+"""Why was this slow, and why was it deferred? What is remembered of a request, and an answer in words.
+
+The times of a request add up to its latency: every one of them is between two moments on the endpoint's clock,
+or what a node says of the time between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from coordinator.endpoint.flight import Flight
+from engine.messages import Finished
+from engine.request import StageKind
+from engine.score import stage_times
+
+Record = dict[str, Any]
+ON_THE_WAY = "messages on their way"
+GENERATING = "generating the answer"
+THINKING = "thinking"
+
+
+def record_of(public_id: str, session_id: str | None, flight: Flight, finished: Finished | None) -> Record:
+    """What is remembered of a request; it may still be running (`finished` None)."""
+    passenger, slo = flight.passenger, flight.passenger.slo
+    times_s = flight.token_times_s
+    stages = [] if slo is None else stage_times(slo, times_s, flight.thinking_tokens)
+    met: Mapping[str, bool] = {} if finished is None else finished.stages
+    return {
+        "request_id": public_id,
+        "internal_id": passenger.request_id,
+        "slo": None if slo is None else asdict(slo),
+        "prompt_tokens": len(passenger.prompt_token_ids),
+        "output_tokens": len(times_s),
+        "attempts": flight.attempt,
+        "outcome": "running" if finished is None else finished.outcome,
+        "met": None if finished is None else finished.met,
+        "stages": dict(met),
+        "stage_times": [{**asdict(one), "met": met.get(str(one.kind))} for one in stages],
+        "session_id": session_id,
+        **asdict(flight.timeline),
+    }
+
+
+def explain(record: Record, decision: Record | None) -> Record:
+    """What happened and why: `decision` is the coordinator's last one on this request, if it remembers any."""
+    told = dict(decision or {})
+    told.setdefault("candidates", [])
+    times = parts(record)
+    return {
+        **told,
+        "request_id": record["request_id"],
+        "verdict": record["verdict"] or told.get("verdict", ""),
+        "outcome": record["outcome"],
+        "met": record["met"],
+        "why": list(_sentences(record, told, times)),
+        "stages": record["stage_times"],
+        "times": [{"part": part, "seconds": seconds} for part, seconds in times],
+        "placement": [node for node in (record["prefill_node"], record["decode_node"]) if node is not None],
+        "work": {
+            record[f"{role}_node"]: record[f"{role}_account"]
+            for role in ("prefill", "decode")
+            if record[f"{role}_account"] is not None
+        },
+        "events": record["events"],
+        "timeline": record,
+    }
+
+
+def parts(record: Record) -> list[tuple[str, float]]:
+    """Where the time went, in order; the sum is the time from arrival to the last thing that is known of it."""
+    asked_s, placed_s = record["asked_s"], record["placed_s"]
+    if asked_s is None:
+        return []
+    found = [("earlier attempts" if record["attempts"] > 1 else "reading the request", asked_s)]
+    if placed_s is None or placed_s < asked_s:
+        return found if record["ended_s"] is None else [*found, ("placing it", record["ended_s"] - asked_s)]
+    found.append(("placing it", placed_s - asked_s))
+    begun_s, node, timing = placed_s, record["decode_node"], record["decode"]
+    if record["prefill_node"] is not None:
+        until_s = record["handed_off_s"]
+        found += _on_node(record["prefill_node"], record["prefill"], begun_s, until_s, "computing the prompt")
+        if until_s is None:
+            return _to_the_end(found, record, f"on {record['prefill_node']}")
+        begun_s = until_s
+    what = "computing the prompt" if record["prefill_node"] is None else "the first token"
+    found += _on_node(node, timing, begun_s, record["first_token_s"], what)
+    if record["first_token_s"] is None:
+        return _to_the_end(found, record, f"on {node}")
+    before_s = record["first_token_s"]
+    for stage in record["stage_times"]:
+        if stage["kind"] == StageKind.THINKING:
+            found.append((THINKING, stage["actual_s"] - before_s))
+            before_s = stage["actual_s"]
+    ended_s = record["ended_s"]
+    return found if ended_s is None else [*found, (GENERATING, ended_s - before_s)]
+
+
+def _on_node(
+    node: str, timing: Mapping[str, Any] | None, begun_s: float, until_s: float | None, what: str
+) -> Iterator[tuple[str, float]]:
+    """From the moment when it was sent to a node until what was asked for came back."""
+    if timing is None or until_s is None:
+        return
+    pull_s = timing["pull_s"] or 0.0
+    waited_s = max(timing["queued_s"] - pull_s, 0.0)
+    if timing["pull_s"] is not None:
+        yield f"moving KV to {node}", pull_s
+    yield f"waiting on {node}", waited_s
+    yield f"{what} on {node}", timing["first_token_s"] - waited_s - pull_s
+    yield ON_THE_WAY, until_s - begun_s - timing["first_token_s"]
+
+
+def _to_the_end(found: list[tuple[str, float]], record: Record, part: str) -> list[tuple[str, float]]:
+    """With the time that is left over, where a request ended before it got any further."""
+    ended_s = record["ended_s"]
+    return found if ended_s is None else [*found, (part, ended_s - sum(seconds for _, seconds in found))]
+
+
+def _sentences(record: Record, decision: Record, times: Sequence[tuple[str, float]]) -> Iterator[str]:
+    yield _verdict(record, decision)
+    if record["outcome"] == "running":
+        yield "It is still running."
+    elif record["slo"] is not None:
+        yield from _stages(record, times)
+    lost = [one for one in decision["candidates"] if not one["feasible"] and one["reason"]]
+    for candidate in lost:
+        yield f"{candidate['name']} was no candidate: {candidate['reason']}."
+    yield from _kv(record)
+    for role in ("prefill", "decode"):
+        if record[f"{role}_account"] is not None:
+            yield _work(record[f"{role}_node"], record[f"{role}_account"])
+    yield from (f"{event[0].upper()}{event[1:]}." for event in record["events"])
+
+
+def _verdict(record: Record, decision: Record) -> str:
+    slo, reason = record["slo"], decision.get("reason", "")
+    nodes = " and ".join(node for node in (record["prefill_node"], record["decode_node"]) if node is not None)
+    if slo is None:
+        return f"It carried no SLO, so nothing was promised; it ran on {nodes or 'no node'}."
+    thinking_s = slo["thinking_tpot_s"]
+    thinking = "" if thinking_s is None else f"{thinking_s * 1e3:g} ms while it thinks, "
+    pace = f"a token every {thinking}{slo['tpot_s'] * 1e3:g} ms"
+    wanted = f"Asked for ({slo['class_name']}): the first token within {_time(slo['ttft_s'])}, then {pace}."
+    match record["verdict"]:
+        case "admitted":
+            return f"{wanted} That was promised, on {nodes}{f' ({reason})' if reason else ''}."
+        case "best_effort":
+            return f"{wanted} That could not be promised: {reason}. It was deferred: best effort on {nodes}."
+        case "refused" | "no_capacity":
+            return f"{wanted} It was refused: {reason}."
+    return f"{wanted} It was not placed yet."
+
+
+def _stages(record: Record, times: Sequence[tuple[str, float]]) -> Iterator[str]:
+    missed = [stage for stage in record["stage_times"] if stage["met"] is False]
+    if record["met"]:
+        yield "Every stage was kept."
+    elif record["outcome"] != "completed":
+        yield f"It did not complete: {record['outcome']}."
+    elif record["verdict"] != "admitted":
+        yield "What is not promised counts as missed, however quick it was."
+    for stage in missed:
+        if stage["late_s"] <= 0:
+            continue
+        late = f"late by {_time(stage['late_s'])}"
+        if stage["kind"] == StageKind.PREFILL:
+            before = [one for one in times if one[0] not in (GENERATING, THINKING)]
+            part, seconds = max(before, key=lambda one: one[1])
+            share = f"most of it went into {part} ({_time(seconds)} of {_time(stage['actual_s'])})"
+            yield f"The first token was {late}: {share}."
+        else:
+            due, actual = _time(stage["due_s"]), _time(stage["actual_s"])
+            yield f"The {stage['kind']} was {late} at its worst; it was due at {due} and done at {actual}."
+
+
+def _kv(record: Record) -> Iterator[str]:
+    cached = record["cached_tokens"]
+    if cached:
+        where = record["prefill_node"] or record["decode_node"]
+        yield f"{cached} of {record['prompt_tokens']} prompt tokens had their KV on {where} already."
+    pull = record["decode"]
+    if pull is not None and pull["pull_outcome"] is not None:
+        size = f"{pull['pulled_bytes'] / 1e6:.1f} MB of KV"
+        yield f"The handoff {pull['pull_outcome']} {size} in {_time(pull['pull_s'])}."
+
+
+def _work(node: str, account: Mapping[str, int]) -> str:
+    words = f"{node}: {_count(account['batches'], 'batch', 'batches')}"
+    if account["chunks"]:
+        words += f", the prompt in {_count(account['chunks'], 'chunk', 'chunks')}"
+    if account["held"]:
+        words += f", held back in {account['held']} for others that were due"
+    if account["drafted_tokens"]:
+        words += f", {account['accepted_tokens']} of {account['drafted_tokens']} drafted tokens right"
+    if account["preempted"]:
+        words += f", lost its memory {_count(account['preempted'], 'time', 'times')}"
+    return f"{words}."
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e3:.1f} ms" if abs(seconds) < 1 else f"{seconds:.2f} s"
