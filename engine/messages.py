@@ -35,7 +35,10 @@ class Watch:
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """Work for a node. It answers with deltas, or declines within a step."""
+    """Work for a node. It answers with deltas, or declines within a step.
+
+    `think_end_id`: the token with which thinking ends, and another pace begins, if the pace has one.
+    """
 
     request_id: str
     attempt: int
@@ -49,6 +52,7 @@ class Submit:
     cache_salt: str | None = None
     handoff: Handoff | None = None
     pull_deadline_s: float = 10.0
+    think_end_id: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,8 @@ class Promise:
     """Times are on the clock of its node. `drafts`: whether the engine drafts for it.
 
     `batched_s`: when the batch began in which it ran first. `lacks_memory`: it was preempted or found none, and
-    has made no token since; `starved`: and was late after it. `computed_tokens`, and
+    has made no token since; `starved`: and was late after it. `thinking_tokens`: up to the end of
+    thinking, once that has come. `computed_tokens`, and
     `seen_tokens` that it had made: as they were before the batch that runs.
     """
 
@@ -40,6 +41,8 @@ class Promise:
     tokens: int = 0
     offered: bool = False
     pull: Pull | None = None
+    thinking_tokens: int | None = None
+    thinking_tpot_s: float = 0.0
     computed_tokens: int = 0
     seen_tokens: int = 0
     account: Account = field(default_factory=Account)
@@ -112,6 +115,7 @@ class Promise:
         starved = bool(output.token_ids) and self._starves(now_s)
         index = self.tokens
         self.tokens += len(output.token_ids)
+        self._note_thought(index, output.token_ids)
         self._set_next_due()
         self.offered |= output.handoff is not None
         ends = output.finish_reason is not None
@@ -181,14 +185,28 @@ class Promise:
         return first
 
     def _set_next_due(self) -> None:
-        """Token n is due at max(first deadline, first token) + (n - 1) * TPOT (the scoring rule)."""
+        """Token n is due at max(first deadline, first token) + (n - 1) * TPOT, piecewise where it has thought
+        first (the scoring rule)."""
         duty = self.duty
         assert self.first_token_s is not None
         origin_s = max(duty.first_token_due_s, self.first_token_s)
-        next_due_s = origin_s + self.tokens * duty.tpot_s
+        thought = 0 if self.thinking_tokens is None else self.thinking_tokens - 1
+        next_due_s = origin_s + thought * self.thinking_tpot_s + (self.tokens - thought) * duty.tpot_s
         self.duty = replace(
             duty, next_token_due_s=next_due_s, depth=self.drafted.depth if self.drafts else None
         )
+
+    def _note_thought(self, index: int, token_ids: Sequence[int]) -> None:
+        """From the end of thinking on, the pace is that of the answer."""
+        answer_tpot_s, end_id = self.submit.pace.answer_tpot_s, self.submit.think_end_id
+        if answer_tpot_s is None or end_id is None or self.thinking_tokens is not None:
+            return
+        if end_id not in token_ids:
+            return
+        self.thinking_tokens = index + list(token_ids).index(end_id) + 1
+        self.thinking_tpot_s = self.duty.tpot_s
+        self.duty = replace(self.duty, tpot_s=answer_tpot_s)
+        self.drafted.tpot_s = answer_tpot_s
 
     def _timing(self, now_s: float) -> Timing:
         batched_s = self.batched_s if self.batched_s is not None else now_s

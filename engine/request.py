@@ -62,11 +62,13 @@ class Pace:
     """A promise as it travels to a node: the time LEFT to the first token, then seconds per token.
 
     Clock readings never leave a host, so a node turns `first_token_left_s` into its own clock on receipt.
+    `answer_tpot_s`: seconds per token once thinking has ended, where `tpot_s` is the pace of thinking.
     """
 
     first_token_left_s: float
     tpot_s: float
     best_effort: bool = False
+    answer_tpot_s: float | None = None
 
 
 BEST_EFFORT = Pace(first_token_left_s=3600.0, tpot_s=3600.0, best_effort=True)

@@ -234,7 +234,8 @@ class Flight:
             return BEST_EFFORT
         left_s = slo.ttft_s - self.since_arrival_s()
         best_effort = self.timeline.verdict == "best_effort"
-        return Pace(left_s, slo.first_pace_s, best_effort)
+        answer_tpot_s = None if slo.thinking_tpot_s is None else slo.tpot_s
+        return Pace(left_s, slo.first_pace_s, best_effort, answer_tpot_s)
 
     def _submit(self, node: NodeAddress, kind: WorkKind, delta: Delta | None = None) -> None:
         passenger = self.passenger
@@ -255,6 +256,7 @@ class Flight:
             cache_salt=passenger.cache_salt,
             handoff=None if delta is None else delta.handoff,
             pull_deadline_s=self._pull_deadline_s,
+            think_end_id=self.think_end_id,
         )
         self._send(node, submit)
 

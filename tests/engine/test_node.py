@@ -55,6 +55,41 @@ def test_a_submit_is_answered_token_by_token(serve: Serve) -> None:
     assert [delta.timing is not None for delta in deltas] == [True] + [False] * 4
 
 
+def test_from_the_end_of_thinking_on_the_pace_is_that_of_the_answer(serve: Serve) -> None:
+    served = serve()
+    client, coordinator = served.client("endpoint"), served.coordinator()
+    ask = submit("r", max_tokens=60)
+    thought = 20
+    end_id = expected(ask)[thought - 1]
+    assert end_id not in expected(ask)[: thought - 1]
+    client.send(replace(ask, think_end_id=end_id, pace=Pace(5.0, 0.04, answer_tpot_s=0.3)))
+    before = the_work(
+        coordinator.report(lambda report: bool(report.works) and the_work(report).output_tokens > 0)
+    )
+    assert before.tpot_s == 0.04
+    after = the_work(coordinator.report(lambda report: the_work(report).output_tokens > thought))
+    assert after.tpot_s == 0.3
+    assert after.next_due_left_s is not None
+    # From the first deadline, 19 tokens at one pace and the rest at the other.
+    left_s = after.first_token_left_s + 19 * 0.04 + (after.output_tokens - 19) * 0.3
+    assert after.next_due_left_s == pytest.approx(left_s, abs=0.01)
+    assert client.stream("r") == expected(ask)
+
+
+def test_an_end_says_what_was_done_for_it(serve: Serve) -> None:
+    served = serve()
+    client = served.client("endpoint")
+    client.send(submit("r", 40, max_tokens=5))
+    client.stream("r")
+    deltas = client.deltas("r")
+    assert [delta.account is not None for delta in deltas] == [False] * 4 + [True]
+    account = deltas[-1].account
+    assert account is not None
+    assert account.batches == account.chunks + 4
+    assert account.chunks >= 1
+    assert (account.held, account.preempted, account.drafted_tokens) == (0, 0, 0)
+
+
 def test_a_prefill_is_answered_with_a_handoff_under_a_lease(serve: Serve) -> None:
     served = serve(RoleName.PREFILL)
     client = served.client("endpoint")
