@@ -44,6 +44,9 @@ ROW = np.dtype(
         ("end_tokens", np.int64),  # outputs after which it ends: its true length, or its max_tokens
         ("blocks", np.int64),  # KV blocks held
         ("new_tokens", np.int64),  # made in the last step
+        ("thinking_tokens", np.int64),  # outputs up to the end of thinking, from where the answer's pace holds
+        ("thinking_tpot_s", np.float64),
+        ("answer_tpot_s", np.float64),
         ("arrived_s", np.float64),
         ("first_token_s", np.float64),  # NaN before
         ("seed", np.int64),  # of which drafts are accepted

@@ -321,8 +321,13 @@ def finish(replica, rows, end_s, acceptance, max_draft_tokens):
         row.drafts = max_draft_tokens
         if np.isnan(row.first_token_s):
             row.first_token_s = end_s
-        origin_s = max(row.first_due_s, row.first_token_s)
-        row.due_s = origin_s + row.output_tokens * row.tpot_s
+        thought = max(row.thinking_tokens - 1, 0)
+        if 0 < row.thinking_tokens <= row.output_tokens:
+            row.tpot_s = row.answer_tpot_s
+        origin_s = (
+            max(row.first_due_s, row.first_token_s) + min(row.output_tokens, thought) * row.thinking_tpot_s
+        )
+        row.due_s = origin_s + max(row.output_tokens - thought, 0) * row.tpot_s
         if row.output_tokens >= row.end_tokens:
             counts[FREE_BLOCKS] += row.blocks
             row.blocks = 0

@@ -306,7 +306,10 @@ def _rows(workload: Workload, slos: Sequence[Slo], seed: int) -> np.ndarray:
     rows["prompt_tokens"] = workload.prompt_tokens
     rows["end_tokens"] = workload.output_tokens
     rows["promised"] = True
-    rows["tpot_s"] = [slo.first_pace_s for slo in slos]
+    rows["tpot_s"] = rows["thinking_tpot_s"] = [slo.first_pace_s for slo in slos]
+    rows["answer_tpot_s"] = [slo.tpot_s for slo in slos]
+    thinks = np.array([slo.thinking_tpot_s is not None for slo in slos])
+    rows["thinking_tokens"] = np.where(thinks, workload.thinking_tokens, 0)
     rows["pull"] = NO_PULL
     rows["first_token_s"] = math.nan
     rows["seed"] = np.random.default_rng([seed, 77]).integers(1 << 62, size=len(workload))

@@ -18,6 +18,7 @@ from benchmarks.simulator.world import ReplicaSpec, World
 from benchmarks.workload import Workload
 from engine.cost import StepCost
 from engine.request import Slo
+from engine.score import stage_times
 
 TICK = 2**-10  # seconds a token: sums of such times are exact
 EXACT = replace(PAPER, cost=StepCost.line(0.25, TICK))
@@ -220,3 +221,17 @@ def test_a_batch_keeps_to_the_budget_of_its_system(system: str) -> None:
         prompts = [part for part in step.parts if part.chunk_tokens > 1]
         whole = system in ("vllm", "distserve") and len(prompts) == 1  # one that is longer goes alone
         assert step.tokens <= budget or whole
+
+
+def test_what_has_thought_is_held_to_the_pace_of_its_answer_as_the_score_has_it() -> None:
+    thought, output = 7, 20
+    load = replace(workload([(0.0, 50, output)], slo_class="reasoning"), thinking_tokens=np.array([thought]))
+    world, _ = served(load, deployment("ours", machine=EXACT))
+    row, (slo,) = world.rows[0], world.slos
+    assert slo.thinking_tpot_s is not None
+    assert slo.thinking_tpot_s < slo.tpot_s
+    times_s = tokens_of(world, 0)
+    last = stage_times(slo, times_s, thought)[-1]
+    assert (row["output_tokens"], row["tpot_s"]) == (output, slo.tpot_s)
+    # What comes after the last token would be due one pace later.
+    assert row["due_s"] == pytest.approx(last.due_s + slo.tpot_s)
