@@ -24,7 +24,8 @@ class Work:
 
     `sampling` is opaque here (the real engine's own encoding); `max_tokens` is repeated for engines that read
     nothing else. `offer_kv`: stop after the prefill and offer the KV. `handoff`: pull the prompt's KV first,
-    within `pull_deadline_s`, else recompute it.
+    within `pull_deadline_s`, else recompute it. `session`: when it has ended, its full blocks are kept under
+    this name, in place of what was kept under it before, until memory is needed or `give_up`.
     """
 
     work_id: str
@@ -35,6 +36,7 @@ class Work:
     offer_kv: bool = False
     handoff: Handoff | None = None
     pull_deadline_s: float = 10.0
+    session: str | None = None
 
 
 class Seq(msgspec.Struct, frozen=True, gc=False):
@@ -152,7 +154,10 @@ class EngineInfo:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """KV blocks and queues now. `used_blocks` counts blocks that a running, waiting or leased work holds."""
+    """KV blocks and queues now. `used_blocks` counts blocks that a running, waiting or leased work holds.
+
+    What is kept for sessions is not among them: it makes room for whatever needs it.
+    """
 
     used_blocks: int
     num_blocks: int
@@ -186,6 +191,17 @@ class Engine(ABC):
     @abstractmethod
     def usage(self) -> Usage:
         """KV blocks and queues now."""
+
+    @abstractmethod
+    def kept(self) -> dict[str, int]:
+        """Tokens of KV that are kept for each session, the one that was used longest ago first.
+
+        It goes first when a work needs memory that is not there otherwise.
+        """
+
+    @abstractmethod
+    def give_up(self, sessions: Sequence[str]) -> None:
+        """Keep nothing for these any more. Their prefixes can be found until others need the memory."""
 
     @property
     @abstractmethod

@@ -133,7 +133,8 @@ class VirtualEngine(Engine):
             )
         self._vocab_size = config.vocab_size or known.vocab_size
         self._works: dict[str, Going] = {}
-        self._offered: dict[str, tuple[int, list[int]]] = {}  # blocks of a lease, and what they hold
+        # Blocks of a lease, what they hold, and for whom.
+        self._offered: dict[str, tuple[int, list[int], Work]] = {}
         self._late: dict[str, int] = {}  # blocks that late bytes may still come into
         self._prefixes = PrefixCache()
         self._cost = CostArrays.of(config.cost)
@@ -244,6 +245,16 @@ class VirtualEngine(Engine):
         counts = self._replica.counts
         running, blocks = int(counts[RUNNING]), int(counts[NUM_BLOCKS])
         return Usage(blocks - int(counts[FREE_BLOCKS]), blocks, running, len(self._works) - running)
+
+    def kept(self) -> dict[str, int]:
+        """Tokens of KV that are kept for each session."""
+        block_size = self._config.block_size
+        return {session: blocks * block_size for session, blocks in self._prefixes.kept().items()}
+
+    def give_up(self, sessions: Sequence[str]) -> None:
+        """Keep nothing for these any more."""
+        for session in sessions:
+            self._prefixes.give_up(session)
 
     @property
     def kv(self) -> VirtualPort:
@@ -364,13 +375,14 @@ class VirtualEngine(Engine):
         reason = None
         if going.output_tokens >= end_tokens:
             reason = "stop" if going.ends_itself else "length"
+            self._keep_for_session(going.work, going.said.blocks[: going.kept])
             self._forget(going)
         return Output(work_id, tokens, reason, cached_tokens=cached)
 
     def _offer(self, going: Going) -> Handoff:
         """Its KV is the lease's from now on."""
         tokens, blocks = going.prompt_tokens, int(self._rows["blocks"][going.row])
-        self._offered[going.work.work_id] = blocks, going.said.blocks[: going.kept]
+        self._offered[going.work.work_id] = blocks, going.said.blocks[: going.kept], going.work
         going.kept = 0
         self._forget(going)
         return self.kv.offer(going.work.work_id, blocks, tokens, tokens * self._config.kv_bytes_per_token)
@@ -490,6 +502,10 @@ class VirtualEngine(Engine):
             self._prefixes.hold(going.said.blocks[going.kept : full])
             going.kept = full
 
+    def _keep_for_session(self, work: Work, blocks: list[int]) -> None:
+        if work.session is not None and self._config.enable_prefix_caching:
+            self._prefixes.keep(work.session, blocks)
+
     def _let_go(self, going: Going) -> None:
         self._prefixes.let_go(going.said.blocks[: going.kept])
         going.kept = 0
@@ -511,8 +527,9 @@ class VirtualEngine(Engine):
         """Take note of pulls and leases that have ended."""
         settled, counts = self.kv.settle(), self._replica.counts
         for work_id in settled.over:
-            blocks, held = self._offered.pop(work_id)
+            blocks, held, work = self._offered.pop(work_id)
             counts[FREE_BLOCKS] += blocks
+            self._keep_for_session(work, held)
             self._prefixes.let_go(held)
         for work_id in settled.drained:
             counts[FREE_BLOCKS] += self._late.pop(work_id)

@@ -9,12 +9,14 @@ from collections.abc import Sequence
 class PrefixCache:
     """Blocks by the number of all tokens up to their end. Those that nobody holds live in free memory.
 
-    Blocks that are let go are forgotten the least recently used first, of one work the last block first.
+    Blocks that are let go are forgotten the least recently used first, of one work the last block first; those
+    that are kept for a session after all others, the session that was used longest ago first.
     """
 
     def __init__(self) -> None:
         self._holders: dict[int, int] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()
+        self._kept: OrderedDict[str, list[int]] = OrderedDict()
 
     def known(self, blocks: Sequence[int]) -> int:
         """How many of these, from the first, are known."""
@@ -41,11 +43,34 @@ class PrefixCache:
                 del self._holders[block]
                 self._idle[block] = None
 
+    def keep(self, session: str, blocks: Sequence[int]) -> None:
+        """Keep these for a session, in place of what it had."""
+        self._kept.pop(session, None)
+        if blocks:
+            self._kept[session] = list(blocks)
+
+    def kept(self) -> dict[str, int]:
+        """Blocks of each session, the one that was used longest ago first."""
+        return {session: len(blocks) for session, blocks in self._kept.items()}
+
+    def give_up(self, session: str) -> None:
+        """Keep nothing for a session."""
+        self._kept.pop(session, None)
+
     def fit(self, free_blocks: int) -> None:
         """Forget what free memory has no room for."""
         while len(self._idle) > free_blocks:
-            self._idle.popitem(last=False)
+            if not self._kept:
+                self._idle.popitem(last=False)
+                continue
+            kept = {block for blocks in self._kept.values() for block in blocks}
+            spare = [block for block in self._idle if block not in kept]
+            for block in spare[: len(self._idle) - free_blocks]:
+                del self._idle[block]
+            if len(self._idle) > free_blocks:
+                self._kept.popitem(last=False)
 
     def forget(self) -> None:
         """Forget all that nobody holds."""
         self._idle.clear()
+        self._kept.clear()

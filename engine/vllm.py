@@ -196,6 +196,8 @@ class VllmEngine(Engine):
             raise RequestError(f"vLLM does not take work {work.work_id}: {error}") from error
         core.add_request(prepared, wave)
         self._works[work.work_id] = work
+        if work.session is not None:
+            self._running()[1].sessions[work.work_id] = work.session
 
     def _check(self, work: Work) -> None:
         _, scheduler = self._running()
@@ -290,6 +292,17 @@ class VllmEngine(Engine):
         running, waiting = scheduler.get_request_counts()
         return Usage(scheduler.used_blocks(), scheduler.num_blocks, running, waiting)
 
+    def kept(self) -> dict[str, int]:
+        """Tokens of KV that are kept for each session."""
+        _, scheduler = self._running()
+        counts: dict[str, int] = scheduler.kept.counts()
+        return {session: blocks * int(scheduler.block_size) for session, blocks in counts.items()}
+
+    def give_up(self, sessions: Sequence[str]) -> None:
+        """Keep nothing for these any more."""
+        for session in sessions:
+            self._running()[1].kept.give_up(session)
+
     @property
     def kv(self) -> KvPort:
         """This engine's end of NIXL. Raises KeyError before `start`."""
@@ -300,7 +313,8 @@ class VllmEngine(Engine):
         return self._port
 
     def reset_prefix_cache(self) -> bool:
-        """Forget cached prefixes. False, and nothing is forgotten, while any block is in use (vLLM 0.32)."""
+        """Forget cached prefixes; only what is kept, and False, while a block is in use (as vLLM 0.32)."""
+        self.give_up(list(self.kept()))
         return bool(self._running()[1].reset_prefix_cache())
 
     def stop(self) -> None:

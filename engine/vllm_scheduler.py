@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.request_queue import FCFSRequestQueue
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -22,6 +24,7 @@ from vllm.version import __version__ as vllm_version
 
 from engine.base import UNPLANNED, BatchPlan, Composer, Seq, StepReport
 from engine.errors import MissingHook
+from engine.kept_blocks import KeptBlocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +76,12 @@ def _hooks() -> tuple[Hook, ...]:
         Hook(Scheduler, "_preempt_request", ("request", "timestamp", "drop_stale_output")),
         Hook(Scheduler, "_update_after_schedule", ("scheduler_output",)),
         Hook(Scheduler, "update_from_output", ("scheduler_output", "model_runner_output")),
+        Hook(Scheduler, "_free_blocks", ("request",), ("requests",)),
         Hook(Scheduler, "has_requests"),
+        Hook(KVCacheManager, "allocate_slots", ("request", "num_new_tokens")),
+        Hook(KVCacheManager, "get_blocks", ("request_id",)),
+        Hook(BlockPool, "touch", ("blocks",)),
+        Hook(BlockPool, "free_blocks", ("ordered_blocks",)),
         Hook(Scheduler, "get_request_counts"),
         Hook(AsyncScheduler, "_update_after_schedule", ("scheduler_output",), ("spec_token_ids",)),
         Hook(Request, "__init__", uses=_REQUEST_FIELDS),
@@ -161,6 +169,10 @@ class PlannedScheduler(Scheduler):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.composer: Composer | None = None
+        self.kept = KeptBlocks(self.kv_cache_manager.block_pool)
+        self.sessions: dict[str, str] = {}  # of works whose blocks are kept when they have ended
+        self._allocate = self.kv_cache_manager.allocate_slots
+        self.kv_cache_manager.allocate_slots = self._allocate_or_give_up
         self._plan = BatchPlan()
         self._held: frozenset[str] = frozenset()
         self._pull_waits = False
@@ -255,14 +267,29 @@ class PlannedScheduler(Scheduler):  # type: ignore[misc]
             self._reports.append(step.report(end_s - started_s, accepted))
         return outputs
 
+    def _free_blocks(self, request: Request) -> None:
+        session = self.sessions.pop(request.request_id, None)
+        if session is not None and request.status != RequestStatus.FINISHED_ABORTED:
+            groups = self.kv_cache_manager.get_blocks(request.request_id).blocks
+            full = [block for group in groups for block in group if block.block_hash is not None]
+            self.kept.keep(session, full)
+        super()._free_blocks(request)
+
+    def _allocate_or_give_up(self, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's own; where memory is short, sessions that are idle give up theirs."""
+        blocks = self._allocate(*args, **kwargs)
+        while blocks is None and self.kept.give_up_oldest():
+            blocks = self._allocate(*args, **kwargs)
+        return blocks
+
     def take_report(self) -> StepReport | None:
         """The report of the batch that ended in this step, if one did."""
         return self._reports.popleft() if self._reports else None
 
     def used_blocks(self) -> int:
-        """Blocks that works and leases hold. A cached prefix that nobody holds is free."""
+        """Blocks that works and leases hold. A cached prefix is free, and so is what is kept for sessions."""
         pool = self.kv_cache_manager.block_pool
-        return self.num_blocks - int(pool.get_num_free_blocks())
+        return self.num_blocks - int(pool.get_num_free_blocks()) - self.kept.idle()
 
     @property
     def num_blocks(self) -> int:

@@ -124,6 +124,89 @@ def test_a_prefix_is_found_again_until_it_is_forgotten(engine: Engine, make: Cal
     assert cached("c") == 0
 
 
+# ---- what is kept for sessions: 80 blocks of 32 tokens -------------------------------------------------------
+
+
+def _churn(engine: Engine, make: Callable[..., Work], works: int = 6) -> None:
+    """Works that pass through all of the memory, one after another, and leave their prefixes in it."""
+    for number in range(works):
+        Drive(engine).submit(make(f"churn-{number}", 900, seed=100 + number)).run()
+
+
+def _cached(engine: Engine, make: Callable[..., Work], length: int, **more: object) -> int | None:
+    engine.submit(make("again", length, **more))
+    outputs = []
+    while not any(output.finish_reason for output in outputs):
+        outputs += engine.step(lambda _: BatchPlan()).outputs
+    return outputs[0].cached_tokens
+
+
+def test_what_is_kept_for_a_session_outlasts_what_passes_through(
+    engine: Engine, make: Callable[..., Work]
+) -> None:
+    Drive(engine).submit(make("mine", 300, session="s"), make("other", 300, seed=1)).run()
+    assert engine.kept() == {"s": 288}
+    assert engine.usage().used_blocks == 0, "it is free for whoever needs it"
+    _churn(engine, make)
+    assert _cached(engine, make, 300) == 288
+    _churn(engine, make)
+    assert _cached(engine, make, 300, seed=1) == 0
+    engine.give_up(["s", "nobody"])
+    assert engine.kept() == {}
+    _churn(engine, make)
+    assert _cached(engine, make, 300) == 0
+
+
+def test_the_next_call_of_a_session_takes_the_place_of_the_one_before(
+    engine: Engine, make: Callable[..., Work]
+) -> None:
+    Drive(engine).submit(make("first", 200, session="s")).run()
+    Drive(engine).submit(make("second", 500, seed=3, session="s")).run()
+    assert engine.kept() == {"s": 480}
+    Drive(engine).submit(make("cancelled", 700, seed=4, session="s"))
+    engine.step(lambda _: BatchPlan())
+    engine.cancel(["cancelled"])
+    assert engine.kept() == {"s": 480}, "what did not end is no history"
+
+
+def test_sessions_make_room_for_works_the_one_that_was_used_longest_ago_first(
+    engine: Engine, make: Callable[..., Work]
+) -> None:
+    for number in range(4):
+        Drive(engine).submit(make(f"call-{number}", 500, seed=number, session=f"s{number}")).run()
+    Drive(engine).submit(make("call-again", 500, seed=0, session="s0")).run()
+    assert list(engine.kept()) == ["s1", "s2", "s3", "s0"]
+    alone = make("large", 1000, seed=50)
+    drive = Drive(engine).submit(alone, make("large-too", 1000, seed=51))
+    drive.run()
+    assert {len(drive.tokens[name]) for name in ("large", "large-too")} == {MAX_TOKENS}
+    left = list(engine.kept())
+    assert left == ["s1", "s2", "s3", "s0"][4 - len(left) :]
+    assert 0 < len(left) < 4
+    assert _cached(engine, make, 500, seed=0) == 480
+
+
+def test_a_thousand_idle_sessions_take_no_more_than_there_is(engine: Engine, make: Callable[..., Work]) -> None:
+    for number in range(200):
+        Drive(engine).submit(make(f"call-{number}", 70, 1, seed=number, session=f"s{number}")).run()
+    kept = engine.kept()
+    assert sum(kept.values()) <= engine.usage().num_blocks * 32
+    assert "s199" in kept
+    assert "s0" not in kept
+    assert engine.usage().used_blocks == 0
+
+
+def test_offered_kv_of_a_session_is_kept_when_its_lease_ends(engine: Engine, make: Callable[..., Work]) -> None:
+    drive = Drive(engine).submit(make("a", 300, offer_kv=True, session="s"))
+    while "a" not in drive.finished:
+        drive.step()
+    assert engine.kv.release("a")
+    drive.run()
+    assert engine.kept() == {"s": 288}
+    _churn(engine, make)
+    assert _cached(engine, make, 300) == 288
+
+
 def test_the_composer_sees_each_sequence_as_it_stands(engine: Engine, make: Callable[..., Work]) -> None:
     drive = Drive(engine).submit(make("a", 50))
     drive.step(BatchPlan(max_tokens=30))

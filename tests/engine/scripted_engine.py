@@ -198,6 +198,12 @@ class ScriptedEngine(Engine):
         running = sum(going.running for going in self._works.values())
         return Usage(self.port.used_blocks, NUM_BLOCKS, running, len(self._works) - running)
 
+    def kept(self) -> dict[str, int]:
+        return {}
+
+    def give_up(self, sessions: Sequence[str]) -> None:
+        del sessions
+
     @property
     def kv(self) -> Port:
         return self.port

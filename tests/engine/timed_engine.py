@@ -118,6 +118,12 @@ class TimedEngine(Engine):
         running = sum(going.computed is not None for going in self._works.values())
         return Usage(0, 0, running, len(self._works) - running)
 
+    def kept(self) -> dict[str, int]:
+        return {}
+
+    def give_up(self, sessions: Sequence[str]) -> None:
+        del sessions
+
     @property
     def kv(self) -> KvPort:
         raise NotImplementedError

@@ -1,0 +1,51 @@
+"""KV blocks of sessions that are idle: held for their next call, and the first to go when memory is needed."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+
+class KeptBlocks:
+    """Blocks by session, the one that was used longest ago first.
+
+    `pool` is vLLM's: a reference more keeps a block from being given to others. A block may be held for several
+    sessions, and by works that found it.
+    """
+
+    def __init__(self, pool: Any) -> None:
+        self._pool = pool
+        self._blocks: OrderedDict[str, list[Any]] = OrderedDict()
+        self._holds: Counter[int] = Counter()
+
+    def keep(self, session: str, blocks: Sequence[Any]) -> None:
+        """Hold these for a session, in place of what it had."""
+        self._pool.touch(blocks)
+        self._holds.update(block.block_id for block in blocks)
+        self.give_up(session)
+        if blocks:
+            self._blocks[session] = list(blocks)
+
+    def give_up(self, session: str) -> bool:
+        """Let a session's blocks go: they can be found until somebody needs them. Whether it had any."""
+        blocks = self._blocks.pop(session, None)
+        if blocks is None:
+            return False
+        self._holds.subtract(block.block_id for block in blocks)
+        self._holds += Counter()  # without those at 0
+        self._pool.free_blocks(reversed(blocks))  # the end of a history is of less use than its beginning
+        return True
+
+    def give_up_oldest(self) -> bool:
+        """Let go what was used longest ago. False if nothing is kept."""
+        return self.give_up(next(iter(self._blocks))) if self._blocks else False
+
+    def counts(self) -> dict[str, int]:
+        """Blocks of each session, the one that was used longest ago first."""
+        return {session: len(blocks) for session, blocks in self._blocks.items()}
+
+    def idle(self) -> int:
+        """Blocks that nobody but sessions holds: free, for whoever needs them."""
+        seen: dict[int, Any] = {block.block_id: block for blocks in self._blocks.values() for block in blocks}
+        return sum(block.ref_cnt == self._holds[block_id] for block_id, block in seen.items())
