@@ -53,7 +53,7 @@ bench-full: install
 	$(BIN)/slosserve bench speed
 
 bench-quick: install
-	$(BIN)/slosserve bench capacity --quick --out out/bench/quick/capacity.json
+	$(BIN)/slosserve bench capacity --quick
 
 # Three hours of nothing else on the machine; what was measured is kept, so it may run in pieces.
 bench-real: install
@@ -66,7 +66,7 @@ GPU_VENV := .venv-gpu
 bench-gpu:
 	test -x $(GPU_VENV)/bin/python || $(PYTHON) -m venv $(GPU_VENV)
 	$(GPU_VENV)/bin/pip install --quiet --editable ".[gpu]"
-	$(GPU_VENV)/bin/slosserve bench real --gpu --out out/bench/real_gpu.json
+	$(GPU_VENV)/bin/slosserve bench real --gpu
 
 bench-endpoint: install
 	$(BIN)/python -m benchmarks.endpoint

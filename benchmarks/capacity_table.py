@@ -1,7 +1,8 @@
 """`slosserve bench capacity`: how many requests a second each system keeps its promises for, per GPU.
 
 For every scenario and hardware each baseline is measured as it comes and tuned, ours in each mode, against the
-bounds that hold for any scheduler. Everything is tuned on a seed that is not reported.
+bounds that hold for any scheduler. Everything is tuned on a seed that is not reported. The file of figures is
+filled cell by cell, so that hours may be run in parts: what a run does not measure stays in it.
 """
 
 from __future__ import annotations
@@ -42,8 +43,9 @@ from benchmarks.capacity import (
     spread,
     tune,
 )
+from benchmarks.capacity_file import joined, of_other_runs
 from benchmarks.hardware import hardware
-from benchmarks.provenance import provenance
+from benchmarks.provenance import commit, provenance
 from benchmarks.scenarios import SCENARIOS, TRACES, make
 from benchmarks.simulator.systems import DESIGNS, MODES, OURS_NAME, design
 from benchmarks.traces import data_directory
@@ -92,14 +94,21 @@ def bench_capacity(
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = os.cpu_count() or 1,
     quick: Annotated[bool, typer.Option(help="Two scenarios, one seed, short runs: a laptop minute.")] = False,
     cache: Annotated[Path, typer.Option(help="Where points are kept.")] = Path("out/bench/cache"),
-    out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("out/bench/capacity.json"),
+    out: Annotated[
+        Path | None, typer.Option(help="Where the figures go.", show_default="out/bench/capacity.json")
+    ] = None,
 ) -> None:
     """Search the capacity of every system in every scenario. What was measured before is not measured again.
 
-    Example: slosserve bench capacity --scenario chatbot --on paper --seeds 3
+    Rows are added to the file: those of what is not measured now stay, each with the commit that made it.
+
+    Example: slosserve bench capacity --scenario chatbot --on paper --system ours
     """
     console = Console()
     seeds = 1 if quick else seeds
+    out = out or Path("out/bench/quick/capacity.json" if quick else "out/bench/capacity.json")
+    about = {"tuning_seed": TUNING_SEED, "replicas": REPLICAS, "seeds": seeds}
+    before = of_other_runs(out, about)
     plan = _plan(scenario, on, system, traces, speculation, quick)
     rows: list[Row] = []
     fixed: list[Row] = []
@@ -125,8 +134,8 @@ def bench_capacity(
             progress.advance(task)
             if not console.is_terminal:
                 console.print(f"{len(rows)} rows: {futures[future].name}")
-            _write(out, rows, bounds, fixed, finished=len(rows), seeds=seeds)
-    results = _write(out, rows, bounds, fixed, finished=len(cells), seeds=seeds)
+            _write(out, before, rows, bounds, fixed, about)
+    results = _write(out, before, rows, bounds, fixed, about)
     _show(console, results)
     console.print(f"written to {out}")
 
@@ -345,16 +354,21 @@ def _bounds_code() -> str:
 
 
 def _write(
-    out: Path, rows: list[Row], bounds: list[Row], fixed: list[Row], finished: int, seeds: int
+    out: Path,
+    before: dict[str, list[Row]],
+    rows: Sequence[Row],
+    bounds: Sequence[Row],
+    fixed: Sequence[Row],
+    about: Row,
 ) -> dict[str, Any]:
+    made = {"rows": rows, "bounds": bounds, "fixed_rates": fixed}
+    stamped = {name: [{**row, "commit": commit()} for row in table] for name, table in made.items()}
+    tables = joined(before, stamped)
     results = {
-        **headline(rows, bounds, acceptance=None),
-        "with_speculation": headline(rows, bounds, acceptance=0.7),
-        "cells": finished,
-        "rows": rows,
-        "bounds": bounds,
-        "fixed_rates": fixed,
-        "settings": {"tuning_seed": TUNING_SEED, "replicas": REPLICAS, "seeds": seeds},
+        **headline(tables["rows"], tables["bounds"], acceptance=None),
+        "with_speculation": headline(tables["rows"], tables["bounds"], acceptance=0.7),
+        **tables,
+        "settings": about,
         "provenance": provenance(TUNING_SEED),
     }
     out.parent.mkdir(parents=True, exist_ok=True)

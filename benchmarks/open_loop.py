@@ -45,13 +45,23 @@ class Writer:
     """Writes bodies for a model. Prompts come from `rng` and share no beginning: no prefix cache has any.
 
     `ends`: outputs end by a token of their own. Else they go on to `max_tokens`, unless the client hangs up.
+    `never`: tokens that outputs which end by a token do not have.
     """
 
-    def __init__(self, model: str, vocab_size: int, rng: np.random.Generator, *, ends: bool = True) -> None:
+    def __init__(
+        self,
+        model: str,
+        vocab_size: int,
+        rng: np.random.Generator,
+        *,
+        ends: bool = True,
+        never: Sequence[int] = (),
+    ) -> None:
         self._model = model
         self._stop_id = vocab_size - 1
         self._rng = rng
         self._ends = ends
+        self._bias = {str(token_id): -SURE_BIAS for token_id in never} | {str(self._stop_id): SURE_BIAS}
 
     def body(
         self, prompt_tokens: int, output_tokens: int, max_tokens: int, slo: Mapping[str, Any] | None = None
@@ -67,7 +77,7 @@ class Writer:
             "stream_options": {"include_usage": True, "continuous_usage_stats": True},
         }
         if self._ends:
-            end = {"stop_token_ids": [self._stop_id], "logit_bias": {str(self._stop_id): SURE_BIAS}}
+            end = {"stop_token_ids": [self._stop_id], "logit_bias": self._bias}
             body |= {"min_tokens": output_tokens - 1, **end}
         return body if slo is None else {**body, "slo": dict(slo)}
 

@@ -10,7 +10,7 @@ all its KV; anything that concerns one work alone comes as an `Output` with `err
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -129,10 +129,11 @@ class StepReport:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Outputs of a step, and its report if a batch ran."""
+    """Outputs of a step, and its report if a batch ran. `batched`: works that had tokens in it."""
 
     outputs: Sequence[Output]
     report: StepReport | None
+    batched: Collection[str] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,8 @@ END_OF_TURN = "<|im_end|>"
 END_OF_TEXT = "<|endoftext|>"
 CONTROL_TOKENS = ("<|im_start|>", END_OF_TURN, END_OF_TEXT)
 # Parsers of reasoning and tool calls look for these in the text, so they are not dropped as control tokens.
-MARKUP_TOKENS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
+THINK_END = "</think>"
+MARKUP_TOKENS = ("<think>", THINK_END, "<tool_call>", "</tool_call>")
 GENERATED_LINES = 4000
 NOT_OF_THE_SHAPE = ("description", "seed", "dtype", "spare_tokens", "weights")
 CONSTANT_CHANNEL = 0.5  # large beside the other channels of an embedding, so its share of the norm is steady
@@ -111,6 +112,12 @@ def load_recipe(name: str) -> Recipe:
         odd = ", ".join(sorted(set(values) ^ expected))
         raise ConfigError(f"configs/models/{name}.yaml: keys missing or unknown: {odd}")
     return Recipe(**values)
+
+
+def token_id_of(name: str, token: str) -> int:
+    """The id of one of the MARKUP_TOKENS in a model that is made here. Raises ConfigError for another model."""
+    recipe = load_recipe(name)
+    return recipe.vocab_size - recipe.spare_tokens - len(MARKUP_TOKENS) + MARKUP_TOKENS.index(token)
 
 
 def lacks_weights(folder: str) -> bool:

@@ -296,6 +296,9 @@ class Node:
         """Tell peers what a step gave, and learn from it. Whether a batch ran."""
         for pull in self._engine.kv.take_pulls():
             self._note_pull(pull)
+        if result.report is not None:
+            for work_id, one in self._promises.items():
+                one.count(batched=work_id in result.batched)
         by_peer: dict[bytes, list[Delta]] = {}
         for output in result.outputs:
             promise = self._promises.get(output.work_id)

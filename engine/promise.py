@@ -13,7 +13,7 @@ from engine.messages import Account, Delta, Submit, Timing, WorkState
 from engine.outbox import attempt_key
 from engine.request import Pace, WorkKind
 from engine.score import TOLERANCE
-from kv_transfer.base import Pull
+from kv_transfer.base import Pull, PullOutcome
 
 
 @dataclass(slots=True)
@@ -22,8 +22,7 @@ class Promise:
 
     `batched_s`: when the batch began in which it ran first. `lacks_memory`: it was preempted or found none, and
     has made no token since; `starved`: and was late after it. `thinking_tokens`: up to the end of
-    thinking, once that has come. `computed_tokens`, and
-    `seen_tokens` that it had made: as they were before the batch that runs.
+    thinking, once that has come.
     """
 
     submit: Submit
@@ -43,8 +42,6 @@ class Promise:
     pull: Pull | None = None
     thinking_tokens: int | None = None
     thinking_tpot_s: float = 0.0
-    computed_tokens: int = 0
-    seen_tokens: int = 0
     account: Account = field(default_factory=Account)
 
     @classmethod
@@ -94,11 +91,12 @@ class Promise:
 
     def seen(self, seq: Seq) -> bool:
         """What the engine says of it before a batch. Whether a promise has lost its slot and memory since."""
-        self._count(seq)
-        preempted = self.running and not seq.running and not self.duty.best_effort
-        if preempted:
+        lost = self.running and not seq.running
+        if lost:
             self.running = False
-            self.lacks_memory = True
+            self.account.preempted += 1
+        preempted = lost and not self.duty.best_effort
+        self.lacks_memory |= preempted
         self.lacks_memory |= seq.blocked
         if not self.pull_is_due:
             cached = 0 if seq.running else self.duty.cached_tokens
@@ -119,9 +117,6 @@ class Promise:
         self._set_next_due()
         self.offered |= output.handoff is not None
         ends = output.finish_reason is not None
-        if ends:
-            self.account.batches += 1  # the last one, which nobody sees begin another
-            self.account.chunks += index == 0
         delta = Delta(
             request_id=self.submit.request_id,
             attempt=self.submit.attempt,
@@ -162,24 +157,28 @@ class Promise:
             acceptance=self.drafted.estimate.acceptance if self.drafts else None,
         )
 
-    def _count(self, seq: Seq) -> None:
-        """Whether it was in the batch before this one; if it had no memory before, it was not left out."""
-        account = self.account
-        if seq.computed_tokens > self.computed_tokens:
-            account.batches += 1
-            account.chunks += self.seen_tokens == 0
-        elif self.running and seq.running:
-            account.held += 1
-        account.preempted += self.running and not seq.running
-        self.computed_tokens, self.seen_tokens = seq.computed_tokens, self.tokens
+    def count(self, *, batched: bool) -> None:
+        """A batch has ended, and it had tokens in it or not; before what that gave is said."""
+        if batched:
+            self.account.batches += 1
+            self.account.chunks += self.tokens == 0 and not self.pulled
+        elif self.running:
+            self.account.held += 1
+
+    @property
+    def pulled(self) -> bool:
+        """Whether its prompt's KV came from another node."""
+        return self.pull is not None and self.pull.outcome in (PullOutcome.PULLED, PullOutcome.CACHED)
 
     def _starves(self, now_s: float) -> bool:
         """It makes a token again. Had it no memory before, and broke its promise for it, the first time?"""
         if not self.lacks_memory:
             return False
         self.lacks_memory = False
-        allowed_s = TOLERANCE * self.tokens * self.duty.tpot_s
-        late = not self.duty.best_effort and now_s > self.duty.due_s + allowed_s
+        due_s, origin_s = self.duty.due_s, self.duty.first_token_due_s
+        if self.first_token_s is not None:
+            origin_s = max(origin_s, self.first_token_s)
+        late = not self.duty.best_effort and now_s > due_s + TOLERANCE * max(due_s - origin_s, 0.0)
         first = late and not self.starved
         self.starved |= late
         return first

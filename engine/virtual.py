@@ -335,6 +335,7 @@ class VirtualEngine(Engine):
         late_s = now_s - batch.ends_s
         seconds = batch.seconds if late_s < CATCH_UP_S else batch.seconds + late_s
         rows, at = self._rows, np.array(batch.members)
+        batched = {going.work.work_id for row in batch.members if (going := self._going_at[row]) is not None}
         made = zip(
             batch.members,
             rows["new_tokens"][at].tolist(),
@@ -348,7 +349,7 @@ class VirtualEngine(Engine):
             if (output := self._made(row, new, computed, end)) is not None
         ]
         self._prefixes.fit(int(self._replica.counts[FREE_BLOCKS]))
-        return StepResult(outputs, self._report(seconds))
+        return StepResult(outputs, self._report(seconds), batched)
 
     def wake_s(self) -> float:
         """When something will change here by itself though no batch can run: a pull or a lease ends."""

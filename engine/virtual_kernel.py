@@ -312,7 +312,8 @@ def finish(replica, rows, end_s, acceptance, max_draft_tokens):
             continue
         if row.lacked == 1:
             row.lacked = 0
-            if row.promised and end_s > row.due_s + TOLERANCE * row.output_tokens * row.tpot_s:
+            since_s = row.due_s - max(row.first_due_s, row.first_token_s) if row.output_tokens > 0 else 0.0
+            if row.promised and end_s > row.due_s + TOLERANCE * max(since_s, 0.0):
                 row.lacked = 2
                 counts[PROMISES_STARVED] += 1
         row.new_tokens = min(1 + accepted, row.end_tokens - row.output_tokens)

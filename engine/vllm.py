@@ -260,7 +260,7 @@ class VllmEngine(Engine):
             for output in per_client.outputs
             if (result := self._result(output)) is not None
         ]
-        return StepResult(results, scheduler.take_report())
+        return StepResult(results, *scheduler.take_report())
 
     def _result(self, output: EngineCoreOutput) -> Output | None:
         work = self._works.get(output.request_id)

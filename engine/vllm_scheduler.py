@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -124,6 +124,7 @@ class _Step:
     """A scheduled batch that is not reported yet. Counts as in StepReport."""
 
     started_s: float
+    batched: Collection[str] = ()
     tokens: int = 0
     seqs: int = 0
     decode_seqs: int = 0
@@ -179,7 +180,7 @@ class PlannedScheduler(Scheduler):  # type: ignore[misc]
         self._blocked: str | None = None
         self._step: _Step | None = None
         self._unreported: deque[_Step] = deque()
-        self._reports: deque[StepReport] = deque()
+        self._reports: deque[tuple[StepReport, Collection[str]]] = deque()
         self._last_end_s = 0.0
         if self.num_spec_tokens > 0 and self.dynamic_sd_lookup is None:
             # vLLM 0.32 pads a waiting request with one token left (every pulled one) to 1 + num_spec_tokens,
@@ -249,6 +250,7 @@ class PlannedScheduler(Scheduler):  # type: ignore[misc]
             scheduler_output.num_spec_tokens_to_schedule = min(self._plan.draft_tokens, self.num_spec_tokens)
         drafts = scheduler_output.scheduled_spec_decode_tokens
         assert self._step is not None
+        self._step.batched = scheduler_output.num_scheduled_tokens.keys()
         for request_id, new_tokens in scheduler_output.num_scheduled_tokens.items():
             computed = self.requests[request_id].num_computed_tokens
             self._step.add(computed, new_tokens, len(drafts.get(request_id, ())))
@@ -264,7 +266,7 @@ class PlannedScheduler(Scheduler):  # type: ignore[misc]
         self._last_end_s = end_s
         if step.tokens > 0:
             accepted = _accepted_tokens(scheduler_output, model_runner_output)
-            self._reports.append(step.report(end_s - started_s, accepted))
+            self._reports.append((step.report(end_s - started_s, accepted), step.batched))
         return outputs
 
     def _free_blocks(self, request: Request) -> None:
@@ -282,9 +284,9 @@ class PlannedScheduler(Scheduler):  # type: ignore[misc]
             blocks = self._allocate(*args, **kwargs)
         return blocks
 
-    def take_report(self) -> StepReport | None:
-        """The report of the batch that ended in this step, if one did."""
-        return self._reports.popleft() if self._reports else None
+    def take_report(self) -> tuple[StepReport | None, Collection[str]]:
+        """The report of the batch that ended in this step, if one did, and who was in it."""
+        return self._reports.popleft() if self._reports else (None, ())
 
     def used_blocks(self) -> int:
         """Blocks that works and leases hold. A cached prefix is free, and so is what is kept for sessions."""

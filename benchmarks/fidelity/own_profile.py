@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -30,6 +31,13 @@ class Here:
     profiles: Path
     rows: Path
 
+    def fitted(self, model: str) -> Path:
+        """Where a new profile goes; among those that ship it has the device in its name."""
+        if self.profiles == self.rows:
+            return self.profiles / f"{model}-profile.json"
+        device = re.sub(r"[^a-z0-9]+", "-", self.device.lower()).strip("-")
+        return self.profiles / f"{device}-{model}.json"
+
     @classmethod
     def processor(cls, folder: Path) -> Self:
         """The processor of this machine; everything is left in one folder."""
@@ -49,12 +57,15 @@ def profile_here(
         known = find_profile(given, model)
     except ValueError as error:
         raise ConfigError(f"--step-profile: {error}") from error
+    known = known if given is not None or not here.fitted(model).is_file() else here.fitted(model)
     if known is not None and (given is not None or _is_of(here, StepProfile.load(known), engine.env)):
         return known
     rows = here.rows / f"{model}-steps.csv.gz"
-    fitted = here.profiles / (f"{model}-profile.json" if here.profiles == here.rows else f"{model}.json")
+    fitted = here.fitted(model)
     tell(f"measuring the steps of {model} on {here.device}, about {minutes:g} minutes")
     sizes = ["--minutes", str(minutes), "--max-batch-tokens", str(engine.max_batch_tokens)]
+    if engine.max_model_len is not None:
+        sizes += ["--max-model-len", str(engine.max_model_len)]
     _run(engine.env, "run", "--model", model, "--out", str(rows), *sizes, "--json")
     _run(engine.env, "fit", "--steps", str(rows), "--out", str(fitted), "--json")
     return fitted.resolve()

@@ -7,12 +7,14 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
 
 from benchmarks.capacity import Cache
 from benchmarks.fidelity.own_profile import Here, profile_here
 from benchmarks.hardware import hardware
+from benchmarks.provenance import commit
 from benchmarks.real.cells import Cell
 from benchmarks.real.fingerprint import fingerprint
 from benchmarks.real.predicted import TUNING_SEED, Machine
@@ -124,6 +126,11 @@ class Bench:
             "rate_per_s": workload.rate_per_s,
             "seed": seed,
             "seconds": seconds,
+            "measured_on": {
+                "device": self.machine.site.devices()[0],
+                "commit": commit(),
+                "date": datetime.now(UTC).date().isoformat(),
+            },
             **row,
             "predicted": predicted(self.machine, system, tuning, workload, seed),
         }

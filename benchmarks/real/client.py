@@ -41,7 +41,7 @@ class Job(msgspec.Struct, frozen=True):
 
     `pair`: the prompt at the first target and the rest at the second; else targets are asked by turns.
     `hang_up`: outputs end by the client, and by a token of their own otherwise. What has no answer at
-    `cut_off_s` is given up.
+    `cut_off_s` is given up. `never`: tokens that outputs do not have.
     """
 
     targets: list[str]
@@ -57,11 +57,13 @@ class Job(msgspec.Struct, frozen=True):
     slos: list[dict[str, Any] | None]
     after: dict[int, tuple[int, float]]
     cut_off_s: float
+    never: list[int] = []
 
 
 async def run(job: Job) -> list[Seen]:
     """Send all of it."""
-    writer = Writer(job.model, job.vocab_size, np.random.default_rng(job.seed), ends=not job.hang_up)
+    rng = np.random.default_rng(job.seed)
+    writer = Writer(job.model, job.vocab_size, rng, ends=not job.hang_up, never=job.never)
     rows = zip(job.prompt_tokens, job.output_tokens, job.max_tokens, job.slos, strict=True)
     bodies = [writer.body(*row) for row in rows]
     enough = job.output_tokens if job.hang_up else [None] * len(bodies)

@@ -51,7 +51,9 @@ def bench_real(
     ] = None,
     profile_minutes: Annotated[float, typer.Option(min=0.1, help="For measuring one.")] = PROFILE_MINUTES,
     cache: Annotated[Path, typer.Option(help="Where windows are kept.")] = Path("out/bench/real"),
-    out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("out/bench/real.json"),
+    out: Annotated[
+        Path | None, typer.Option(help="Where the figures go.", show_default="out/bench/real.json")
+    ] = None,
 ) -> None:
     """Measure what real engines keep of their promises, under ours and as vLLM ships them.
 
@@ -61,6 +63,8 @@ def bench_real(
     Example: slosserve bench real --scenario chatbot --engines 1 --minutes 60
     """
     console = Console(width=110, highlight=False)
+    name = f"real{'_gpu' if gpu else ''}{'-quick' if quick else ''}.json"
+    out = out or Path("out/bench") / name
     began_s = time.monotonic()
     columns = (TextColumn("[progress.description]{task.description}"), BarColumn(), TimeElapsedColumn())
     try:

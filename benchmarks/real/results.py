@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 
 from benchmarks.capacity import Point, capacity, spread
-from benchmarks.provenance import commit, provenance
+from benchmarks.provenance import provenance
 from benchmarks.real.bench import Bench
 from benchmarks.real.cells import ARRIVALS, Cell
 from benchmarks.real.headline import headline
@@ -96,6 +95,7 @@ class Results:
             "share_not_counted": WARM_UP_SHARE,
             "rates_apart": STEP,
             "loads": list(LOADS),
+            "window_s": self.bench.window_s,  # None: as long as each cell asks for
         }
 
     def _window(self, cell: Cell, system: RealSystem, tuning: Tuning, rate: float, seed: int) -> Row:
@@ -106,12 +106,14 @@ class Results:
 
     def _capacity(self, cell: Cell, system: RealSystem, tuning: Tuning, knee: float) -> Row:
         per_seed, guess = [], knee
+        windows: list[Row] = []
         for seed in self.seeds:
 
             def at(rate: float, seed: int = seed) -> Point:
                 if rate < knee / HOPELESS:
                     return Point(rate, 0.0, SHARE, True, {})  # not measured: next to nothing is held
                 row = self._window(cell, system, tuning, rate, seed)
+                windows.append(row)
                 return Point(rate, row["rate_per_s"], row["attainment"] or 0.0, row["drained"], {})
 
             _, points = capacity(at, SHARE, guess, STEP - 1 + 1e-6, STEP)
@@ -129,11 +131,7 @@ class Results:
             "predicted": knee,
             "per_seed": per_seed,
             **spread(per_seed),
-            "measured_on": {
-                "device": self.bench.machine.site.devices()[0],
-                "commit": commit(),
-                "date": datetime.now(UTC).date().isoformat(),
-            },
+            "measured_on": _measured_on(windows),
         }
 
 
@@ -154,6 +152,12 @@ def crossing(points: Sequence[Point]) -> float:
         return last.rate_per_gpu
     part = (last.attainment - SHARE) / (last.attainment - first.attainment)
     return last.rate_per_gpu + part * (first.rate_per_gpu - last.rate_per_gpu)
+
+
+def _measured_on(windows: Sequence[Row]) -> Row:
+    """Where windows were measured, by which commits, and when."""
+    found = [row["measured_on"] for row in windows]
+    return {key: " and ".join(sorted({str(one[key]) for one in found})) for key in ("device", "commit", "date")}
 
 
 def of_other_runs(path: Path, method: Row) -> Row:

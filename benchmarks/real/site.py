@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +12,8 @@ import configs
 from benchmarks.provenance import provenance
 from benchmarks.simulator.systems import Tuning
 from engine.errors import ConfigError
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,7 @@ class Site:
     model: str
     kv_gib: float
     block_tokens: int
+    max_model_len: int
     divide: float
     stock_defaults: Tuning
     our_defaults: Tuning
@@ -42,7 +45,7 @@ class Site:
         """What engines can run on, one each, by name. Raises ConfigError where a GPU is meant and none is."""
         if not self.on_gpus:
             return [str(provenance(0)["hardware"]["cpu"])] * (os.cpu_count() or 1)
-        found = _gpus()
+        found = [name for _, name in _visible(_gpus())]
         if not found:
             raise ConfigError(
                 "--gpu: nvidia-smi shows no GPU here. Leave --gpu out to run on this machine's cores"
@@ -55,7 +58,7 @@ class Site:
 
     def environment(self, engine: int) -> dict[str, str]:
         """Of a server of its own, that it runs on the device that is meant for it."""
-        return {"CUDA_VISIBLE_DEVICES": str(engine)} if self.on_gpus else {}
+        return {VISIBLE: _visible(_gpus())[engine][0]} if self.on_gpus else {}
 
 
 # vLLM's own token budgets, online; on a GPU of 80 GB and more 8,192.
@@ -65,6 +68,7 @@ CPU = Site(
     "scale",
     kv_gib=0.25,  # 21,000 tokens: as many requests fit at a time as lengths divided by six leave on 40 GB
     block_tokens=32,
+    max_model_len=4096,
     divide=6.0,  # the scale model prefills at about a sixth of an A100's speed
     further={"reasoning": 5.0},  # outputs of 5,500 tokens make windows of a quarter of an hour; so 180
     stock_defaults=Tuning(token_budget=2048, max_seqs=256),
@@ -77,11 +81,21 @@ GPU = Site(
     "llama-8b",
     kv_gib=20.0,  # 160,000 tokens
     block_tokens=16,
+    max_model_len=32768,  # reasoning goes beyond 16,384
     divide=1.0,
     stock_defaults=Tuning(token_budget=8192, max_seqs=1024),
     our_defaults=Tuning(token_budget=8192, max_seqs=256),
     engine_cores=2,
 )
+
+
+def _visible(names: Sequence[str]) -> list[tuple[str, str]]:
+    """Ids and names of the GPUs that CUDA may use: all, unless the environment says which."""
+    chosen = os.environ.get(VISIBLE)
+    if chosen is None:
+        return [(str(index), name) for index, name in enumerate(names)]
+    ids = [one.strip() for one in chosen.split(",") if one.strip()]
+    return [(one, names[int(one)] if one.isdecimal() and int(one) < len(names) else one) for one in ids]
 
 
 def _gpus() -> list[str]:

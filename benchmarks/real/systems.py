@@ -83,6 +83,7 @@ def configuration(
         "dtype": "auto",
         "endpoint.port": 0,
         "engine.kv_cache_gib": site.kv_gib,
+        "engine.max_model_len": site.max_model_len,
         "engine.max_num_seqs": tuning.max_seqs,
         "engine.max_batch_tokens": tuning.token_budget,
         "planner.pairs": system.mode != "colocated",

@@ -19,7 +19,7 @@ from benchmarks.simulator.run import last_due_s
 from benchmarks.simulator.systems import Tuning
 from benchmarks.simulator.world import DRAIN_S
 from benchmarks.workload import Workload
-from engine.models import load_recipe
+from engine.models import THINK_END, load_recipe, token_id_of
 from engine.request import Slo, StageKind
 from engine.score import Score, score
 
@@ -39,7 +39,10 @@ def measure(
     folder: Path,
     tell: Callable[[float], None],
 ) -> Row:
-    """Serve a workload. Raises EngineError if the client fails; requests that fail are counted."""
+    """Serve a workload, by a model that never says that it has thought.
+
+    Raises EngineError if the client fails; requests that fail are counted.
+    """
     job = Job(
         targets=list(started.targets),
         pair=started.pair,
@@ -54,6 +57,8 @@ def measure(
         slos=[_field(slo) if system.ours else None for slo in slos],
         after=followers(workload),
         cut_off_s=last_due_s(workload, slos) + DRAIN_S,
+        # A random model would end its thinking by chance: it is held to the pace of thinking throughout.
+        never=[token_id_of(recipe, THINK_END)],
     )
     before = started.nodes() if system.ours else []
     row = summary(workload, slos, started.ask(job, folder, tell))

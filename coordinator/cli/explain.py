@@ -55,7 +55,7 @@ def _stages(stages: Sequence[Row]) -> Table:
     for heading in ("stage", "tokens", "due", "done", "latest token", ""):
         table.add_column(heading, justify="left" if heading in ("stage", "") else "right")
     for stage in stages:
-        met = {True: "[green]kept[/green]", False: "[red]missed[/red]", None: "running"}[stage["met"]]
+        met = {True: "[green]kept[/green]", False: "[red]missed[/red]", None: "-"}[stage["met"]]
         late = f"{abs(stage['late_s']) * 1e3:.0f} ms {'late' if stage['late_s'] > 0 else 'early'}"
         due, actual = f"{stage['due_s']:.3f} s", f"{stage['actual_s']:.3f} s"
         table.add_row(stage["kind"], str(stage["tokens"]), due, actual, late, met)

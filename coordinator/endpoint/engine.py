@@ -447,7 +447,10 @@ class ClusterEngine(TextEngineClient):
             return None if in_time.met else missed(in_time.stages)
         completed = outcome == "completed"
         result = score(slo, times_s, completed=completed, thinking_tokens=flight.thinking_tokens)
-        return result if flight.timeline.verdict == "admitted" else missed(result.stages)
+        if flight.timeline.verdict == "admitted":
+            return result
+        # Not promised is not kept. vLLM's goodput knows of no promises: it asks how quick it was.
+        return replace(missed(result.stages), goodput=result.goodput)
 
     def _remember(self, journey: Journey, flight: Flight, finished: Finished) -> None:
         public_id = _public_id(journey, flight)

@@ -135,7 +135,8 @@ def _sentences(record: Record, decision: Record, times: Sequence[tuple[str, floa
 
 
 def _verdict(record: Record, decision: Record) -> str:
-    slo, reason = record["slo"], decision.get("reason", "")
+    slo, reason = record["slo"], record["reason"] or decision.get("reason") or "no reason is remembered"
+    told = "" if reason in ("", "no reason is remembered") else f" ({reason})"
     nodes = " and ".join(node for node in (record["prefill_node"], record["decode_node"]) if node is not None)
     if slo is None:
         return f"It carried no SLO, so nothing was promised; it ran on {nodes or 'no node'}."
@@ -145,12 +146,12 @@ def _verdict(record: Record, decision: Record) -> str:
     wanted = f"Asked for ({slo['class_name']}): the first token within {_time(slo['ttft_s'])}, then {pace}."
     match record["verdict"]:
         case "admitted":
-            return f"{wanted} That was promised, on {nodes}{f' ({reason})' if reason else ''}."
+            return f"{wanted} That was promised, on {nodes}{told}."
         case "best_effort":
             return f"{wanted} That could not be promised: {reason}. It was deferred: best effort on {nodes}."
         case "refused" | "no_capacity":
             return f"{wanted} It was refused: {reason}."
-    return f"{wanted} It was not placed yet."
+    return f"{wanted} It was not placed{' yet' if record['outcome'] == 'running' else ''}."
 
 
 def _stages(record: Record, times: Sequence[tuple[str, float]]) -> Iterator[str]:
@@ -181,9 +182,9 @@ def _kv(record: Record) -> Iterator[str]:
         where = record["prefill_node"] or record["decode_node"]
         yield f"{cached} of {record['prompt_tokens']} prompt tokens had their KV on {where} already."
     pull = record["decode"]
-    if pull is not None and pull["pull_outcome"] is not None:
+    if pull is not None and pull["pull_outcome"] == "pulled":
         size = f"{pull['pulled_bytes'] / 1e6:.1f} MB of KV"
-        yield f"The handoff {pull['pull_outcome']} {size} in {_time(pull['pull_s'])}."
+        yield f"{size} moved to {record['decode_node']} in {_time(pull['pull_s'])}."
 
 
 def _work(node: str, account: Mapping[str, int]) -> str:

@@ -57,6 +57,7 @@ class Timeline:
     asked_s: float | None = None
     placed_s: float | None = None
     verdict: str = ""
+    reason: str = ""  # of the verdict
     prefill_node: str | None = None
     decode_node: str | None = None
     candidates: dict[str, str] = field(default_factory=dict)
@@ -117,7 +118,10 @@ class Flight:
     def question(self) -> Place:
         """What to ask the coordinator for the next attempt."""
         self.attempt += 1
-        self.timeline.asked_s = self.since_arrival_s()
+        # What an attempt before this one did is in the events.
+        self.timeline = Timeline(
+            asked_s=self.since_arrival_s(), verdict=self.timeline.verdict, events=self.timeline.events
+        )
         passenger = self.passenger
         slo = passenger.slo
         return Place(
@@ -141,7 +145,7 @@ class Flight:
 
     def depart(self, placed: Placed) -> None:
         """Submit to where the coordinator says. Raises Refused or NoCapacity when it says no."""
-        self.timeline.verdict = placed.verdict
+        self.timeline.verdict, self.timeline.reason = placed.verdict, placed.reason
         self.timeline.candidates = placed.candidates
         if placed.verdict == "refused":
             raise Refused(placed.reason, retry_after_s=placed.retry_after_s)
@@ -197,6 +201,7 @@ class Flight:
             return
         if self.timeline.verdict == "best_effort":
             self.timeline.verdict = "admitted"
+            self.timeline.reason = f"deferred at first: {self.timeline.reason}"
             self.timeline.events.append(f"attempt {attempt}: deferred, then admitted")
 
     def declined(self, node: str, declined: Declined) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from hypothesis import strategies as st
 
 from benchmarks import capacity as module
 from benchmarks.capacity import PRECISION, Cache, Point, Setting, capacity, measure, spread, tune
+from benchmarks.capacity_file import joined, of_other_runs
 from benchmarks.capacity_table import headline
 from benchmarks.simulator.systems import DESIGNS, Tuning
+from engine.errors import ConfigError
 
 SETTING = Setting("chatbot", "paper", "sarathi", "colocated", 1, DESIGNS["sarathi"].defaults, duration_s=20.0)
 
@@ -125,3 +128,50 @@ def test_tuning_is_said_in_words() -> None:
     assert Tuning(512, 64, 3, relegate=True, prefill=1, decode=2).words == (
         "budget 512, cap 64, drafts 3, relegates, 1P2D"
     )
+
+
+# ---- the file, filled in parts -------------------------------------------------------------------------------
+
+
+def _part(system: str, mean: float, **more: Any) -> dict[str, Any]:
+    cell = {
+        "hardware": "paper",
+        "scenario": "chatbot",
+        "system": system,
+        "mode": "colocated",
+        "column": "tuned",
+    }
+    return {**cell, "acceptance": None, "share": 0.9, "mean": mean, **more}
+
+
+def _file(path: Path, **changed: Any) -> Path:
+    tables = {"rows": [_part("ours", 4.0), _part("vllm", 3.0)], "bounds": [], "fixed_rates": []}
+    about = {"settings": {"seeds": 3, "replicas": 2}, "provenance": {"commit": "old"}}
+    path.write_text(json.dumps({**tables, **about, **changed}))
+    return path
+
+
+def test_what_a_run_does_not_measure_stays_with_its_commit(tmp_path: Path) -> None:
+    before = of_other_runs(_file(tmp_path / "capacity.json"), {"seeds": 3})
+    now = {"rows": [_part("ours", 5.0, commit="new")], "bounds": [], "fixed_rates": []}
+    rows = {row["system"]: row for row in joined(before, now)["rows"]}
+    assert (rows["vllm"]["mean"], rows["vllm"]["commit"]) == (3.0, "old")
+    assert (rows["ours"]["mean"], rows["ours"]["commit"]) == (5.0, "new")
+    assert len(rows) == 2
+
+
+def test_both_shares_of_a_cell_are_replaced_together(tmp_path: Path) -> None:
+    rows = [_part("ours", 4.0), _part("ours", 3.0, share=0.98), _part("ours", 2.0, mode="mixed")]
+    before = of_other_runs(_file(tmp_path / "capacity.json", rows=rows), {})
+    now = {"rows": [_part("ours", 5.0, commit="new")], "bounds": [], "fixed_rates": []}
+    found = [(row["mode"], row["mean"]) for row in joined(before, now)["rows"]]
+    assert found == [("mixed", 2.0), ("colocated", 5.0)]
+
+
+def test_figures_of_other_settings_are_not_mixed_with_these(tmp_path: Path) -> None:
+    assert of_other_runs(tmp_path / "none.json", {"seeds": 3})["rows"] == []
+    with pytest.raises(ConfigError, match="seeds = 3, and now it is 1"):
+        of_other_runs(_file(tmp_path / "capacity.json"), {"seeds": 1})
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(ConfigError, match="no file of capacities"):
+        of_other_runs(tmp_path / "other.json", {"seeds": 1})

@@ -182,5 +182,9 @@ def test_the_profile_that_ships_is_taken_on_its_own_processor_only(
         own_profile.profile_here(CONFIG, str(shipped), own_profile.Here.processor(tmp_path), 2.0, said.append)
         == shipped
     )
+    shelf = own_profile.Here("NVIDIA H100 80GB HBM3", tmp_path / "shelf", tmp_path)
+    made = own_profile.profile_here(CONFIG, None, shelf, 2.0, said.append)
+    assert made.name == "nvidia-h100-80gb-hbm3-scale.json", "what ships for the processor stays"
+    assert "--max-model-len" in ran[-2][1]
     with pytest.raises(ConfigError, match="--step-profile"):
         own_profile.profile_here(CONFIG, "nowhere.json", own_profile.Here.processor(tmp_path), 2.0, said.append)

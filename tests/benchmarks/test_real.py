@@ -27,7 +27,7 @@ from benchmarks.real.headline import headline, ratios
 from benchmarks.real.predicted import SHARE, Machine
 from benchmarks.real.results import Results, crossing, of_other_runs
 from benchmarks.real.running import Running, cores_of
-from benchmarks.real.site import CPU, GPU
+from benchmarks.real.site import CPU, GPU, Site
 from benchmarks.real.systems import SYSTEMS, configuration, systems
 from benchmarks.real.window import measure, summary
 from benchmarks.workload import Workload
@@ -242,8 +242,8 @@ class _NoBench:
     """What results ask of a bench, of which every window holds below 10 requests a second, until time is up."""
 
     def __init__(self, windows: int) -> None:
-        self.machine, self.model, self.left = MACHINE, "scale", windows
-        self.profile = Path("configs/profiles/scale.json")
+        self.machine, self.model, self.left, self.window_s = MACHINE, "scale", windows, None
+        self.on = {"device": "a CPU", "commit": f"commit {windows}", "date": "2026-01-02"}
 
     def say(self, text: str) -> None:
         del text
@@ -259,7 +259,7 @@ class _NoBench:
         held = 0.95 if rate < 10 else 0.5
         where = {"scenario": cell.scenario, "engines": cell.engines, "system": system.name, "seed": seed}
         return {**where, "rate_per_s": rate, "asked_per_s": rate, "attainment": held, "drained": True,
-                "admitted_kept": 1.0, "kept_per_s": rate}  # fmt: skip
+                "admitted_kept": 1.0, "kept_per_s": rate, "measured_on": self.on}  # fmt: skip
 
 
 def _results(windows: int, before: dict[str, Any] | None = None) -> Results:
@@ -278,9 +278,12 @@ def test_another_run_adds_its_cells_and_what_it_did_not_finish_replaces_nothing(
     with pytest.raises(OutOfTime):
         second.measure(CHAT, chosen)
     assert second.told()["rows"] == json.loads(path.read_text())["rows"]
-    third = _results(1000, of_other_runs(path, first.method()))
+    third = _results(900, of_other_runs(path, first.method()))
     third.measure(coder, chosen)
     told = third.told()
+    assert {row["scenario"]: row["measured_on"]["commit"] for row in told["rows"]} == {
+        "chatbot": "commit 1000", "coder": "commit 900",
+    }  # fmt: skip
     assert [(row["scenario"], row["system"]) for row in told["rows"]] == [
         ("chatbot", "vllm"), ("chatbot", "ours"), ("coder", "vllm"), ("coder", "ours"),
     ]  # fmt: skip
@@ -326,6 +329,16 @@ def test_on_gpus_every_system_is_as_it_comes_there(name: str) -> None:
     assert workload.prompt_tokens.mean() > 3 * CHAT.workload(CPU, 2.0, 30.0, 1).prompt_tokens.mean()
 
 
+@pytest.mark.parametrize("site", [CPU, GPU], ids=["cpu", "gpu"])
+def test_a_profile_can_be_measured_and_every_request_fits(site: Site) -> None:
+    config = configuration(site, SYSTEMS["ours"], site.our_defaults, site.model, None).engine
+    assert config.max_model_len is not None
+    assert config.max_model_len > config.max_batch_tokens, "chunks over KV that is there are measured as well"
+    for scenario in ARRIVALS:
+        load = Cell(scenario, 1).workload(site, 2.0, 120.0, 1)
+        assert (load.prompt_tokens + load.max_tokens).max() <= config.max_model_len
+
+
 def test_vllms_own_server_has_graphs_and_overlapped_steps_on_a_gpu() -> None:
     pytest.importorskip("vllm")
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
@@ -349,6 +362,9 @@ def test_gpus_are_those_that_the_driver_shows(tmp_path: Path, monkeypatch: pytes
     driver.chmod(0o755)
     assert GPU.devices() == ["NVIDIA H200", "NVIDIA H200"]
     assert GPU.environment(1) == {"CUDA_VISIBLE_DEVICES": "1"}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert GPU.devices() == ["NVIDIA H200"]
+    assert GPU.environment(0) == {"CUDA_VISIBLE_DEVICES": "1"}
     assert CPU.environment(1) == {}
 
 

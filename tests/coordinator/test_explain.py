@@ -96,6 +96,7 @@ def test_a_kept_promise_says_so_and_what_was_done_for_it() -> None:
     words = "\n".join(told["why"])
     assert "That was promised, on p and d." in words
     assert "Every stage was kept." in words
+    assert "0.0 MB of KV moved to d in 8.0 ms." in words
     assert "64 of 100 prompt tokens had their KV on p already." in words
     assert "p: 2 batches, the prompt in 2 chunks, held back in 1 for others that were due." in words
     assert "d: 4 batches, 2 of 6 drafted tokens right." in words
@@ -127,15 +128,18 @@ def test_deferred_and_refused_give_the_planners_reason() -> None:
     decision = {"reason": "it does not fit beside those admitted", "candidates": candidates}
     deferred = _flight()
     deferred.now_s = 0.01
-    deferred.depart(Placed("r", 1, "best_effort", None, D))
+    deferred.depart(Placed("r", 1, "best_effort", None, D, "no room"))
     deferred.now_s = 0.3
     deferred.take(Delta("r", 1, 0, [7], "length", timing=Timing(0.2, 0.25), account=Account(1, 1)))
     told = _told(deferred, decision)
     words = "\n".join(told["why"])
-    assert "could not be promised: it does not fit beside those admitted. It was deferred" in words
+    assert "could not be promised: no room. It was deferred" in words
     assert "What is not promised counts as missed, however quick it was." in words
     assert "d was no candidate: no room before the deadline." in words
     assert sum(one["seconds"] for one in told["times"]) == pytest.approx(0.3)
+
+    forgotten = _told(deferred)
+    assert "could not be promised: no room." in forgotten["why"][0], "the coordinator forgets sooner"
 
     refused = _flight()
     with pytest.raises(Exception, match="not today"):
@@ -143,9 +147,36 @@ def test_deferred_and_refused_give_the_planners_reason() -> None:
     refused.now_s = 0.02
     refused.end()
     told = explain(record_of("cmpl-1", None, refused, _finished(refused, "refused")), decision)
-    assert "It was refused: it does not fit beside those admitted." in told["why"][0]
+    assert "It was refused: not today." in told["why"][0]
     assert sum(one["seconds"] for one in told["times"]) == pytest.approx(0.02)
     assert "no room before the deadline" in _printed(told)
+
+
+def test_after_a_retry_only_the_last_attempt_has_a_place_and_the_first_is_an_event() -> None:
+    flight = _flight()
+    flight.on_retry = lambda one: None
+    flight.now_s = 0.010
+    flight.depart(Placed("r", 1, "admitted", P, D))
+    flight.now_s = 0.2
+    handoff = Handoff("r", "p", 100, 1000, 10.0)
+    flight.take(
+        Delta("r", 1, 0, [], "length", handoff=handoff, timing=Timing(0.1, 0.15), account=Account(2, 2))
+    )
+    flight.now_s = 0.25
+    flight.lost("d")
+    flight.now_s = 0.26
+    flight.question()
+    flight.now_s = 0.27
+    flight.depart(Placed("r", 2, "admitted", None, NodeAddress("e", "tcp://e")))
+    flight.now_s = 0.4
+    flight.take(Delta("r", 2, 0, [7], "length", timing=Timing(0.02, 0.12), account=Account(1, 1)))
+    told = _told(flight)
+    assert told["placement"] == ["e"]
+    assert list(told["work"]) == ["e"]
+    assert told["events"] == ["attempt 1: d stopped answering"]
+    assert told["times"][0] == {"part": "earlier attempts", "seconds": pytest.approx(0.26)}
+    assert all(one["seconds"] >= 0 for one in told["times"])
+    assert sum(one["seconds"] for one in told["times"]) == pytest.approx(0.4)
 
 
 def test_what_still_runs_can_be_asked_about() -> None:

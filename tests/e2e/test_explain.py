@@ -85,7 +85,7 @@ def test_a_met_request_is_explained_and_its_times_add_up_to_what_its_client_saw(
     decoding = explained["work"][explained["placement"][-1]]
     assert 149 <= decoding["batches"] <= 151
     assert explained["work"]["prefill-0"]["chunks"] >= 1
-    assert any("The handoff pulled" in sentence for sentence in explained["why"])
+    assert any("of KV moved to decode-0" in sentence for sentence in explained["why"])
 
 
 def test_a_missed_request_is_explained_by_the_stage_that_was_late(cluster: Client) -> None:

@@ -147,9 +147,10 @@ class ScriptedEngine(Engine):
         time.sleep(self.step_s)
         outputs: list[Output] = []
         order = [*plan.order, *(key for key in ready if key not in plan.order)]
-        tokens = sum(self._run(ready[key], plan, outputs) for key in order if key not in plan.skip)
+        made = {key: self._run(ready[key], plan, outputs) for key in order if key not in plan.skip}
+        tokens = sum(made.values())
         report = StepReport(self.reported_s or self.step_s, tokens, len(order), 0, 0, 0.0)
-        return StepResult(outputs, report if tokens else None)
+        return StepResult(outputs, report if tokens else None, {key for key, chunk in made.items() if chunk})
 
     def _pulled(self, going: Going, pull: Pull) -> None:
         going.pulling = False

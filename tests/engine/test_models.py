@@ -96,6 +96,11 @@ def test_two_makers_at_once_do_not_break_each_other(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [".tiny.lock", "tiny"]
 
 
+@pytest.mark.parametrize("token", models.MARKUP_TOKENS)
+def test_markup_has_the_id_that_is_told_without_a_tokenizer(tokenizer: Any, token: str) -> None:
+    assert models.token_id_of("tiny", token) == tokenizer.convert_tokens_to_ids(token)
+
+
 def test_every_token_can_be_read(tokenizer: Any) -> None:
     assert len(tokenizer) == models.load_recipe("tiny").vocab_size
     for token_id in range(len(tokenizer)):
