@@ -224,12 +224,20 @@ def wait_until_gone(state: RunState) -> None:
         time.sleep(0.1)
 
 
+def _heed_signals() -> None:
+    """What a shell starts in the background ignores them, and so do its children."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
 def test_up_that_is_cut_short_leaves_nothing_behind(number: signal.Signals, tmp_path: Path) -> None:
     """Cut while the nodes' actors are being made; SIGKILL gives `up` no chance to clean up itself."""
     env = os.environ | {"SLOSSERVE_RUN_DIR": str(tmp_path)}
     command = [*COMMAND, "up", "--port", "0", "--name", "cut-short"]
-    with subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True) as up:
+    with subprocess.Popen(
+        command, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=_heed_signals
+    ) as up:
         assert up.stderr is not None
         for line in up.stderr:
             if "prefill-0: loading" in line:
