@@ -67,22 +67,21 @@ def goodput(
     folder.mkdir(parents=True, exist_ok=True)
     overrides = {"name": "bench-goodput", "model": model, "dtype": "auto", "endpoint.port": 0}
     slo = {"ttft_ms": ttft_ms, "tpot_ms": tpot_ms}
+
+    def keep(rows: Sequence[Row]) -> None:
+        """What is known so far: a run that is cut short leaves it."""
+        worst = max(row["difference"] for row in rows)
+        target = {"at_most": AGREE, "met": worst <= AGREE}
+        told = {"worst_difference": worst, "target": target, "slo": slo, "rows": list(rows)}
+        write(out, {**told, "provenance": provenance(seed)})
+
     try:
         with console.status("starting") as status:
             cluster = load_config(config, overrides)
-            rows = _measure(cluster, slo, rate or RATES, prompts, seed, folder, status.update)
+            rows = _measure(cluster, slo, rate or RATES, prompts, seed, folder, status.update, keep)
     except SlosserveError as error:
         Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False)
         raise typer.Exit(2) from error
-    worst = max(row["difference"] for row in rows)
-    results: Row = {
-        "worst_difference": worst,
-        "target": {"at_most": AGREE, "met": worst <= AGREE},
-        "slo": slo,
-        "rows": rows,
-        "provenance": provenance(seed),
-    }
-    write(out, results)
     console.print(_table(rows))
     console.print(f"figures in {out}", soft_wrap=True)
 
@@ -145,10 +144,11 @@ def _measure(
     seed: int,
     folder: Path,
     say: Callable[[str], None],
+    keep: Callable[[Sequence[Row]], None],
 ) -> list[Row]:
     from coordinator.cluster_process import ClusterProcess
 
-    rows = []
+    rows: list[Row] = []
     with ClusterProcess.start(config, None, lambda event: say(step(event))) as cluster:
         for number, rate in enumerate(rates):
             say(f"vLLM's client, {rate:g} requests a second, {number + 1} of {len(rates)}")
@@ -159,6 +159,7 @@ def _measure(
             theirs = _run(asked, result)
             after = _settled(cluster.base_url, before, theirs)
             rows.append({"rate_per_s": rate, **compared(theirs, before, after)})
+            keep(rows)
     return rows
 
 
