@@ -55,7 +55,7 @@ bench-full: install
 bench-quick: install
 	$(BIN)/slosserve bench capacity --quick
 
-# Three hours of nothing else on the machine; what was measured is kept, so it may run in pieces.
+# Hours of nothing else on the machine; what was measured is kept: `slosserve bench real --minutes 60`, and again.
 bench-real: install
 	$(BIN)/slosserve bench real
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.errors import ConfigError
+from benchmarks.earlier import earlier
 
 Row = dict[str, Any]
 TABLES = ("rows", "bounds", "fixed_rates")
@@ -19,23 +18,13 @@ BOUND = ("hardware", "scenario", "acceptance")
 def of_other_runs(path: Path, settings: Row) -> dict[str, list[Row]]:
     """The tables of `path`, every row with the commit that made it; empty ones if there is no such file.
 
-    Raises ConfigError for a file that is none of capacities, or has other settings.
+    Raises ConfigError for a file that is another, or has other settings.
     """
-    if not path.exists():
+    found = earlier(path, "settings", settings, TABLES, "no file of capacities")
+    if found is None:
         return {name: [] for name in TABLES}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        theirs, commit = found["settings"], found["provenance"]["commit"]
-        tables = {name: [{"commit": commit, **row} for row in found[name]] for name in TABLES}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"--out {path}: no file of capacities ({error!r}); give another name") from error
-    for key, value in settings.items():
-        if theirs.get(key) != value:
-            raise ConfigError(
-                f"--out {path}: its figures have {key} = {theirs.get(key)}, and now it is {value}; "
-                "give another name, or move the file away"
-            )
-    return tables
+    commit = found.get("provenance", {}).get("commit")
+    return {name: [{"commit": commit, **row} for row in found[name]] for name in TABLES}
 
 
 def joined(before: dict[str, list[Row]], now: dict[str, list[Row]]) -> dict[str, list[Row]]:

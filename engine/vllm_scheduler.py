@@ -37,6 +37,7 @@ class Hook:
     uses: tuple[str, ...] = ()
 
 
+_ENDED_WELL = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
 _QUEUES = ("kv_holding_waiting", "waiting")
 _REQUEST_FIELDS = (
     "status",
@@ -271,7 +272,7 @@ class PlannedScheduler(Scheduler):  # type: ignore[misc]
 
     def _free_blocks(self, request: Request) -> None:
         session = self.sessions.pop(request.request_id, None)
-        if session is not None and request.status != RequestStatus.FINISHED_ABORTED:
+        if session is not None and request.status in _ENDED_WELL:
             groups = self.kv_cache_manager.get_blocks(request.request_id).blocks
             full = [block for group in groups for block in group if block.block_hash is not None]
             self.kept.keep(session, full)

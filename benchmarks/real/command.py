@@ -85,9 +85,18 @@ def bench_real(
             if not quick:
                 results.before = of_other_runs(out, results.method())
             try:
+                chosen = {
+                    cell: [
+                        one
+                        for one in systems(cell.engines, system, drafting=speculation and not quick)
+                        if not quick or not one.tuned
+                    ]
+                    for cell in cells
+                }
                 for cell in cells:
-                    chosen = systems(cell.engines, system, drafting=speculation and not quick)
-                    results.measure(cell, [one for one in chosen if not quick or not one.tuned])
+                    results.check(cell, chosen[cell])
+                for cell in cells:
+                    results.measure(cell, chosen[cell])
                     write(out, results.told())
             except OutOfTime:
                 console.print("out of time: call it again, and it goes on where it was")

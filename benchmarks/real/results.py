@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.capacity import Point, capacity, spread
+from benchmarks.earlier import earlier
 from benchmarks.provenance import provenance
 from benchmarks.real.bench import Bench
 from benchmarks.real.cells import ARRIVALS, Cell
@@ -42,18 +42,19 @@ class Results:
     before: Row = field(default_factory=dict)
     _whole: set[Cell] = field(default_factory=set)
 
-    def measure(self, cell: Cell, chosen: Sequence[RealSystem]) -> None:
-        """Every system in this cell, one after another.
-
-        Raises ConfigError if another run has measured a system that is not among them: what stands side by side
-        is of one run.
-        """
+    def check(self, cell: Cell, chosen: Sequence[RealSystem]) -> None:
+        """Raises ConfigError if another run has measured a system of this cell that is not among these: what
+        stands side by side is of one run."""
         there = {row["system"] for row in self.before.get("rows", ()) if _cell_of(row) == cell}
         if lacking := sorted(there - {system.name for system in chosen}):
             raise ConfigError(
                 f"the figures of {cell.text} have {', '.join(lacking)} as well, and are of one run: measure "
                 "all of them, or give another --out"
             )
+
+    def measure(self, cell: Cell, chosen: Sequence[RealSystem]) -> None:
+        """Every system in this cell, one after another. Raises as `check`."""
+        self.check(cell, chosen)
         for system in chosen:
             self.bench.say(f"{cell.text}: {system.label}, where the simulator sees its knee")
             tuning, knee = self.bench.expected(cell, system)
@@ -165,22 +166,7 @@ def of_other_runs(path: Path, method: Row) -> Row:
 
     Raises ConfigError for a file that is not of this bench, or was measured by another method.
     """
-    if not path.exists():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        theirs = {key: found["method"].get(key) for key in method}
-        _cells_of(found)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"--out {path}: not of this bench ({error!r}); give another name") from error
-    asked = json.loads(json.dumps(method))
-    for key, value in theirs.items():
-        if value != asked[key]:
-            raise ConfigError(
-                f"--out {path}: its figures have {key} = {value}, and now it is {asked[key]}; "
-                "give another name, or move the file away"
-            )
-    return dict(found)
+    return earlier(path, "method", method, ("rows",), "not of this bench") or {}
 
 
 def _cells_of(found: Row) -> set[Cell]:

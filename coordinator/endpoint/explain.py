@@ -135,8 +135,8 @@ def _sentences(record: Record, decision: Record, times: Sequence[tuple[str, floa
 
 
 def _verdict(record: Record, decision: Record) -> str:
-    slo, reason = record["slo"], record["reason"] or decision.get("reason") or "no reason is remembered"
-    told = "" if reason in ("", "no reason is remembered") else f" ({reason})"
+    slo, known = record["slo"], record["reason"] or decision.get("reason", "")
+    reason, told = known or "no reason is remembered", f" ({known})" if known else ""
     nodes = " and ".join(node for node in (record["prefill_node"], record["decode_node"]) if node is not None)
     if slo is None:
         return f"It carried no SLO, so nothing was promised; it ran on {nodes or 'no node'}."
