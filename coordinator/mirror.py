@@ -8,11 +8,11 @@ place.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from coordinator.planner.memory import OVERFLOW_Z, next_z
 from coordinator.planner.replica import Replica
+from coordinator.planner.works import Works
 from engine.messages import Report, WorkState
 from engine.request import RoleName, WorkKind, work_id
 
@@ -50,6 +50,7 @@ class NodeMirror:
     tightest_s: float = math.inf
     placed: dict[str, Placement] = field(default_factory=dict)
     reported: dict[str, WorkState] = field(default_factory=dict)  # works of the report, by work id
+    _works: Works | None = None  # made when it is asked for, until something changes
 
     def take_report(self, report: Report, now_s: float) -> None:
         """Adopt the node's own account; placements that it shows are no longer ours to count."""
@@ -104,6 +105,7 @@ class NodeMirror:
         return self.reported.get(work_id(request_id, attempt))
 
     def _count(self) -> None:
+        self._works = None
         self.requests = len(self.reported) + sum(key not in self.reported for key in self.placed)
 
     @property
@@ -121,29 +123,23 @@ class NodeMirror:
         return self.tightest_s == math.inf or self.tightest_s <= tpot_s
 
     @property
-    def works(self) -> list[WorkState]:
+    def works(self) -> Works:
         """What is here, and what is on its way here, with the times left when the last batch told of ends."""
-        reported = [] if self.report is None else self.report.works
-        return [*reported, *map(self._as_of_report, self.placed.values())]
-
-    def _states(self) -> Iterator[WorkState]:
-        """Works here and on their way here, each as it was last told of."""
-        yield from self.reported.values()
-        yield from (placement.state for placement in self.placed.values())
+        if self._works is None:
+            reported = [] if self.report is None else self.report.works
+            self._works = Works.of([*reported, *map(self._as_of_report, self.placed.values())])
+        return self._works
 
     @property
     def promised_prefill_tokens(self) -> int:
         """That are still to be computed here for promised prompts."""
-        return sum(work.prefill_left_tokens for work in self._states() if not work.best_effort)
+        works = self.works
+        return sum(works.holding[at].prefill_left_tokens for at in works.prefilling.tolist())
 
     @property
     def promised_pull_tokens(self) -> int:
         """Of promised prompts whose KV is still to come here."""
-        return sum(
-            work.prompt_tokens
-            for work in self._states()
-            if work.kind is WorkKind.DECODE and work.output_tokens == 0 and not work.best_effort
-        )
+        return self.works.pull_tokens
 
     def _as_of_report(self, placement: Placement) -> WorkState:
         left_s = placement.state.first_token_left_s + placement.at_s - self._told_of_s

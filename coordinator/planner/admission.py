@@ -18,7 +18,7 @@ import numpy as np
 
 from coordinator.planner import labels, memory
 from coordinator.planner.dues import dues, running_by_tier
-from coordinator.planner.instance import Instance, Newcomer, Prefill, Tier
+from coordinator.planner.instance import Decodes, Instance, Newcomer, Prefill, Tier
 from engine.cost import StepCost
 from engine.speculation import TierLoad, allowed_s, choose_depths, expected_tokens
 
@@ -105,10 +105,9 @@ class Problem:
         self.period_s = np.array([step_period_s(instance, at, depths[at]) for at in range(count)])
         self.slots = np.array(depths, dtype=float)
         self.load = np.array([instance.max_batch_tokens, instance.late_seqs], dtype=float)
-        decodes = instance.decodes
-        tiers = np.array([self.tier_of[decode.tier] for decode in decodes], dtype=np.int64)
-        due_s = np.array([decode.due_s for decode in decodes], dtype=float)
-        context = np.array([decode.context_tokens for decode in decodes], dtype=float)
+        decodes = Decodes.of(instance.decodes)
+        tiers = np.array([self.tier_of[name] for name in decodes.tier_names], dtype=np.int64)[decodes.tier]
+        due_s, context = decodes.due_s, decodes.context_tokens.astype(np.float64)
         self.running, tokens, self.active_s = running_by_tier(tiers, due_s, context, self.period_s)
         self.tier_s = tokens * (cost.per_context_token_s * cost.drift)
         self.tier_s += self.running * (cost.per_seq_s * cost.drift)

@@ -86,7 +86,8 @@ def to_document(instance: Instance) -> dict[str, Any]:
         tier.name: {"tpot_s": tier.tpot_s, "acceptance": tier.acceptance} for tier in instance.tiers
     }
     document["cost"]["pieces"] = list(document["cost"]["pieces"])
-    for name in ("decodes", "prefills", "newcomers", "free_kv"):
+    document["decodes"] = [asdict(decode) for decode in instance.decodes]
+    for name in ("prefills", "newcomers", "free_kv"):
         document[name] = list(document[name])
     for newcomer in document["newcomers"]:
         newcomer["kv_tokens"] = list(newcomer["kv_tokens"])

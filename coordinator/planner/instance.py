@@ -5,10 +5,17 @@ Times are seconds from the start of the plan (the end of the batch in flight).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import overload
+
+import numpy as np
+from numpy.typing import NDArray
 
 from engine.cost import StepCost
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,17 +30,62 @@ class Tier:
     acceptance: float | None = None
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Decode:
-    """A running decode that was promised: its next token is due in `due_s`, then one every TPOT of its tier.
-
-    Not frozen, as one is made of every decode for every candidate: five times quicker.
-    """
+    """A running decode that was promised: its next token is due in `due_s`, then one every TPOT of its tier."""
 
     id: str
     tier: str
     due_s: float
     context_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Decodes(Sequence[Decode]):
+    """Running decodes as columns, [n] each: there are many, and every candidate looks at all of them.
+
+    `tier`: the row of each in `tier_names`.
+    """
+
+    ids: Sequence[str]
+    tier_names: Sequence[str]
+    tier: Ints
+    due_s: Floats
+    context_tokens: Ints
+
+    @classmethod
+    def of(cls, decodes: Sequence[Decode]) -> Decodes:
+        """The same decodes as columns."""
+        if isinstance(decodes, Decodes):
+            return decodes
+        names: dict[str, int] = {}
+        tier = [names.setdefault(decode.tier, len(names)) for decode in decodes]
+        return cls(
+            [decode.id for decode in decodes],
+            list(names),
+            np.array(tier, dtype=np.int64),
+            np.array([decode.due_s for decode in decodes], dtype=np.float64),
+            np.array([decode.context_tokens for decode in decodes], dtype=np.int64),
+        )
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __iter__(self) -> Iterator[Decode]:
+        tiers = [self.tier_names[at] for at in self.tier.tolist()]
+        return map(Decode, self.ids, tiers, self.due_s.tolist(), self.context_tokens.tolist())
+
+    @overload
+    def __getitem__(self, at: int) -> Decode: ...
+    @overload
+    def __getitem__(self, at: slice) -> Sequence[Decode]: ...
+    def __getitem__(self, at: int | slice) -> Decode | Sequence[Decode]:
+        return list(self)[at]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True, slots=True)

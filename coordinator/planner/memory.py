@@ -15,15 +15,24 @@ then, so that it waits, computes them again and is in time all the same.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
 from coordinator.planner.instance import FreeKv
-from coordinator.planner.lengths import ALWAYS, Floats, KnownLengths, LengthDistribution
+from coordinator.planner.lengths import ALWAYS, Floats, Ints, KnownLengths, LengthDistribution
+from coordinator.planner.outlook_kernel import (
+    BASE,
+    CURVE,
+    MADE,
+    MAX_TOKENS,
+    PACE_S,
+    REQUEST_FIELDS,
+    STARTS_S,
+    outlook_of,
+)
 from coordinator.planner.outlook_kernel import MOST_INTERVALS as MOST_INTERVALS
-from coordinator.planner.outlook_kernel import REQUEST_FIELDS, outlook_of
 from coordinator.planner.survival_kernel import BIN_OF, EDGES
 
 BLOCK_TOKENS = 16
@@ -71,47 +80,37 @@ class Outlook:
     charges: tuple[tuple[int, ...], ...]
 
 
-@dataclass(slots=True, eq=False)
-class Cohort:
-    """Residents as rows of numbers: what compiled code takes, and quicker to make where there are many."""
+def request_rows(base_tokens: Ints, made_tokens: Ints, pace_s: Floats, max_tokens: Ints) -> Floats:
+    """[n, REQUEST_FIELDS]: residents as compiled code takes them, from now on and of the first curve.
 
-    _requests: list[tuple[float, ...]] = field(default_factory=list)
-    _curves: dict[int, tuple[int, Floats]] = field(default_factory=dict)  # by identity: which row, and itself
+    See `Resident` and `LengthDistribution` for what the numbers are. Raises ValueError for a pace of 0 or less.
+    """
+    if not (pace_s > 0).all():
+        raise ValueError(f"pace_s is {pace_s.min()}; give seconds per token, above 0")
+    rows = np.zeros((len(pace_s), REQUEST_FIELDS))
+    rows[:, BASE], rows[:, MADE], rows[:, PACE_S], rows[:, MAX_TOKENS] = (
+        base_tokens, made_tokens, pace_s, max_tokens,
+    )  # fmt: skip
+    return rows
 
-    def add(
-        self,
-        base_tokens: int,
-        made_tokens: int,
-        pace_s: float,
-        starts_s: float,
-        survival: Floats,
-        max_tokens: int,
-    ) -> None:
-        """One more. See `Resident` and `LengthDistribution` for what the numbers are."""
-        if not pace_s > 0:
-            raise ValueError(f"pace_s is {pace_s}; give seconds per token, above 0")
-        curve = self._curves.get(id(survival))
-        if curve is None:
-            curve = self._curves[id(survival)] = len(self._curves), survival
-        self._requests.append((base_tokens, made_tokens, pace_s, starts_s, curve[0], max_tokens))
 
-    def outlook(self, count: int, capacity_tokens: int, block_tokens: int, z: float) -> Outlook:
-        """What the first `count` leave, and what the others would take. See `outlook`."""
-        requests = np.array(self._requests, dtype=np.float64).reshape(-1, REQUEST_FIELDS)
-        curves = [curve for _, curve in self._curves.values()]
-        starts_s, free, charges = outlook_of(
-            requests,
-            _spread(len(requests)),
-            np.array(curves).reshape(-1, len(EDGES)),
-            np.array([curve is ALWAYS for curve in curves], dtype=np.bool_),
-            BIN_OF,
-            count,
-            capacity_tokens - capacity_tokens % block_tokens,
-            block_tokens,
-            float(z),
-        )
-        intervals = tuple(map(FreeKv, starts_s.tolist(), free.tolist()))
-        return Outlook(intervals, tuple(map(tuple, charges.tolist())))
+def outlook_of_rows(
+    requests: Floats, curves: Sequence[Floats], count: int, capacity_tokens: int, block_tokens: int, z: float
+) -> Outlook:
+    """`outlook` of rows [n, REQUEST_FIELDS], of which the first `count` run, and of the curves they name."""
+    starts_s, free, charges = outlook_of(
+        requests,
+        _spread(len(requests)),
+        np.array(curves).reshape(-1, len(EDGES)),
+        np.array([curve is ALWAYS for curve in curves], dtype=np.bool_),
+        BIN_OF,
+        count,
+        capacity_tokens - capacity_tokens % block_tokens,
+        block_tokens,
+        float(z),
+    )
+    intervals = tuple(map(FreeKv, starts_s.tolist(), free.tolist()))
+    return Outlook(intervals, tuple(map(tuple, charges.tolist())))
 
 
 def outlook(
@@ -125,13 +124,17 @@ def outlook(
 
     Looks up to the longest expected residence. KV is held in whole blocks of `block_tokens`.
     """
-    cohort = Cohort()
-    for one in (*running, *newcomers):
-        lengths = one.lengths
-        cohort.add(
-            one.base_tokens, one.made_tokens, one.pace_s, one.starts_s, lengths.survival, lengths.max_tokens
-        )
-    return cohort.outlook(len(running), capacity_tokens, block_tokens, z)
+    residents = (*running, *newcomers)
+    curves = {id(one.lengths.survival): one.lengths.survival for one in residents}
+    rows = request_rows(
+        np.array([one.base_tokens for one in residents], dtype=np.int64),
+        np.array([one.made_tokens for one in residents], dtype=np.int64),
+        np.array([one.pace_s for one in residents], dtype=np.float64),
+        np.array([one.lengths.max_tokens for one in residents], dtype=np.int64),
+    )
+    rows[:, STARTS_S] = [one.starts_s for one in residents]
+    rows[:, CURVE] = [list(curves).index(id(one.lengths.survival)) for one in residents]
+    return outlook_of_rows(rows, list(curves.values()), len(running), capacity_tokens, block_tokens, z)
 
 
 def free_kv(

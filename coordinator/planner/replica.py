@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from coordinator.planner.instance import Decode, Instance, Newcomer, Prefill, Tier
+import numpy as np
+
+from coordinator.planner.instance import Decodes, Instance, Newcomer, Prefill, Tier
 from coordinator.planner.lengths import ALWAYS, Lengths
-from coordinator.planner.memory import OVERFLOW_Z, Cohort, Outlook
+from coordinator.planner.memory import OVERFLOW_Z, Outlook, outlook_of_rows
+from coordinator.planner.outlook_kernel import BASE, CURVE, MAX_TOKENS, PACE_S, REQUEST_FIELDS, STARTS_S
+from coordinator.planner.works import NOTHING, Works
 from engine.cost import StepCost
-from engine.messages import WorkState
 from engine.request import WorkKind
 
 MOST_TIERS = 8  # paces beyond are rounded down to the next one of these many
@@ -18,7 +21,6 @@ MOST_TIERS = 8  # paces beyond are rounded down to the next one of these many
 # one with the worst luck binds, and one that has just begun has no slack. With the 0.7 that one decode alone
 # could keep, 3 to 6 % of what was admitted was late (tool, coder, mixed at capacity); with this under 1 %.
 THETA = 0.3
-TOLERANCE = 0.05  # of the decode time so far: later than that a promise is broken (the scoring rule)
 HORIZON_S = 60.0  # deadlines beyond are taken for this: a plan counts every token that is due before them
 
 
@@ -37,7 +39,7 @@ class Replica:
     kv_tokens: int
     block_tokens: int
     max_seqs: int
-    works: Sequence[WorkState] = ()
+    works: Works = NOTHING
     age_s: float = 0.0
     step_s: float = 0.0
     margin: float = 0.0
@@ -69,17 +71,11 @@ def to_instance(replica: Replica, asking: Asking, lengths: Lengths) -> Instance:
         cost = replace(cost, drift=cost.drift * (1 + replica.margin))
     start_s = _in_flight_s(replica)
     shift_s = replica.age_s + start_s
-    promised = [work for work in replica.works if not work.best_effort]
-    decoding = [
-        work for work in promised if work.prefill_left_tokens == 0 and work.kind is not WorkKind.PREFILL
-    ]
-    # Of one that is handed on only the KV is still here, under a lease.
-    handed_on = sum(map(_is_lease, promised))
-    names = _tiers([*(work.tpot_s for work in promised), *([] if asking.tpot_s is None else [asking.tpot_s])])
-    chances = _acceptance(decoding, names)
-    decodes, late = _decodes(decoding, names, cost, shift_s)
-    leased = [work for work in replica.works if work.best_effort and _is_lease(work)]
-    view = _outlook(replica, [*promised, *leased], asking, lengths, shift_s)
+    works = replica.works
+    names = _tiers([*works.paces_s, *([] if asking.tpot_s is None else [asking.tpot_s])])
+    chances = _acceptance(works, names)
+    decodes, late = _decodes(works, names, cost, shift_s)
+    view = _outlook(replica, asking, lengths, shift_s)
     newcomer = Newcomer(
         id=asking.id,
         tokens=max(asking.tokens, 1),
@@ -94,19 +90,14 @@ def to_instance(replica: Replica, asking: Asking, lengths: Lengths) -> Instance:
         max_batch_tokens=replica.max_batch_tokens,
         tiers=tuple(Tier(name, tpot_s, chances.get(name)) for tpot_s, name in _distinct(names)),
         decodes=decodes,
-        prefills=_prefills(promised, names, replica, cost, shift_s),
+        prefills=_prefills(names, replica, cost, shift_s),
         newcomers=tuple(asked),
         free_kv=view.free,
-        free_seqs=max(replica.max_seqs - len(promised) + handed_on, 0),
+        free_seqs=max(replica.max_seqs - works.promised + works.handed_on, 0),
         late_seqs=late,
         max_depth=replica.max_depth,
         theta=THETA,
     )
-
-
-def _is_lease(work: WorkState) -> bool:
-    """Whether only its KV is here, to be pulled. Nobody takes it back for a promise, best effort or not."""
-    return work.kind is WorkKind.PREFILL and work.prefill_left_tokens == 0
 
 
 def _in_flight_s(replica: Replica) -> float:
@@ -125,32 +116,28 @@ def expected_residence_s(asking: Asking, lengths: Lengths) -> float:
     return known.mean_remaining() * asking.tpot_s
 
 
-def _decodes(
-    works: Sequence[WorkState], names: dict[float, str], cost: StepCost, shift_s: float
-) -> tuple[tuple[Decode, ...], int]:
+def _decodes(works: Works, names: dict[float, str], cost: StepCost, shift_s: float) -> tuple[Decodes, int]:
     """What the decodes still owe, and how many are so late that they owe nothing."""
-    context = [work.prompt_tokens + work.output_tokens for work in works]
-    floor_s = cost.predict(len(works) + 1, seqs=len(works), context_tokens=sum(context))
-    decodes, late = [], 0
-    for work, context_tokens in zip(works, context, strict=True):
-        left_s, tpot_s = _due_left_s(work), work.tpot_s
-        # Whether it is late is for the report to say: since then it has made tokens that we do not know of.
-        if left_s < -tpot_s and left_s < -TOLERANCE * work.output_tokens * tpot_s:
-            late += 1
-        else:
-            decodes.append(Decode(_name(work), names[tpot_s], max(left_s - shift_s, floor_s), context_tokens))
-    return tuple(decodes), late
+    running, context = len(works.decoding), works.context_tokens[works.decoding]
+    floor_s = cost.predict(running + 1, seqs=running, context_tokens=int(context.sum()))
+    on_time = ~works.late[works.decoding]
+    owing = works.decoding[on_time]
+    decodes = Decodes(
+        ids=[works.names[at] for at in owing.tolist()],
+        tier_names=[names[pace_s] for pace_s in works.paces_s],
+        tier=works.pace[owing],
+        due_s=np.maximum(works.due_left_s[owing] - shift_s, floor_s),
+        context_tokens=context[on_time],
+    )
+    return decodes, running - len(owing)
 
 
-def _prefills(
-    works: Sequence[WorkState], names: dict[float, str], replica: Replica, cost: StepCost, shift_s: float
-) -> tuple[Prefill, ...]:
+def _prefills(names: dict[float, str], replica: Replica, cost: StepCost, shift_s: float) -> tuple[Prefill, ...]:
     """What is left of the prompts, but for those that are late whatever is done."""
+    works = replica.works
     prefills = []
-    for work in works:
-        if work.prefill_left_tokens <= 0:
-            continue
-        left_s = _due_left_s(work)
+    for at in works.prefilling.tolist():
+        work, left_s = works.holding[at], float(works.due_left_s[at])
         tokens = work.prefill_left_tokens + 1
         known = work.prompt_tokens + work.output_tokens
         cached = max(known - tokens, 0)
@@ -158,30 +145,31 @@ def _prefills(
         if left_s >= alone_s:
             left_s = min(max(left_s - shift_s, alone_s), HORIZON_S)
             tier = None if work.kind is WorkKind.PREFILL else names[work.tpot_s]
-            prefills.append(Prefill(_name(work), tokens, left_s, tier, cached))
+            prefills.append(Prefill(works.names[at], tokens, left_s, tier, cached))
     return tuple(prefills)
 
 
-def _outlook(
-    replica: Replica, promised: Sequence[WorkState], asking: Asking, lengths: Lengths, shift_s: float
-) -> Outlook:
+def _outlook(replica: Replica, asking: Asking, lengths: Lengths, shift_s: float) -> Outlook:
     """The memory that is left, and what the one who asks would take. What decodes elsewhere makes one token."""
-    cohort = Cohort()
-    for work in promised:
-        made, prompt_tokens = work.output_tokens, work.prompt_tokens
-        starts_s = max(work.first_token_left_s - shift_s, 0.0) if made == 0 else 0.0
-        if work.kind is WorkKind.PREFILL:
-            cohort.add(prompt_tokens, 0, 1.0, starts_s, ALWAYS, 1)
-        else:
-            survival = lengths.survival(work.class_name, prompt_tokens)
-            cohort.add(prompt_tokens, made, work.tpot_s, starts_s, survival, work.max_tokens)
-    prompt_tokens, starts_s = asking.tokens + asking.cached_tokens, max(asking.left_s, 0.0)
-    if asking.tpot_s is None:
-        cohort.add(prompt_tokens, 0, 1.0, starts_s, ALWAYS, 1)
-    else:
-        survival = lengths.survival(asking.class_name, prompt_tokens)
-        cohort.add(prompt_tokens, 0, asking.tpot_s, starts_s, survival, asking.max_tokens)
-    return cohort.outlook(len(promised), replica.kv_tokens, replica.block_tokens, replica.overflow_z)
+    requests, curves = replica.works.requests(lengths, shift_s)
+    prompt_tokens, elsewhere = asking.tokens + asking.cached_tokens, asking.tpot_s is None
+    asked = np.zeros((1, REQUEST_FIELDS))
+    asked[0, [BASE, PACE_S, STARTS_S, CURVE, MAX_TOKENS]] = (
+        prompt_tokens,
+        1.0 if asking.tpot_s is None else asking.tpot_s,
+        max(asking.left_s, 0.0),
+        len(curves),
+        1 if elsewhere else asking.max_tokens,
+    )
+    curves.append(ALWAYS if elsewhere else lengths.survival(asking.class_name, prompt_tokens))
+    return outlook_of_rows(
+        np.concatenate([requests, asked]),
+        curves,
+        len(requests),
+        replica.kv_tokens,
+        replica.block_tokens,
+        replica.overflow_z,
+    )
 
 
 def _numbered(newcomer: Newcomer, index: int) -> Newcomer:
@@ -211,13 +199,19 @@ def _tiers(paces_s: Iterable[float]) -> dict[float, str]:
     return names
 
 
-def _acceptance(works: Sequence[WorkState], names: dict[float, str]) -> dict[str, float]:
+def _acceptance(works: Works, names: dict[float, str]) -> dict[str, float]:
     """Mean chance that a drafted token is right, by tier."""
-    seen: dict[str, list[float]] = {}
-    for work in works:
-        if work.acceptance is not None:
-            seen.setdefault(names[work.tpot_s], []).append(work.acceptance)
-    return {name: sum(chances) / len(chances) for name, chances in seen.items()}
+    known = works.decoding[~np.isnan(works.acceptance[works.decoding])]
+    if not len(known):
+        return {}
+    tiers = [names[pace_s] for pace_s in works.paces_s]
+    count = np.bincount(works.pace[known], minlength=len(tiers))
+    total = np.bincount(works.pace[known], works.acceptance[known], len(tiers))
+    by_tier: dict[str, tuple[int, float]] = {}
+    for name, more, chances in zip(tiers, count.tolist(), total.tolist(), strict=True):
+        seen, so_far = by_tier.get(name, (0, 0.0))
+        by_tier[name] = seen + more, so_far + chances
+    return {name: chances / seen for name, (seen, chances) in by_tier.items() if seen}
 
 
 def _distinct(names: dict[float, str]) -> list[tuple[float, str]]:
@@ -226,11 +220,3 @@ def _distinct(names: dict[float, str]) -> list[tuple[float, str]]:
     for pace_s, name in names.items():
         paces[name] = min(paces.get(name, math.inf), pace_s)
     return [(pace_s, name) for name, pace_s in paces.items()]
-
-
-def _name(work: WorkState) -> str:
-    return f"{work.request_id}#{work.attempt}"
-
-
-def _due_left_s(work: WorkState) -> float:
-    return work.first_token_left_s if work.next_due_left_s is None else work.next_due_left_s

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from coordinator.planner.admission import solve
 from coordinator.planner.lengths import KnownLengths
 from coordinator.planner.replica import MOST_TIERS, Asking, Replica, to_instance
+from coordinator.planner.works import Works
 from engine.cost import StepCost
 from engine.messages import WorkState
 from engine.request import WorkKind
@@ -23,7 +24,7 @@ LENGTHS = KnownLengths()
 
 
 def problem(*works: WorkState, **changes: object):  # type: ignore[no-untyped-def]
-    replica = replace(IDLE, works=works, **changes)  # type: ignore[arg-type]
+    replica = replace(IDLE, works=Works.of(works), **changes)  # type: ignore[arg-type]
     return to_instance(replica, ASKING, LENGTHS)
 
 
@@ -127,6 +128,6 @@ def test_kv_under_a_lease_takes_no_slot() -> None:
 
 
 def test_a_deadline_far_away_costs_no_more_than_a_minute() -> None:
-    replica = replace(IDLE, works=(DECODING,))
+    replica = replace(IDLE, works=Works.of([DECODING]))
     instance = to_instance(replica, replace(ASKING, left_s=3600.0), LENGTHS)
     assert instance.newcomers[0].deadline_s == 60.0
