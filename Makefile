@@ -29,8 +29,12 @@ $(STAMP):
 demo: install
 	$(BIN)/slosserve demo
 
+# What only computes shares the cores; what starts engines and clusters has them to itself, one after another.
+COMPUTES := tests/planner tests/benchmarks
+
 test: install
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q --numprocesses auto --maxprocesses 8 $(COMPUTES)
+	$(BIN)/pytest -q $(COMPUTES:%=--ignore=%)
 
 lint: install
 	$(BIN)/ruff check .

@@ -207,9 +207,7 @@ def test_something_that_is_no_endpoint_of_ours_is_told(stand_in: tuple[StandIn, 
 
 def processes_and_ports(state: RunState) -> list[str]:
     """What is left of a run: its processes by name, and its ports that are still taken."""
-    left = [
-        f"{process.pid} {process.name()}" for process in processes_of(state.run_id, state.processes.values())
-    ]
+    left = [str(process) for process in processes_of(state.run_id, state.processes.values())]
     for port in state.ports:
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:

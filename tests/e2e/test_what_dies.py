@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
 
 import httpx
@@ -27,25 +26,26 @@ def _wait_ready(cluster: Client, timeout_s: float = 20.0) -> None:
 def test_a_coordinator_that_dies_takes_no_stream_along_and_the_next_one_knows_all(
     cluster: Client, cluster_process: ClusterProcess
 ) -> None:
-    done: list[int] = []
-
-    def stream() -> None:
-        answer = cluster.complete("a long story", max_tokens=3000, ignore_eos=True)
-        done.append(answer.json()["usage"]["completion_tokens"])
-
     cluster.wait_idle()
     before = {name: (node["pid"], node["role"]) for name, node in cluster.nodes().items()}
-    thread = threading.Thread(target=stream)
-    thread.start()
-    while cluster.nodes()["decode-0"]["requests"] == 0:
-        time.sleep(0.02)
+    chunks = cluster.openai.completions.create(
+        model="tiny",
+        prompt="a long story",
+        max_tokens=3000,
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
+        extra_body={"ignore_eos": True},
+    )
+    next(iter(chunks))
     os.kill(cluster_process.pids["coordinator"], signal.SIGKILL)
     cluster_process.restart_coordinator()
     _wait_ready(cluster)
     after = {name: (node["pid"], node["role"]) for name, node in cluster.nodes().items()}
     assert after == before
-    thread.join()
-    assert done == [3000]
+    *_, last = chunks
+    assert last.usage is not None
+    assert last.usage.completion_tokens == 3000
     response = cluster.complete("and now?", slo={"class": "chatbot"})
     assert response.headers["x-slosserve-placement"] == "prefill-0>decode-0"
 
