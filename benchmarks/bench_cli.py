@@ -23,6 +23,7 @@ COMMANDS = {
     "distserve-facts": ("benchmarks.distserve_facts:distserve_facts", "The published figures of DistServe."),
     "fidelity": ("benchmarks.fidelity.command:fidelity", "The virtual engine beside the real one."),
     "real": ("benchmarks.real.command:bench_real", "Real engines: ours beside vLLM as it ships."),
+    "agents": ("benchmarks.agents.command:bench_agents", "Tool loops: with sessions, without, and vLLM."),
     "goodput": ("benchmarks.real.goodput:goodput", "vLLM's own client, and our scorecard."),
     "tokens": ("benchmarks.real.tokens:tokens", "The same tokens as stock vLLM, under load."),
     "thousand": ("benchmarks.thousand:bench_thousand", "A thousand virtual replicas, one coordinator."),

@@ -25,6 +25,7 @@ from coordinator.config_layers import (
     nest,
 )
 from engine.errors import ConfigError
+from engine.sessions import KV_SHARE, TTL_S
 
 CONFIG_FILE = "config.json"
 
@@ -129,6 +130,17 @@ class TransferConfig(Section):
     pull_deadline_s: Seconds = 10.0
 
 
+class SessionsConfig(Section):
+    """KV that is kept between the calls of a session, while its tools run.
+
+    `ttl_s`: how long a session may be idle. `kv_share`: most of a node's KV memory that is kept for idle ones;
+    a request that needs the memory takes it all the same.
+    """
+
+    ttl_s: Seconds = TTL_S
+    kv_share: Annotated[float, Field(ge=0, le=1)] = KV_SHARE
+
+
 class EndpointConfig(Section):
     """The OpenAI front. `count` processes listen on `port`, `port + 1`, ...; port 0 takes free ones."""
 
@@ -164,13 +176,15 @@ class SloClass(Section):
 
     The first token is due after `ttft_ms`, or, where that is None, after `ttft_scale` times what the prefill
     of the prompt takes alone on an idle replica, but never before `ttft_floor_ms`. `thinking_tpot_ms` is the
-    pace of a thinking stage before the answer, whose pace is `tpot_ms`.
+    pace of a thinking stage before the answer, whose pace is `tpot_ms`. `last_tpot_ms`: the pace of the call of
+    a tool loop that answers, where its client says which that is: it is read, the others are waited for.
     """
 
     ttft_scale: Annotated[float, Field(ge=1)] = 5.0
     ttft_ms: Annotated[float, Field(gt=0)] | None = None
     tpot_ms: Annotated[float, Field(gt=0)] = 100.0
     thinking_tpot_ms: Annotated[float, Field(gt=0)] | None = None
+    last_tpot_ms: Annotated[float, Field(gt=0)] | None = None
     ttft_floor_ms: Annotated[float, Field(ge=0)] = 0.0
 
 
@@ -208,7 +222,7 @@ PAPER_SLO_CLASSES: dict[str, dict[str, float]] = {
     "chatbot": {"ttft_scale": 5.0, "tpot_ms": 100.0},
     "coder": {"ttft_scale": 5.0, "tpot_ms": 50.0},
     "summarizer": {"ttft_scale": 3.0, "tpot_ms": 100.0},
-    "tool": {"ttft_scale": 3.0, "tpot_ms": 50.0},
+    "tool": {"ttft_scale": 3.0, "tpot_ms": 50.0, "last_tpot_ms": 100.0},
     "reasoning": {"ttft_scale": 3.0, "tpot_ms": 100.0, "thinking_tpot_ms": 50.0},
 }
 
@@ -225,6 +239,7 @@ class ClusterConfig(Section):
     pools: PoolsConfig = PoolsConfig(prefill=1, decode=1)
     engine: EngineConfig = EngineConfig()
     transfer: TransferConfig = TransferConfig()
+    sessions: SessionsConfig = SessionsConfig()
     endpoint: EndpointConfig = EndpointConfig()
     ray: RayConfig = RayConfig()
     slo_classes: dict[str, SloClass] = Field(default_factory=dict, validate_default=True)

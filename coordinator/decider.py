@@ -18,6 +18,7 @@ from coordinator.planner.document import answer, to_document
 from coordinator.planner.lengths import LearnedLengths
 from coordinator.planner.price import RoomPrice
 from coordinator.prefixes import PrefixDirectory
+from coordinator.sessions import SessionDirectory
 from engine.messages import Finished, Place, Placed, Promote
 from engine.prefix import PREFIX_BLOCK_TOKENS
 from engine.request import Pace, WorkKind
@@ -59,6 +60,7 @@ class Decider:
         self.deferred = DeferredQueue(max_deferred)
         self._lengths = LearnedLengths()
         self._prefixes = PrefixDirectory()
+        self.sessions = SessionDirectory()
         self._price = RoomPrice()
         self._explained: OrderedDict[str, Explained] = OrderedDict()
         self._remembered = remembered
@@ -144,8 +146,8 @@ class Decider:
         pace = Pace(first_left_s, request.tpot_s)
         return Promotion(deferred, at.name, Promote(request.request_id, request.attempt, pace))
 
-    def finished(self, finished: Finished, mirrors: Mapping[str, NodeMirror]) -> None:
-        """Learn from a request that is over, and stop counting it."""
+    def finished(self, finished: Finished, mirrors: Mapping[str, NodeMirror], now_s: float = 0.0) -> str | None:
+        """Learn from a request that is over, and stop counting it. Returns the node that its session left."""
         self.deferred.forget(finished.request_id)
         for mirror in mirrors.values():
             mirror.forget(finished.request_id, finished.attempt)
@@ -161,10 +163,16 @@ class Decider:
                 if node != finished.nodes[-1]:  # it prefilled: the output was never there
                     here = here[: finished.prompt_tokens // PREFIX_BLOCK_TOKENS]
                 self._prefixes.add(node, here, kv_tokens)
+        if self._caching and finished.session is not None and finished.outcome == "completed":
+            return self.sessions.answered(
+                finished.session, finished.nodes[-1], finished.prefix_hashes, finished.prompt_tokens, now_s
+            )
+        return None
 
     def forget_node(self, node: str) -> None:
         """A node began anew: the KV that it held is gone."""
         self._prefixes.forget(node)
+        self.sessions.forget(node)
 
     def explain(self, request_id: str) -> dict[str, Any] | None:
         """The last decision on a request, with the problem put to the planner at each candidate."""
@@ -184,7 +192,7 @@ class Decider:
         }
 
     def _knowledge(self, links: Mapping[tuple[str, str], Link]) -> Knowledge:
-        return Knowledge(self._lengths, links, self._prefixes, self._price, self._why)
+        return Knowledge(self._lengths, links, self._prefixes, self._price, self._why, self.sessions)
 
     def _remember(self, explained: Explained) -> None:
         if not self._remembered:

@@ -21,6 +21,7 @@ from coordinator.planner.loss import loss_s
 from coordinator.planner.price import RoomPrice, work_s
 from coordinator.planner.replica import Asking, expected_residence_s, to_instance
 from coordinator.prefixes import PrefixDirectory
+from coordinator.sessions import SessionDirectory
 from engine.messages import NodeAddress, Place, Placed, WorkState
 from engine.request import RoleName, WorkKind
 from kv_transfer.base import Link
@@ -30,6 +31,7 @@ MOST_CANDIDATES = 8  # put to the planner; a summary of the nodes picks them
 ENOUGH = 4  # of a shortlist: the rest is much like them, and each takes a third of a millisecond
 TOO_DEAR = "it fits perhaps, but room is short, and cheaper requests are preferred"
 HANDOFF_STEPS = 2  # of the decode node, beside those that pass while bytes move
+HOME_LOAD = 16  # requests more than elsewhere: from there on a history is computed again where there is room
 SAME_LOSS = 1.25  # losses within this ratio are taken for the same
 
 
@@ -85,7 +87,14 @@ class Knowledge:
     prefixes: PrefixDirectory = field(default_factory=PrefixDirectory)
     price: RoomPrice | None = None
     why: bool = True
+    sessions: SessionDirectory = field(default_factory=SessionDirectory)
     asked: dict[tuple[str, Asking], tuple[Decision, Problem, str]] = field(default_factory=dict)  # in this call
+
+    def cached_tokens(self, node: str, request: Place) -> int:
+        """Tokens of its prompt whose KV a node is believed to hold."""
+        hashes = request.prefix_hashes
+        kept = self.sessions.cached_tokens(node, request.session, hashes)
+        return max(kept, self.prefixes.cached_tokens(node, hashes))
 
 
 def place(
@@ -102,12 +111,12 @@ def place(
     if not ways:
         return _no_capacity(request), []
     if request.class_name is None:
-        fallback = min((Candidate(*way) for way in ways), key=lambda candidate: candidate.load)
+        fallback = _fallback(map(_candidate, ways), request, knowledge)
         return _accept(request, fallback, "best_effort", {}, now_s), []
     cost_s = expected_work_s(request, willing or serving, knowledge)
     if knowledge.price is not None and knowledge.price.too_dear(cost_s, now_s):
         knowledge.price.note(cost_s, now_s, fitted=True, dear=True)
-        fallback = min((Candidate(*way, reason=TOO_DEAR) for way in ways), key=lambda candidate: candidate.load)
+        fallback = replace(_fallback(map(_candidate, ways), request, knowledge), reason=TOO_DEAR)
         return _turn_away(request, fallback, {}, now_s), []
     enough = ENOUGH if len(serving) > MOST_CANDIDATES else len(ways)
     candidates = _judged(request, _shortlist(ways), knowledge, now_s, enough)
@@ -125,8 +134,22 @@ def place(
         knowledge.price.note(cost_s, now_s, fitted=bool(feasible), dear=False)
     if feasible:
         return _accept(request, min(feasible, key=_preference), "admitted", judged, now_s), candidates
-    fallback = min(candidates, key=lambda candidate: candidate.load)
-    return _turn_away(request, fallback, judged, now_s), candidates
+    return _turn_away(request, _fallback(candidates, request, knowledge), judged, now_s), candidates
+
+
+def _candidate(way: tuple[NodeMirror | None, NodeMirror]) -> Candidate:
+    return Candidate(*way)
+
+
+def _fallback(candidates: Iterable[Candidate], request: Place, knowledge: Knowledge) -> Candidate:
+    """Where it goes without a promise: where its history is, if that is not much busier than others; else to
+    the least loaded."""
+    known = list(candidates)
+    home = knowledge.sessions.home(request.session)
+    bound = min(candidate.load for candidate in known) + HOME_LOAD
+    return min(
+        known, key=lambda candidate: (candidate.decode.name != home or candidate.load > bound, candidate.load)
+    )
 
 
 def _judged(
@@ -248,7 +271,7 @@ def _likeliest(request: Place, nodes: list[NodeMirror], knowledge: Knowledge) ->
     if len(nodes) <= MOST_CANDIDATES:
         return nodes
     by_load = sorted(nodes, key=attrgetter("requests"))
-    known = knowledge.prefixes.holders(request.prefix_hashes)
+    known = knowledge.prefixes.holders(request.prefix_hashes) | {knowledge.sessions.home(request.session)}
     holders = (node for node in by_load if node.name in known and _has_most(node, request, knowledge))
     gathered = (node for node in by_load if node.welcomes_pace(request.tpot_s))
     likely = (*islice(holders, 2), *islice(gathered, MOST_CANDIDATES // 2), *by_load[:MOST_CANDIDATES])
@@ -256,8 +279,7 @@ def _likeliest(request: Place, nodes: list[NodeMirror], knowledge: Knowledge) ->
 
 
 def _has_most(node: NodeMirror, request: Place, knowledge: Knowledge) -> bool:
-    cached = knowledge.prefixes.cached_tokens(node.name, request.prefix_hashes)
-    return 2 * cached > request.prompt_tokens
+    return 2 * knowledge.cached_tokens(node.name, request) > request.prompt_tokens
 
 
 def _shortlist(
@@ -290,7 +312,7 @@ def judge(
 ) -> Candidate:
     """Put one candidate to the planner. `computed_tokens` of the prompt were computed there as best effort."""
     first = decode if prefill is None else prefill
-    cached = knowledge.prefixes.cached_tokens(first.name, request.prefix_hashes)
+    cached = knowledge.cached_tokens(first.name, request)
     cached = min(max(cached, computed_tokens), request.prompt_tokens - 1)
     whole = Asking(
         id=request.request_id,

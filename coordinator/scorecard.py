@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.messages import Finished
+from engine.messages import Finished, LoopEnded
 
 RECENT_HANDOFFS = 4096
 RECENT_PLACINGS = 8192
@@ -23,6 +23,7 @@ class Scorecard:
     strict: Counter[str] = field(default_factory=Counter)
     goodput: Counter[str] = field(default_factory=Counter)
     stages: dict[str, dict[str, Counter[str]]] = field(default_factory=dict)
+    loops: dict[str, Counter[str]] = field(default_factory=dict)
     placements: Counter[str] = field(default_factory=Counter)
     outcomes: Counter[str] = field(default_factory=Counter)
     handoffs: int = 0
@@ -51,6 +52,17 @@ class Scorecard:
             counts = self.stages.setdefault(name, {}).setdefault(stage, Counter())
             counts["total"] += 1
             counts["met"] += met
+
+    def count_loop(self, loop: LoopEnded) -> None:
+        """Count a tool loop that is over."""
+        counts = self.loops.setdefault(loop.class_name, Counter())
+        counts["total"] += 1
+        counts["met"] += loop.met
+        counts["calls"] += loop.calls
+
+    def loop_summary(self) -> dict[str, dict[str, int]]:
+        """Tool loops with a deadline, by class: how many, how many in time, and their calls."""
+        return {name: dict(counts) for name, counts in self.loops.items()}
 
     def placing_summary(self) -> dict[str, Any]:
         """What the last placements took here, and how much of it the processor worked on them, in ms."""

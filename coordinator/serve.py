@@ -49,6 +49,8 @@ def node_spec(config: ClusterConfig, name: str, run_dir: Path) -> dict[str, Any]
         "step_profile": None if config.step_profile is None else str(config.step_profile),
         "max_waiting": config.endpoint.max_waiting,
         "peer_silent_s": config.timeouts.endpoint_silent_s,
+        "session_ttl_s": config.sessions.ttl_s,
+        "session_kv_share": config.sessions.kv_share,
         "clock_skew_s": config.clock_skew_s.get(name, 0.0),
         "engine": {
             "kind": config.engines,

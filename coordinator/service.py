@@ -12,7 +12,6 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import asdict
 from typing import Any
 
 import msgspec
@@ -20,19 +19,24 @@ import zmq
 import zmq.asyncio
 
 from coordinator.best_effort import place_best_effort
+from coordinator.cluster_state import mode_of, node_state
 from coordinator.decider import Decider, Promotion
 from coordinator.links import KnownLinks, MeasuredLinks
 from coordinator.mirror import NodeMirror
 from coordinator.pools import PoolNode, plan_flips, sizes
 from coordinator.scorecard import Scorecard
+from coordinator.session_lists import SessionLists
 from coordinator.trunk import Links, NodeLink
 from engine.cost import StepCost
 from engine.errors import ProtocolError, SlosserveError
 from engine.messages import (
     Alive,
     Answer,
+    CloseSession,
     Finished,
     LinksProbed,
+    ListSessions,
+    LoopEnded,
     Message,
     NodeLoad,
     Place,
@@ -42,13 +46,14 @@ from engine.messages import (
     Query,
     Report,
     RoleSet,
+    SessionsListed,
     SetRole,
     View,
     Watch,
     decode,
     encode,
 )
-from engine.request import RoleName, WorkKind
+from engine.request import RoleName
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +103,7 @@ class Coordinator:
         self._answers: dict[int, asyncio.Future[Any]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._reviving: set[str] = set()
+        self._session_lists = SessionLists(decider.sessions, lambda name: self._call(name, ListSessions))
         self._wanted_roles: dict[str, RoleName] = {}
         self._endpoints: dict[bytes, float] = {}
         self._probing: asyncio.Task[None] | None = None
@@ -145,7 +151,7 @@ class Coordinator:
         match message:
             case Report():
                 self._take_report(name, message)
-            case RoleSet(call_id, _) | LinksProbed(call_id, _, _):
+            case RoleSet(call_id, _) | LinksProbed(call_id, _, _) | SessionsListed(call_id, _, _):
                 future = self._answers.get(call_id)
                 if future is not None and not future.done():
                     future.set_result(message)
@@ -250,6 +256,8 @@ class Coordinator:
                     self._mirrors, self._links.by_name(), time.monotonic()
                 ):
                     self._promote(promotion)
+                for name in list(self._session_lists.due(self._mirrors, time.monotonic())):
+                    self._spawn(self._session_lists.fetch(name, self._boot_ids[name]))
                 if self._probing is None or self._probing.done():
                     self._probing = asyncio.create_task(self._probe_links())
             except Exception:
@@ -293,7 +301,9 @@ class Coordinator:
                     self._spawn(self._place_later(peer, message))
             case Finished():
                 self._scorecard.count(message)
-                self._decider.finished(message, self._mirrors)
+                self._finished(message)
+            case LoopEnded():
+                self._scorecard.count_loop(message)
             case Watch():
                 # One that has asked before is told of the nodes in turn: the answer only says that we live.
                 known = peer in self._endpoints
@@ -303,6 +313,14 @@ class Coordinator:
                 self._spawn(self._answer(peer, message))
             case _:
                 logger.warning("a coordinator does not take %s from an endpoint", type(message).__name__)
+
+    def _finished(self, finished: Finished) -> None:
+        now_s = time.monotonic()
+        left = self._decider.finished(finished, self._mirrors, now_s)
+        if finished.session is not None and finished.nodes:
+            self._session_lists.answered(finished.nodes[-1], now_s)
+            if left in self._peers:
+                self._peers[left].send(CloseSession(finished.session))
 
     def _view(self) -> View:
         return View(
@@ -365,6 +383,8 @@ class Coordinator:
             "idle_cost": self._idle,
             "set_pools": self._set_pools,
             "explain": self._explain,
+            "session": self._session,
+            "close_session": self._close_session,
         }
         if query.what not in answers:
             self._reply(peer, Answer(query.call_id, {}, f"no such question: {query.what}", 404))
@@ -386,6 +406,19 @@ class Coordinator:
             raise UnknownDecision(f"no decision on request {request_id!r} is remembered here")
         return explained
 
+    async def _session(self, session: str) -> dict[str, Any]:
+        node = self._decider.sessions.home(session)
+        if node is None:
+            raise UnknownSession(f"nothing is kept for a session {session!r}")
+        return {"session": session, "node": node, "kept_tokens": self._decider.sessions.kept_tokens(session)}
+
+    async def _close_session(self, session: str) -> dict[str, Any]:
+        """Closed for good where nothing is kept as well: closing twice is no error."""
+        node = self._decider.sessions.close(session, time.monotonic())
+        if node in self._peers:
+            self._peers[node].send(CloseSession(session))
+        return {"session": session, "closed": True, "node": node}
+
     async def _ready(self) -> dict[str, Any]:
         missing = {name: mirror.state for name, mirror in self._mirrors.items() if not mirror.serving}
         if place_best_effort(self._view().nodes, one_node=False) is None or not self.ready:
@@ -402,13 +435,14 @@ class Coordinator:
             "engine": None if first is None else first.engine,
             "transport": None if first is None else first.transport,
             "model": self._model,
-            "mode": _mode(pools),
+            "mode": mode_of(pools),
             "pools": pools,
-            "nodes": [self._node(mirror, now_s) for mirror in self._mirrors.values()],
+            "nodes": [node_state(mirror, now_s) for mirror in self._mirrors.values()],
             "idle_cost": await self._idle(),
             "links": self._links.rows(),
             "handoffs": self._scorecard.handoff_summary(),
             "attainment": self._scorecard.attainment(),
+            "loops": self._scorecard.loop_summary(),
             "placements": {
                 name: self._scorecard.placements[name] for name in ("pair", "one_node", "best_effort")
             },
@@ -417,40 +451,6 @@ class Coordinator:
             "deferred": len(self._decider.deferred),
             "local_prefills": sum(report.local_prefills for report in reports),
         }
-
-    def _node(self, mirror: NodeMirror, now_s: float) -> dict[str, Any]:
-        report = mirror.report
-        described: dict[str, Any] = {
-            "name": mirror.name,
-            "role": str(mirror.role),
-            "state": mirror.state,
-            "address": mirror.address,
-            "placed": len(mirror.placed),
-        }
-        if report is not None:
-            decoding = sum(work.kind is not WorkKind.PREFILL for work in report.works)
-            described |= {
-                "used_blocks": report.usage.used_blocks,
-                "num_blocks": report.usage.num_blocks,
-                "running": report.usage.running,
-                "waiting": report.usage.waiting,
-                "requests": len(report.works),
-                "decoding": decoding,
-                "leases": len(report.leases),
-                "steps": report.steps,
-                "step_ms": report.step_s * 1e3,
-                "tally": asdict(report.tally),
-                "cost_base_ms": report.cost.predict(1) * 1e3,
-                "cost_per_token_ms": _per_token_s(report) * 1e3,
-                "cost_drift": report.cost.drift,
-                "cost_margin": report.cost_margin,
-                "promises_preempted": report.promises_preempted,
-                "promises_starved": report.promises_starved,
-                "local_prefills": report.local_prefills,
-                "age_s": now_s - mirror.reported_s,
-                "pid": report.pid,
-            }
-        return described
 
     # ---- pools -------------------------------------------------------------------------------------------
 
@@ -507,21 +507,15 @@ class NotReadyError(SlosserveError):
     reason = "not_ready"
 
 
+class UnknownSession(SlosserveError):
+    """No node keeps anything for it: it never was, it was idle for too long, or others needed the memory."""
+
+    http_status = 404
+    reason = "unknown_session"
+
+
 class UnknownDecision(SlosserveError):
     """Nobody asked for this request to be placed, or it was too long ago."""
 
     http_status = 404
     reason = "unknown_request"
-
-
-def _mode(pools: Mapping[str, int]) -> str:
-    pairs = pools.get("prefill", 0) > 0 and pools.get("decode", 0) > 0
-    if pairs and pools.get("mixed", 0):
-        return "mixed"
-    return "disaggregated" if pairs else "colocated"
-
-
-def _per_token_s(report: Report) -> float:
-    """What one token more costs, on average up to the largest batch."""
-    most = max(report.info.max_batch_tokens, 2)
-    return (report.cost.predict(most) - report.cost.predict(1)) / (most - 1)

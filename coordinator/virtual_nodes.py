@@ -88,6 +88,8 @@ def host_spec(config: ClusterConfig, host: str, nodes: Mapping[str, str], run_di
         "roles": ROLES,
         "max_waiting": config.endpoint.max_waiting,
         "peer_silent_s": config.timeouts.endpoint_silent_s,
+        "session_ttl_s": config.sessions.ttl_s,
+        "session_kv_share": config.sessions.kv_share,
         "engine": {
             "kind": config.engines,
             "model": config.model,

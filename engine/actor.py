@@ -171,6 +171,8 @@ class NodeActor:
             clock=clock,
             max_waiting=int(spec["max_waiting"]),
             peer_silent_s=float(spec["peer_silent_s"]),
+            session_ttl_s=float(spec["session_ttl_s"]),
+            session_kv_share=float(spec["session_kv_share"]),
         )
 
 

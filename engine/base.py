@@ -178,8 +178,11 @@ class Engine(ABC):
         """Queue a work. Its id must be new. Raises RequestError if the engine could never run it."""
 
     @abstractmethod
-    def cancel(self, work_ids: Sequence[str]) -> None:
-        """Drop works, whatever their phase, and free their blocks. Unknown ids are ignored."""
+    def cancel(self, work_ids: Sequence[str], *, ended: bool = False) -> None:
+        """Drop works, whatever their phase, and free their blocks. Unknown ids are ignored.
+
+        `ended`: they have said all that was wanted, so their sessions keep what they would at an end.
+        """
 
     @abstractmethod
     def step(self, compose: Composer) -> StepResult:

@@ -228,4 +228,5 @@ def _is_news(report: Report, told: Report | None) -> bool:
 
 
 def _facts(report: Report) -> tuple[object, ...]:
-    return report.role, report.usage, report.steps, report.promises_preempted, report.local_prefills
+    counts = report.steps, report.promises_preempted, report.local_prefills, report.sessions_version
+    return report.role, report.usage, *counts

@@ -19,7 +19,7 @@ from engine.request import Pace, RoleName, WorkKind
 from engine.tally import Tally
 from kv_transfer.base import Handoff, Lease, Link, PeerAddress, Pull
 
-VERSION = 6
+VERSION = 7
 TELL_EVERY_S = 0.02  # a node tells of batches as they begin; of one that lasts longer, always
 
 
@@ -37,7 +37,8 @@ class Watch:
 class Submit:
     """Work for a node. It answers with deltas, or declines within a step.
 
-    `think_end_id`: the token with which thinking ends, and another pace begins, if the pace has one.
+    `think_end_id`: the token with which thinking ends, and another pace begins, if the pace has one. `session`:
+    its KV is kept for the next call of that session, for a while, where it ends.
     """
 
     request_id: str
@@ -53,14 +54,19 @@ class Submit:
     handoff: Handoff | None = None
     pull_deadline_s: float = 10.0
     think_end_id: int | None = None
+    session: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """Drop an attempt, whatever its phase, with any KV it offers."""
+    """Drop an attempt, whatever its phase, with any KV it offers.
+
+    `ended`: it has said all that its client wants (a stop string), and is a part of its session's history.
+    """
 
     request_id: str
     attempt: int
+    ended: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +99,20 @@ class SetRole:
 
     call_id: int
     role: RoleName
+
+
+@dataclass(frozen=True, slots=True)
+class ListSessions:
+    """For whom does a node keep KV?"""
+
+    call_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class CloseSession:
+    """Nobody will call again: keep nothing for it. Not answered."""
+
+    session: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +247,9 @@ class Report:
     pid: int
     in_flight_s: float = 0.0
     age_s: float = 0.0  # since it was made; set when it is sent
+    sessions: int = 0  # for which it keeps KV while they are idle
+    session_tokens: int = 0  # of that KV
+    sessions_version: int = 0  # another one: another list of them
     tally: Tally = field(default_factory=Tally)
 
 
@@ -243,6 +266,15 @@ class RoleSet:
 
     call_id: int
     role: RoleName
+
+
+@dataclass(frozen=True, slots=True)
+class SessionsListed:
+    """Answer to ListSessions: tokens of KV that are kept, by session."""
+
+    call_id: int
+    version: int
+    tokens: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,6 +317,7 @@ class Place:
     avoid: list[str] = field(default_factory=list)
     prefix_hashes: list[int] = field(default_factory=list)
     siblings: list[str] = field(default_factory=list)
+    session: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,6 +373,17 @@ class Finished:
     nodes: list[str] = field(default_factory=list)  # which hold its KV, as far as it was computed
     prefix_hashes: list[int] = field(default_factory=list)  # of prompt and output
     ended_itself: bool = False  # else it was cut: by max_tokens, by its client, or by us
+    session: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LoopEnded:
+    """A tool loop with a deadline is over: `seconds` from its first call to the end of its answer."""
+
+    class_name: str
+    calls: int
+    seconds: float
+    met: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -379,9 +423,9 @@ class Answer:
 
 
 Message = (
-    Watch | Submit | Cancel | Release | Promote | Credit | SetRole | ProbeLinks
-    | Alive | Declined | Deltas | Report | Reports | RoleSet | LinksProbed
-    | Place | Placed | Promoted | Finished | View | Query | Answer
+    Watch | Submit | Cancel | Release | Promote | Credit | SetRole | ProbeLinks | ListSessions | CloseSession
+    | Alive | Declined | Deltas | Report | Reports | RoleSet | LinksProbed | SessionsListed
+    | Place | Placed | Promoted | Finished | LoopEnded | View | Query | Answer
 )  # fmt: skip
 
 _DECODERS = {

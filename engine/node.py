@@ -26,17 +26,20 @@ from engine.errors import RequestError
 from engine.messages import (
     TELL_EVERY_S,
     Cancel,
+    CloseSession,
     Credit,
     Declined,
     Delta,
     Deltas,
     LinksProbed,
+    ListSessions,
     Message,
     ProbeLinks,
     Promote,
     Release,
     Report,
     RoleSet,
+    SessionsListed,
     SetRole,
     Submit,
 )
@@ -45,6 +48,7 @@ from engine.promise import Promise, note_batched
 from engine.request import RoleName
 from engine.residuals import Residuals
 from engine.role import Role
+from engine.sessions import KV_SHARE, TTL_S, Sessions
 from engine.socket import Line
 from engine.tally import Tally
 from kv_transfer.base import Link, Pull, PullOutcome, TransferError
@@ -81,6 +85,8 @@ class Node:
         clock: Callable[[], float] = time.monotonic,
         max_waiting: int = 256,
         peer_silent_s: float = 3.0,
+        session_ttl_s: float = TTL_S,
+        session_kv_share: float = KV_SHARE,
     ) -> None:
         self.name = name
         self.boot_id = uuid.uuid4().hex[:12]
@@ -98,6 +104,7 @@ class Node:
         self._max_waiting = max_waiting
         self._peer_silent_s = peer_silent_s
         self._promises: dict[str, Promise] = {}
+        self._sessions = Sessions(session_ttl_s, int(session_kv_share * info.num_blocks * info.block_size))
         self._outboxes: dict[bytes, Outbox] = {}
         self._recent_pulls: deque[Pull] = deque(maxlen=RECENT_PULLS)
         self._steps = 0
@@ -163,6 +170,7 @@ class Node:
         self._drop_ended_offers()
         self._rest(now_s)
         self._plan_depths(now_s)
+        self._engine.give_up(self._sessions.review(self._engine.kept(), now_s))
         self._publish_report()
 
     @property
@@ -187,7 +195,7 @@ class Node:
             case Cancel() | Release():
                 if peer in self._outboxes:
                     self._outboxes[peer].forget(attempt_key(message))
-                self._drop([attempt_key(message)])
+                self._drop([attempt_key(message)], ended=isinstance(message, Cancel) and message.ended)
             case Promote():
                 self._promote(message)
             case Credit(messages):
@@ -200,6 +208,12 @@ class Node:
                 self._socket.send(peer, RoleSet(call_id, self._role.name))
             case ProbeLinks():
                 self._socket.send(peer, self._probe(message))
+            case ListSessions(call_id):
+                listed = SessionsListed(call_id, self._sessions.version, dict(self._sessions.kept))
+                self._socket.send(peer, listed)
+            case CloseSession(session):
+                self._engine.give_up([session])
+                self._sessions.close(session)
             case _:
                 logger.warning("%s: a node does not take %s", self.name, type(message).__name__)
 
@@ -224,10 +238,12 @@ class Node:
         promise = Promise.of(submit, peer, self._clock(), self._drafting)
         work = promise.work()
         self._promises[work.work_id] = promise
+        if promise.session is not None:
+            self._sessions.called(promise.session, self._clock())
         try:
             self._engine.submit(work)
         except RequestError as error:
-            del self._promises[work.work_id]
+            self._forget(work.work_id)
             failed = Delta(
                 submit.request_id,
                 submit.attempt,
@@ -255,12 +271,18 @@ class Node:
             return f"{self._max_waiting} requests wait here already"
         return "this attempt is here already" if attempt_key(submit) in self._promises else None
 
-    def _drop(self, keys: Sequence[str]) -> None:
+    def _drop(self, keys: Sequence[str], *, ended: bool = False) -> None:
         known = [key for key in keys if key in self._promises]
-        self._engine.cancel(known)
+        self._engine.cancel(known, ended=ended)
         for key in known:
             self._engine.kv.release(key)
-            del self._promises[key]
+            self._forget(key)
+
+    def _forget(self, key: str) -> None:
+        """It is over here, however it ended."""
+        promise = self._promises.pop(key)
+        if promise.session is not None:
+            self._sessions.answered(promise.session, self._clock())
 
     def _probe(self, message: ProbeLinks) -> LinksProbed:
         links: list[Link] = []
@@ -384,7 +406,7 @@ class Node:
         delta, starved = promise.say(output, self._clock())
         self._promises_starved += starved
         if output.handoff is None and output.finish_reason is not None:
-            del self._promises[output.work_id]
+            self._forget(output.work_id)
         return delta
 
     def _queue(self, peer: bytes, deltas: Sequence[Delta]) -> None:
@@ -436,7 +458,7 @@ class Node:
             leased = {lease.request_id for lease in self._engine.kv.leases()}
             for key in offered:
                 if key not in leased:
-                    del self._promises[key]
+                    self._forget(key)
 
     def _hand_back(self, reason: str) -> None:
         for promise in self._promises.values():
@@ -495,4 +517,7 @@ class Node:
             pid=os.getpid(),
             in_flight_s=in_flight_s,
             tally=copy(self._tally),
+            sessions=len(self._sessions.kept),
+            session_tokens=sum(self._sessions.kept.values()),
+            sessions_version=self._sessions.version,
         )

@@ -67,6 +67,11 @@ class Promise:
         """Whether KV of it is still to come from another node."""
         return self.submit.handoff is not None and self.pull is None
 
+    @property
+    def session(self) -> str | None:
+        """The session that it leaves its KV to: where it decodes, as the next call goes on from there."""
+        return None if self.duty.offers else self.submit.session
+
     def work(self) -> Work:
         """For the engine."""
         submit = self.submit
@@ -79,6 +84,7 @@ class Promise:
             offer_kv=self.duty.offers,
             handoff=submit.handoff,
             pull_deadline_s=submit.pull_deadline_s,
+            session=self.session,
         )
 
     def promote(self, pace: Pace, now_s: float) -> None:

@@ -221,7 +221,7 @@ class VirtualEngine(Engine):
         if min(work.prompt_token_ids) < 0 or max(work.prompt_token_ids) >= self._vocab_size:
             raise RequestError(f"a token id is outside the vocabulary of {self._vocab_size}")
 
-    def cancel(self, work_ids: Sequence[str]) -> None:
+    def cancel(self, work_ids: Sequence[str], *, ended: bool = False) -> None:
         """Drop works and free their blocks. Called between batches, as everything but `finish`."""
         self.describe()
         for work_id in work_ids:
@@ -230,6 +230,8 @@ class VirtualEngine(Engine):
                 if going.work.handoff is not None and self.kv.give_up(work_id):
                     self._set_apart(going)
                 remove(self._replica, self._rows, going.row)
+                if ended:
+                    self._keep_for_session(going.work, going.said.blocks[: going.kept])
                 self._forget(going)
             elif work_id in self._offered:
                 self.kv.release(work_id)

@@ -237,11 +237,14 @@ class VllmEngine(Engine):
             params.extra_args = {**(params.extra_args or {}), "kv_transfer_params": transfer}
         return params
 
-    def cancel(self, work_ids: Sequence[str]) -> None:
+    def cancel(self, work_ids: Sequence[str], *, ended: bool = False) -> None:
         """Drop works and free their blocks: queued, running, pulling, or offered under a lease."""
         core, scheduler = self._running()
         known = [key for key in work_ids if key in scheduler.requests]
-        core.abort_requests(known)
+        if ended:
+            scheduler.end(known)
+        else:
+            core.abort_requests(known)
         for key in known:
             self._works.pop(key, None)
             if key in scheduler.requests:

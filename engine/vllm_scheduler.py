@@ -270,6 +270,10 @@ class PlannedScheduler(Scheduler):  # type: ignore[misc]
             self._reports.append((step.report(end_s - started_s, accepted), step.batched))
         return outputs
 
+    def end(self, request_ids: Sequence[str]) -> None:
+        """These have said all that is wanted of them: they end as by a stop of their own."""
+        self.finish_requests(request_ids, RequestStatus.FINISHED_STOPPED)
+
     def _free_blocks(self, request: Request) -> None:
         session = self.sessions.pop(request.request_id, None)
         if session is not None and request.status in _ENDED_WELL:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import httpx
 import msgspec
@@ -24,6 +25,7 @@ from coordinator.config import ClusterConfig
 from engine.errors import EngineError
 
 CLIENT = "benchmarks.real.client"
+Answer = TypeVar("Answer")
 ENGINE_TITLE = "EngineCore"  # what vLLM's server calls the process with the engine in it
 
 
@@ -45,20 +47,31 @@ class Running:
 
     def ask(self, job: Job, folder: Path, tell: Callable[[float], None]) -> list[Seen]:
         """Run a client process with this job, and read what it saw. Raises EngineError if it fails."""
+        return self.run(CLIENT, job, list[Seen], folder, tell)
+
+    def run(
+        self,
+        client: str,
+        job: msgspec.Struct,
+        answer: type[Answer],
+        folder: Path,
+        tell: Callable[[float], None],
+    ) -> Answer:
+        """The same with a client of another kind: a module that is given two files, the job and the answer."""
         asked, answered = folder / "job.json", folder / "seen.json"
         answered.unlink(missing_ok=True)
         asked.write_bytes(msgspec.json.encode(job))
-        command = [sys.executable, "-m", CLIENT, str(asked), str(answered)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as client:
-            os.sched_setaffinity(client.pid, self.client_cores)
-            assert client.stdout is not None
-            assert client.stderr is not None
-            for line in client.stdout:
+        command = [sys.executable, "-m", client, str(asked), str(answered)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            os.sched_setaffinity(process.pid, self.client_cores)
+            assert process.stdout is not None
+            assert process.stderr is not None
+            for line in process.stdout:
                 tell(float(line))
-            errors = client.stderr.read()
-        if client.returncode != 0 or not answered.exists():
-            raise EngineError(f"the client ended with status {client.returncode}:\n{errors[-2000:]}")
-        return msgspec.json.decode(answered.read_bytes(), type=list[Seen])
+            errors = process.stderr.read()
+        if process.returncode != 0 or not answered.exists():
+            raise EngineError(f"the client ended with status {process.returncode}:\n{errors[-2000:]}")
+        return msgspec.json.decode(answered.read_bytes(), type=answer)
 
 
 @contextmanager

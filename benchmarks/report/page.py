@@ -23,7 +23,7 @@ from benchmarks.report.capacity import (
 from benchmarks.report.capacity_view import HEAD_SHARE, Row, View, views
 from benchmarks.report.limits import bursty, elsewhere, limits, targets
 from benchmarks.report.markdown import NOTHING, command_of, machine, origin, source, table
-from benchmarks.report.real import real, same_goodput, same_tokens
+from benchmarks.report.real import agents, real, same_goodput, same_tokens
 from benchmarks.report.studies import Write
 from engine.errors import ConfigError
 
@@ -64,6 +64,7 @@ STUDIES = (
         "python -m benchmarks.endpoint --model tiny --out out/bench/endpoint-tiny.json",
         studies.endpoint,
     ),
+    Study("agents", "Loops of tool calls", "slosserve bench agents", agents),
     Study("tokens", "The same tokens as stock vLLM", "slosserve bench tokens", same_tokens),
     Study("goodput", "The same goodput by vLLM's own client", "slosserve bench goodput", same_goodput),
     Study("demo", "The demo", "slosserve demo", studies.demo),

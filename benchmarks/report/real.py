@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.real.systems import SYSTEMS
-from benchmarks.report.markdown import NOTHING, image, number, percent, ratio, table
+from benchmarks.report.markdown import NOTHING, image, mean, number, percent, ratio, table
 from benchmarks.report.plots import Line, Panel, draw_lines
 
 Row = Mapping[str, Any]
@@ -48,6 +48,49 @@ def real(file: Row, plots: Path) -> list[str]:
         draw_lines(plots / name, _panels(file["windows"]), "Real engines: promises kept over the rate")
         parts.append(image(f"results/plots/{name}", "attainment against rate on real engines, by scenario"))
     return parts
+
+
+def agents(file: Row, plots: Path) -> list[str]:
+    """Loops of tool calls: with sessions, without, and on stock vLLM."""
+    loads = list(dict.fromkeys(row["load"] for row in file["rows"]))
+    rows = [_agents_row(file, way, load) for load in loads for way in file["ways"]]
+    at, found = file["compared_at_load"], file["slower_than_without_sessions"]
+    reused, p99 = file["prompt_tokens_reused_share"], file["loop_p99_ratio_vs_stock"]
+    aims = file["targets"]
+    text = (
+        f"Loops of 2 to 8 calls with tools of 0.2 to 5 s between them, on {file['engines']} real engines; the "
+        "seconds of a loop are without those of its tools. Reused: of the prompt tokens that had been computed "
+        "before, in whole blocks, those that no engine computed again."
+    )
+    compared = [
+        ["prompt tokens reused", percent(reused, 1), f"at least {aims['prompt_tokens_reused_share']:.0%}"],
+        ["p99 of a loop, over vLLM's", ratio(p99, "x"), f"at most {aims['loop_p99_ratio_vs_stock']:g}x"],
+        ["loops slower by more than 5 % with sessions", f"{found['slower']} of {found['loops']}", "none"],
+    ]
+    headings = ["load", "loops/s", "", "p50", "p99", "reused", "calls kept", "loops kept", "errors"]
+    return [
+        text,
+        f"At a load of {number(at)}, the highest of which vLLM keeps 90 % (else the lowest):",
+        table(["", "figure", "target"], compared),
+        table(headings, rows),
+    ]
+
+
+def _agents_row(file: Row, way: str, load: float) -> list[str]:
+    rows = [row for row in file["rows"] if (row["way"], row["load"]) == (way, load)]
+    if not rows:
+        return [number(load), NOTHING, file["ways"][way], *[NOTHING] * 6]
+    p50, p99 = (mean([row["loop_s"][key] for row in rows]) for key in ("p50", "p99"))
+    shares = (mean([row[key] for row in rows]) for key in ("reused_share", "attainment", "loop_attainment"))
+    seconds = [NOTHING if value is None else f"{number(value)} s" for value in (p50, p99)]
+    return [
+        number(load),
+        number(rows[0]["rate_per_s"]),
+        file["ways"][way],
+        *seconds,
+        *(percent(share, 1) for share in shares),
+        str(sum(row["errors"] for row in rows)),
+    ]
 
 
 def same_tokens(file: Row, _: Path) -> list[str]:

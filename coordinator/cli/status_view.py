@@ -27,6 +27,7 @@ def status_view(url: str, state: Mapping[str, Any]) -> Group:
         parts.append(_links(state["links"]))
     if state["attainment"]:
         parts.append(_attainment(state["attainment"]))
+    parts += _sessions_and_loops(state)
     parts += [_line("placements", state["placements"]), _line("handoffs", state["handoffs"])]
     return Group(*parts)
 
@@ -61,6 +62,20 @@ def _attainment(attainment: Mapping[str, Any]) -> Table:
     for name, kept in attainment.items():
         table.add_row(name, _kept(kept))
     return table
+
+
+def _sessions_and_loops(state: Mapping[str, Any]) -> list[RenderableType]:
+    """What is kept for agents between their calls, and how many of their loops were in time."""
+    kept = {
+        node["name"]: f"{node['sessions']} ({node['session_tokens']} tokens)"
+        for node in state["nodes"]
+        if node.get("sessions")
+    }
+    loops = {
+        name: f"{counts['met']} of {counts['total']} in time" for name, counts in state.get("loops", {}).items()
+    }
+    lines = (("sessions kept", kept), ("loops", loops))
+    return [_line(title, values) for title, values in lines if values]
 
 
 def _kept(kept: Any) -> str:

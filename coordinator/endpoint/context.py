@@ -19,6 +19,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from coordinator.config import SloClass
+from coordinator.endpoint.loops import ToolCallSeen
 from coordinator.endpoint.slo import HEADER_FIELDS, Asked, read_asked
 from engine.errors import SlosserveError
 
@@ -30,6 +31,7 @@ GENERATE_PATHS = (
     "/invocations",
 )
 SESSION_HEADERS = (b"x-session-id", b"session-id", b"x-session-affinity", b"x-claude-code-session-id")
+MOST_SESSION_ID = 256  # characters; what is longer is cut
 MAX_PEEK_BYTES = 64 * 1024 * 1024
 
 _current: contextvars.ContextVar[RequestContext | None] = contextvars.ContextVar("request", default=None)
@@ -46,6 +48,7 @@ class RequestContext:
     error: SlosserveError | None = None
     decided: asyncio.Event = field(default_factory=asyncio.Event)
     on_end: list[Callable[[], None]] = field(default_factory=list)
+    answer: ToolCallSeen | None = None  # where it matters whether the answer calls a tool
 
     def decide(self, error: SlosserveError | None = None) -> None:
         """The request was placed, or refused with `error`: the response may start. The first error stands."""
@@ -122,7 +125,7 @@ def _slo_of(body: bytes) -> Any:
 def _session_id(scope: Scope) -> str | None:
     for name, value in scope["headers"]:
         if name in SESSION_HEADERS:
-            return str(value.decode("latin-1"))[:256]
+            return str(value.decode("latin-1"))[:MOST_SESSION_ID]
     return None
 
 
@@ -167,7 +170,7 @@ class _Response:
         if self._refused:
             return
         if self._started:
-            await self._send(message)
+            await self._pass_on(message)
             return
         self._kept.append(message)
         start = self._kept[0]
@@ -184,7 +187,12 @@ class _Response:
         self._started = True
         start["headers"] = [*start.get("headers", ()), *self._extra_headers()]
         for kept in self._kept:
-            await self._send(kept)
+            await self._pass_on(kept)
+
+    async def _pass_on(self, message: Message) -> None:
+        if self._context.answer is not None:
+            self._context.answer.read(message.get("body", b""))
+        await self._send(message)
 
     def _extra_headers(self) -> list[tuple[bytes, bytes]]:
         return [

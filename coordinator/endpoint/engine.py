@@ -11,9 +11,9 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from copy import copy
-from dataclasses import replace
+from dataclasses import asdict, replace
 from http import HTTPStatus
 from typing import Any
 
@@ -35,33 +35,40 @@ from coordinator.endpoint.context import RequestContext, current
 from coordinator.endpoint.explain import record_of
 from coordinator.endpoint.features import ServedBy, served_by
 from coordinator.endpoint.flight import Flight, Passenger
+from coordinator.endpoint.landing import finished_of, turned_away
 from coordinator.endpoint.links import CoordinatorLink, NodeLinks
+from coordinator.endpoint.loops import Loops, Share, ToolCallSeen
 from coordinator.endpoint.metrics import EndpointMetrics
-from coordinator.endpoint.slo import XARGS_FIELDS, read_asked, to_slo
+from coordinator.endpoint.slo import XARGS_FIELDS, Asked, read_asked, to_slo
 from coordinator.endpoint.text_client import TextEngineClient
 from engine.base import Output
 from engine.cost import StepCost
 from engine.errors import NoCapacity, RequestError, SlosserveError
-from engine.messages import Declined, Delta, Finished, NodeAddress, Place, Placed, Promoted
-from engine.request import StageKind
-from engine.score import Score, missed, score
+from engine.messages import Declined, Delta, Finished, LoopEnded, NodeAddress, Place, Placed, Promoted
+from engine.request import Slo
 from engine.vllm import decode_output, encode_sampling
-from kv_transfer.base import PullOutcome
 
 logger = logging.getLogger(__name__)
 
 REMEMBERED_REQUESTS = 2048
 RETRY_PAUSE_S = 0.05
-USED = (PullOutcome.PULLED, PullOutcome.CACHED)
 
 
 class Journey:
-    """A request: its flights (one per sequence) and where their tokens are collected."""
+    """A request: its flights (one per sequence) and where their tokens are collected.
 
-    def __init__(self, context: RequestContext, collector: RequestOutputCollector) -> None:
+    `share`: what it has of its tool loop, if that has a deadline; `finished`: what became of its first flight.
+    """
+
+    def __init__(
+        self, context: RequestContext, collector: RequestOutputCollector, slo: Slo | None, share: Share | None
+    ) -> None:
         self.context = context
         self.collector = collector
+        self.slo = slo
+        self.share = share
         self.flights: list[Flight] = []
+        self.finished: Finished | None = None
 
 
 class ClusterEngine(TextEngineClient):
@@ -84,6 +91,7 @@ class ClusterEngine(TextEngineClient):
         self._journeys: dict[str, Journey] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._idle_cost = StepCost.line(0.0, 1e-9)
+        self._loops = Loops()
         self._max_batch_tokens = config.engine.max_batch_tokens
         self._think_end_id = _think_end_id(self.renderer.tokenizer)
 
@@ -117,6 +125,7 @@ class ClusterEngine(TextEngineClient):
         Whether it is admitted is known soon after: the start of the response waits for it.
         """
         context = current()
+        context.session_id = context.session_id or session_id
         try:
             pairs, virtual = self._config.planner.pairs, self._config.engines == "virtual"
             way = served_by(sampling_params, pairs=pairs, virtual=virtual)
@@ -173,9 +182,13 @@ class ClusterEngine(TextEngineClient):
     ) -> Journey:
         params = request.sampling_params
         assert params is not None
-        journey = Journey(context, RequestOutputCollector(params.output_kind, request.request_id))
+        collector = RequestOutputCollector(params.output_kind, request.request_id)
+        journey = Journey(context, collector, *self._slo(context, params, request.prompt_token_ids))
         context.headers["x-slosserve-request-id"] = request.external_req_id or request.request_id
         context.on_end.append(lambda: self._abandon(journey))
+        if journey.share is not None:
+            context.answer = ToolCallSeen()
+            context.on_end.append(lambda: self._end_call(journey))
         if params.n == 1:
             self._add_flight(journey, request, prompt_text, None, 0, way)
         else:
@@ -203,18 +216,16 @@ class ClusterEngine(TextEngineClient):
         if prompt_token_ids is None:
             raise VLLMValidationError("prompt embeddings are not served: send text or token ids")
         self._processor.add_request(request, prompt_text, parent, index, journey.collector)
-        asked = self._asked(journey.context, params)
         passenger = Passenger(
             request_id=request.request_id,
             prompt_token_ids=prompt_token_ids,
             sampling=encode_sampling(params),
             max_tokens=params.max_tokens,
-            slo=to_slo(
-                asked, self._config.slo_classes, len(prompt_token_ids), self._idle_cost, self._max_batch_tokens
-            ),
+            slo=journey.slo,
             one_node=way is ServedBy.ONE_NODE,
             cache_salt=request.cache_salt,
             arrived_s=journey.context.arrived_s,
+            session=journey.context.session_id if index == 0 else None,  # one of several goes on
         )
         assert self._links is not None
         flight = Flight(passenger, self._links.send, self._config.transfer.pull_deadline_s, self._fail)
@@ -224,29 +235,75 @@ class ClusterEngine(TextEngineClient):
         self._flights[request.request_id] = flight
         self._journeys[request.request_id] = journey
 
-    def _asked(self, context: RequestContext, params: SamplingParams) -> Any:
+    def _slo(
+        self, context: RequestContext, params: SamplingParams, prompt_token_ids: Sequence[int] | None
+    ) -> tuple[Slo | None, Share | None]:
+        """What is asked for this call, and its part of a loop that has a deadline."""
+        asked, classes = self._asked(context, params), self._config.slo_classes
+        loop_class = self._loops.class_of(context.session_id)
+        if asked.empty and asked.malformed is None and loop_class is not None:
+            asked = replace(asked, class_name=loop_class)  # a call that says nothing is one of its loop
+        prompt_tokens = len(prompt_token_ids or ())
+        slo = to_slo(asked, classes, prompt_tokens, self._idle_cost, self._max_batch_tokens)
+        session = context.session_id
+        if slo is None or session is None:
+            return slo, None
+        share = self._loops.begin_call(
+            session,
+            slo.class_name,
+            None if asked.loop_ms is None else asked.loop_ms / 1e3,
+            asked.loop_calls,
+            context.arrived_s,
+            last=asked.last,
+        )
+        return slo if share is None else self._loops.within(slo, share, params.max_tokens or 1), share
+
+    def _asked(self, context: RequestContext, params: SamplingParams) -> Asked:
         extra = params.extra_args or {}
         fields = {XARGS_FIELDS[key]: value for key, value in extra.items() if key in XARGS_FIELDS}
-        if not fields or not context.asked.empty or context.asked.malformed:
-            return context.asked
-        asked = read_asked(fields, self._config.slo_classes)
+        asked = context.asked
+        if fields and asked.empty and not asked.malformed:
+            asked = read_asked(fields, self._config.slo_classes)
+        if asked.loop_ms is not None and context.session_id is None:
+            asked = Asked(malformed="loop_ms is of the calls of a session: send x-session-id with each of them")
         if asked.malformed:
             context.headers["x-slosserve-slo"] = f"malformed, served best effort: {asked.malformed}"
+        context.asked = asked
         return asked
+
+    def _end_call(self, journey: Journey) -> None:
+        """The response is over: was that the last call of its loop, and was the loop in time?"""
+        context, finished = journey.context, journey.finished
+        if context.session_id is None or context.answer is None or finished is None:
+            return
+        end = self._loops.end_call(
+            context.session_id,
+            time.monotonic(),
+            finished.output_tokens,
+            last=not context.answer.seen if context.asked.call is None else context.asked.last,
+            completed=finished.outcome == "completed",
+        )
+        if end is not None:
+            self.metrics.count_loop(end)
+            self._coordinator.send(LoopEnded(end.class_name, end.calls, end.seconds, end.met))
+            record = self.timelines.get(_public_id(journey, journey.flights[0]))
+            if record is not None:
+                record["loop"] |= {**asdict(end), "met": end.met}
 
     # ---- placing -----------------------------------------------------------------------------------------
 
     def _take_off(self, journey: Journey) -> None:
         """Place all sequences of a request together.
 
-        A promise is the coordinator's to make. What carries none is placed from its last view of the nodes: a
-        node declines what it cannot take, and then the coordinator is asked.
+        A promise is the coordinator's to make, and it knows where the history of a session is. All else is
+        placed from its last view of the nodes: a node declines what it cannot take, and then it is asked.
         """
         flights = journey.flights
         questions = [flight.question() for flight in flights]
         siblings = [other.request_id for other in questions[1:]]
         question = replace(questions[0], sequences=len(flights), siblings=siblings)
-        view = self._coordinator.fresh_view() if question.class_name is None else None
+        alone = question.class_name is None and question.session is None
+        view = self._coordinator.fresh_view() if alone else None
         way = None if view is None else place_best_effort(view.nodes, one_node=question.one_node)
         if way is None:
             self._spawn(self._ask_and_depart(journey, question))
@@ -326,7 +383,7 @@ class ClusterEngine(TextEngineClient):
             stopped = self._flights.get(request_id)
             if stopped is not None:
                 stopped.ended_itself = True
-                stopped.abort()
+                stopped.abort(ended=True)
                 landed.append(stopped)
         for flight in landed:
             self._land(flight, "completed")
@@ -385,76 +442,25 @@ class ClusterEngine(TextEngineClient):
 
     def _land(self, flight: Flight, outcome: str) -> None:
         """A flight is over, for whatever reason: score it, count it, tell the coordinator. Once per flight."""
-        passenger = flight.passenger
-        if self._flights.pop(passenger.request_id, None) is None:
+        if self._flights.pop(flight.passenger.request_id, None) is None:
             return
-        journey = self._journeys.pop(passenger.request_id)
-        verdict = flight.timeline.verdict
-        result = self._score(flight, outcome)
-        timeline = flight.timeline
-        pull = timeline.decode
-        finished = Finished(
-            request_id=passenger.request_id,
-            attempt=flight.attempt,
-            class_name=None if passenger.slo is None else passenger.slo.class_name,
-            outcome=outcome,
-            verdict=verdict,
-            met=result is not None and result.met,
-            strict=result is not None and result.strict,
-            goodput=result is not None and result.goodput,
-            stages={} if result is None else {str(kind): met for kind, met in result.stages.items()},
-            placement=timeline.placement,
-            handoff_s=pull.pull_s if pull is not None and pull.pull_outcome in USED else None,
-            kv_bytes=0 if pull is None else pull.pulled_bytes,
-            prompt_tokens=len(passenger.prompt_token_ids),
-            output_tokens=len(flight.token_times_s),
-            nodes=[node for node in (timeline.prefill_node, timeline.decode_node) if node is not None],
-            prefix_hashes=flight.prefix_hashes(),
-            ended_itself=flight.ended_itself,
-        )
+        journey = self._journeys.pop(flight.passenger.request_id)
+        finished = finished_of(flight, outcome)
+        if flight is journey.flights[0]:
+            journey.finished = finished
         self._coordinator.send(finished)
-        self.metrics.count(finished, verdict)
+        self.metrics.count(finished, finished.verdict)
         self._remember(journey, flight, finished)
 
     def _count_turned_away(self, context: RequestContext) -> None:
-        """Refused at the door: a miss like any other, if it carried an SLO."""
-        asked = context.asked
-        stages = () if asked.empty or asked.malformed else (StageKind.PREFILL, StageKind.ANSWER)
-        finished = Finished(
-            request_id=f"turned-away-{time.monotonic_ns()}",
-            attempt=0,
-            class_name=(asked.class_name or "custom") if stages else None,
-            outcome="refused",
-            verdict="no_capacity",
-            met=False,
-            strict=False,
-            goodput=False,
-            stages={str(kind): False for kind in stages},
-            placement="none",
-        )
+        finished = turned_away(context.asked)
         self._coordinator.send(finished)
         self.metrics.count(finished, finished.verdict)
 
-    def _score(self, flight: Flight, outcome: str) -> Score | None:
-        """None where there is nothing to score: no SLO, or a client that left before anything was late."""
-        slo = flight.passenger.slo
-        if slo is None:
-            return None
-        times_s = flight.token_times_s
-        if outcome == "cancelled":
-            seen_s = times_s or [flight.since_arrival_s()]
-            in_time = score(slo, seen_s, completed=True, thinking_tokens=flight.thinking_tokens)
-            return None if in_time.met else missed(in_time.stages)
-        completed = outcome == "completed"
-        result = score(slo, times_s, completed=completed, thinking_tokens=flight.thinking_tokens)
-        if flight.timeline.verdict == "admitted":
-            return result
-        # Not promised is not kept. vLLM's goodput knows of no promises: it asks how quick it was.
-        return replace(missed(result.stages), goodput=result.goodput)
-
     def _remember(self, journey: Journey, flight: Flight, finished: Finished) -> None:
         public_id = _public_id(journey, flight)
-        self.timelines[public_id] = record_of(public_id, journey.context.session_id, flight, finished)
+        session_id = journey.context.session_id
+        self.timelines[public_id] = record_of(public_id, session_id, flight, finished, journey.share)
         while len(self.timelines) > REMEMBERED_REQUESTS:
             self.timelines.popitem(last=False)
 
@@ -462,7 +468,7 @@ class ClusterEngine(TextEngineClient):
         """What is known of a request by the id that its client was told, running or over."""
         for journey in self._journeys.values():
             if journey.context.headers.get("x-slosserve-request-id") == public_id:
-                return record_of(public_id, journey.context.session_id, journey.flights[0], None)
+                return record_of(public_id, journey.context.session_id, journey.flights[0], None, journey.share)
         return self.timelines.get(public_id)
 
     # ---- the rest of vLLM's contract ---------------------------------------------------------------------
@@ -482,6 +488,10 @@ class ClusterEngine(TextEngineClient):
             current().decide(error)
             self._count_turned_away(current())
             raise _http_error(error) from error
+
+    def close_session(self, session: str) -> None:
+        """Its loop, if it has one, is given up: it is neither kept nor missed."""
+        self._loops.close(session)
 
     def shutdown(self, timeout: float | None = None) -> None:
         """Let go of the nodes; they drop what this endpoint had asked for."""

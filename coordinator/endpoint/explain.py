@@ -11,6 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from coordinator.endpoint.flight import Flight
+from coordinator.endpoint.loops import Share
 from engine.messages import Finished
 from engine.request import StageKind
 from engine.score import stage_times
@@ -21,7 +22,13 @@ GENERATING = "generating the answer"
 THINKING = "thinking"
 
 
-def record_of(public_id: str, session_id: str | None, flight: Flight, finished: Finished | None) -> Record:
+def record_of(
+    public_id: str,
+    session_id: str | None,
+    flight: Flight,
+    finished: Finished | None,
+    share: Share | None = None,
+) -> Record:
     """What is remembered of a request; it may still be running (`finished` None)."""
     passenger, slo = flight.passenger, flight.passenger.slo
     times_s = flight.token_times_s
@@ -39,6 +46,7 @@ def record_of(public_id: str, session_id: str | None, flight: Flight, finished: 
         "stages": dict(met),
         "stage_times": [{**asdict(one), "met": met.get(str(one.kind))} for one in stages],
         "session_id": session_id,
+        "loop": None if share is None else asdict(share),
         **asdict(flight.timeline),
     }
 
@@ -124,6 +132,8 @@ def _sentences(record: Record, decision: Record, times: Sequence[tuple[str, floa
         yield "It is still running."
     elif record["slo"] is not None:
         yield from _stages(record, times)
+    if record["loop"] is not None:
+        yield from _loop(record["loop"])
     lost = [one for one in decision["candidates"] if not one["feasible"] and one["reason"]]
     for candidate in lost:
         yield f"{candidate['name']} was no candidate: {candidate['reason']}."
@@ -174,6 +184,17 @@ def _stages(record: Record, times: Sequence[tuple[str, float]]) -> Iterator[str]
         else:
             due, actual = _time(stage["due_s"]), _time(stage["actual_s"])
             yield f"The {stage['kind']} was {late} at its worst; it was due at {due} and done at {actual}."
+
+
+def _loop(loop: Mapping[str, Any]) -> Iterator[str]:
+    expected = _count(loop["calls_left"], "call was", "calls were")
+    left = f"{_time(loop['left_s'])} were left" if loop["left_s"] > 0 else f"{_time(-loop['left_s'])} too late"
+    share = f"{_time(loop['share_s'])} of it for this one"
+    yield f"Call {loop['call']} of its loop came when {left}; {expected} expected, with {share}."
+    if "met" in loop:
+        kept = "in time" if loop["met"] else "too late"
+        due = f"it was due after {_time(loop['loop_s'])}"
+        yield f"It was the last: the loop took {_time(loop['seconds'])}, {kept} ({due})."
 
 
 def _kv(record: Record) -> Iterator[str]:

@@ -44,6 +44,7 @@ class Passenger:
     one_node: bool
     cache_salt: str | None
     arrived_s: float
+    session: str | None = None
 
 
 @dataclass(slots=True)
@@ -135,7 +136,8 @@ class Flight:
             one_node=passenger.one_node,
             may_defer=slo is None or not slo.refuse,
             avoid=list(self.avoid),
-            prefix_hashes=[] if slo is None else self.prefix_hashes(),
+            prefix_hashes=[] if slo is None and passenger.session is None else self.prefix_hashes(),
+            session=passenger.session,
         )
 
     def prefix_hashes(self) -> list[int]:
@@ -220,10 +222,10 @@ class Flight:
         self.over = True
         self.timeline.ended_s = self.since_arrival_s()
 
-    def abort(self) -> None:
-        """The client does not want it any more: free it on every node."""
+    def abort(self, *, ended: bool = False) -> None:
+        """The client wants no more of it, or has all it wanted (`ended`): free it on every node."""
         if not self.over:
-            self._cancel_everywhere()
+            self._cancel_everywhere(ended=ended)
             self.end()
 
     @property
@@ -262,6 +264,7 @@ class Flight:
             handoff=None if delta is None else delta.handoff,
             pull_deadline_s=self._pull_deadline_s,
             think_end_id=self.think_end_id,
+            session=passenger.session,
         )
         self._send(node, submit)
 
@@ -324,9 +327,9 @@ class Flight:
             assert self.on_retry is not None
             self.on_retry(self)
 
-    def _cancel_everywhere(self) -> None:
+    def _cancel_everywhere(self, *, ended: bool = False) -> None:
         if self.placed is None:
             return
         for node in (self.placed.prefill, self.placed.decode):
             if node is not None:
-                self._send(node, Cancel(self.passenger.request_id, self.attempt))
+                self._send(node, Cancel(self.passenger.request_id, self.attempt, ended))

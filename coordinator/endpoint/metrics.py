@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from prometheus_client import Counter, Histogram
 
+from coordinator.endpoint.loops import LoopEnd
 from engine.messages import Finished
 
 HANDOFF_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
@@ -22,16 +23,25 @@ class EndpointMetrics:
         self.stages = Counter(
             "slosserve_stages", "Stages of requests that carried an SLO.", ["slo_class", "stage", "met"]
         )
+        self.loops = Counter(
+            "slosserve_loops", "Tool loops with a deadline that are over.", ["slo_class", "met"]
+        )
         self.retries = Counter("slosserve_placements_retried", "Attempts that were placed again.")
         self.kv_bytes = Counter("slosserve_handoff_bytes", "KV bytes moved between nodes.")
         self.handoffs = Histogram(
             "slosserve_handoff_seconds", "Time of a KV transfer.", buckets=HANDOFF_BUCKETS_S
         )
 
+    def count_loop(self, loop: LoopEnd) -> None:
+        """Count one loop that is over."""
+        self.loops.labels(self._label(loop.class_name), str(loop.met).lower()).inc()
+
+    def _label(self, class_name: str) -> str:
+        return class_name if class_name in self._classes else "custom"
+
     def count(self, finished: Finished, verdict: str) -> None:
         """Count one request that is over."""
-        name = finished.class_name or "none"
-        slo_class = name if name in self._classes else "custom"
+        slo_class = self._label(finished.class_name or "none")
         self.requests.labels(slo_class, finished.outcome, verdict or "none").inc()
         for stage, met in finished.stages.items():
             self.stages.labels(slo_class, stage, str(met).lower()).inc()

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Body, FastAPI, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from coordinator.endpoint.context import error_body
+from coordinator.endpoint.context import MOST_SESSION_ID, error_body
 from coordinator.endpoint.engine import REMEMBERED_REQUESTS, ClusterEngine
 from coordinator.endpoint.explain import explain as explained
 from coordinator.endpoint.links import AnswerError, CoordinatorLink
@@ -95,6 +95,20 @@ async def explain_request(request: Request, request_id: str) -> JSONResponse:
     except SlosserveError:
         decision = None  # it carried no SLO, or was decided on too long ago, or nobody is there to ask
     return JSONResponse(explained(record, decision))
+
+
+@router.get("/v1/sessions/{session_id:path}")
+async def session(request: Request, session_id: str) -> JSONResponse:
+    """Which node keeps the history of a session, and how much of it. 404 where nothing is kept."""
+    return await _answer(request, "session", session=session_id[:MOST_SESSION_ID])
+
+
+@router.delete("/v1/sessions/{session_id:path}")
+async def close_session(request: Request, session_id: str) -> JSONResponse:
+    """Nobody will call again: the memory that is kept for the session goes to others."""
+    engine: ClusterEngine = request.app.state.cluster_engine
+    engine.close_session(session_id[:MOST_SESSION_ID])
+    return await _answer(request, "close_session", session=session_id[:MOST_SESSION_ID])
 
 
 def _unknown(request_id: str) -> JSONResponse:

@@ -28,6 +28,9 @@ HEADER_FIELDS = {
     b"x-slosserve-slo-thinking-tpot-ms": "thinking_tpot_ms",
     b"x-slosserve-slo-class": "class",
     b"x-slosserve-on-miss": "on_miss",
+    b"x-slosserve-loop-ms": "loop_ms",
+    b"x-slosserve-loop-calls": "loop_calls",
+    b"x-slosserve-call": "call",
 }
 XARGS_FIELDS = {
     "slo_ttft_ms": "ttft_ms",
@@ -35,16 +38,23 @@ XARGS_FIELDS = {
     "slo_thinking_tpot_ms": "thinking_tpot_ms",
     "slo_class": "class",
     "slo_on_miss": "on_miss",
+    "slo_loop_ms": "loop_ms",
+    "slo_loop_calls": "loop_calls",
+    "slo_call": "call",
 }
 BODY_FIELDS = frozenset(HEADER_FIELDS.values())
 ON_MISS = ("defer", "refuse")
+CALLS = ("loop", "last")
+MOST_CALLS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
     """What a client asked for. `malformed` says what could not be read; then nothing else counts.
 
-    All None: the request carries no SLO, and is served best effort.
+    All None: the request carries no SLO, and is served best effort. Of a tool loop: `loop_ms` from its first
+    call to the end of its answer, `loop_calls` left with this one, and `call`, whether this is the last one
+    (None: it is if its answer calls no tool).
     """
 
     class_name: str | None = None
@@ -53,11 +63,20 @@ class Asked:
     thinking_tpot_ms: float | None = None
     refuse: bool = False
     malformed: str | None = None
+    loop_ms: float | None = None
+    loop_calls: int | None = None
+    call: str | None = None
 
     @property
     def empty(self) -> bool:
         """No SLO at all."""
-        return self.class_name is None and self.ttft_ms is None and self.tpot_ms is None
+        asked = (self.class_name, self.ttft_ms, self.tpot_ms, self.loop_ms)
+        return all(value is None for value in asked)
+
+    @property
+    def last(self) -> bool:
+        """Whether the client says that this call answers."""
+        return self.call == "last"
 
 
 def read_asked(fields: Mapping[str, Any], classes: Mapping[str, SloClass]) -> Asked:
@@ -73,8 +92,14 @@ def read_asked(fields: Mapping[str, Any], classes: Mapping[str, SloClass]) -> As
     on_miss = fields.get("on_miss", "defer")
     if on_miss not in ON_MISS:
         return Asked(malformed=f"on_miss is {str(on_miss)[:40]!r}; it may be {' or '.join(ON_MISS)}")
+    call = fields.get("call")
+    if call is not None and call not in CALLS:
+        return Asked(malformed=f"call is {str(call)[:40]!r}; it may be {' or '.join(CALLS)}")
+    loop_calls = _count(fields.get("loop_calls"))
+    if isinstance(loop_calls, str):
+        return Asked(malformed=f"loop_calls is {loop_calls}; it must be a whole number of calls, 1 or more")
     numbers: dict[str, float | None] = {}
-    for key in ("ttft_ms", "tpot_ms", "thinking_tpot_ms"):
+    for key in ("ttft_ms", "tpot_ms", "thinking_tpot_ms", "loop_ms"):
         value = _positive_ms(fields.get(key))
         if isinstance(value, str):
             return Asked(malformed=f"{key} is {value}; it must be a number of milliseconds, more than 0")
@@ -85,6 +110,9 @@ def read_asked(fields: Mapping[str, Any], classes: Mapping[str, SloClass]) -> As
         tpot_ms=numbers["tpot_ms"],
         thinking_tpot_ms=numbers["thinking_tpot_ms"],
         refuse=on_miss == "refuse",
+        loop_ms=numbers["loop_ms"],
+        loop_calls=loop_calls,
+        call=call,
     )
 
 
@@ -99,11 +127,22 @@ def _positive_ms(value: Any) -> float | str | None:
     return number if in_range else repr(value)[:40]
 
 
+def _count(value: Any) -> int | str | None:
+    if value is None:
+        return None
+    try:
+        number = int(value)
+    except (TypeError, ValueError, OverflowError):
+        return repr(value)[:40]
+    whole = not isinstance(value, bool) and (not isinstance(value, float) or value == number)
+    return number if whole and 1 <= number <= MOST_CALLS else repr(value)[:40]
+
+
 def to_slo(
     asked: Asked, classes: Mapping[str, SloClass], prompt_tokens: int, cost: StepCost, max_batch_tokens: int
 ) -> Slo | None:
     """The promise in seconds: TTFT = c * T0(p), T0 the time of a prefill of p tokens alone on an idle replica
-    (SLOs-Serve, table 1). None for a request without an SLO."""
+    (SLOs-Serve, table 1). None for a request without an SLO. The last call of a loop has a pace of its own."""
     if asked.malformed is not None or asked.empty:
         return None
     slo_class = classes.get(asked.class_name) if asked.class_name is not None else None
@@ -117,7 +156,7 @@ def to_slo(
     return Slo(
         class_name=asked.class_name or CUSTOM_CLASS,
         ttft_s=ttft_ms / 1e3,
-        tpot_s=(asked.tpot_ms or slo_class.tpot_ms) / 1e3,
+        tpot_s=(asked.tpot_ms or (asked.last and slo_class.last_tpot_ms) or slo_class.tpot_ms) / 1e3,
         thinking_tpot_s=None if thinking_ms is None else thinking_ms / 1e3,
         refuse=asked.refuse,
     )

@@ -169,6 +169,16 @@ def test_the_next_call_of_a_session_takes_the_place_of_the_one_before(
     assert engine.kept() == {"s": 480}, "what did not end is no history"
 
 
+def test_what_is_cut_when_it_has_said_enough_is_history(engine: Engine, make: Callable[..., Work]) -> None:
+    """A stop string is found by who reads the text, not by the engine."""
+    drive = Drive(engine).submit(make("mine", 300, session="s"))
+    while not drive.tokens["mine"]:
+        drive.step()
+    engine.cancel(["mine"], ended=True)
+    assert engine.kept() == {"s": 288}
+    assert not engine.has_work()
+
+
 def test_sessions_make_room_for_works_the_one_that_was_used_longest_ago_first(
     engine: Engine, make: Callable[..., Work]
 ) -> None:

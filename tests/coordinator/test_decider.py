@@ -51,6 +51,17 @@ def _finished(request: Place, **changes: object) -> Finished:
 LATE = replace(ASK, first_token_left_s=5.0)
 
 
+def test_a_session_is_at_home_where_its_last_call_ended_as_long_as_that_node_lives() -> None:
+    decider, mirrors = Decider(8, 8), {name: _node(name, RoleName.MIXED) for name in ("a", "b")}
+    call = _finished(ASK, session="s", nodes=["a", "b"], prefix_hashes=[1, 2])
+    decider.finished(call, mirrors, 1.0)
+    assert decider.sessions.home("s") == "b"
+    decider.finished(replace(call, nodes=["a"], outcome="cancelled"), mirrors, 2.0)
+    assert decider.sessions.home("s") == "b", "what did not end is no history"
+    decider.forget_node("b")
+    assert decider.sessions.home("s") is None
+
+
 def test_without_reasons_the_decisions_are_the_same() -> None:
     asks = [replace(LATE, request_id=str(at), prompt_tokens=100 * at + 1) for at in range(20)]
 

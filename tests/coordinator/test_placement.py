@@ -17,6 +17,7 @@ from coordinator.prefixes import PrefixDirectory
 from engine.base import EngineInfo, StepReport, Usage
 from engine.cost import StepCost
 from engine.messages import NodeLoad, Place, Placed, Report, WorkState
+from engine.prefix import prefix_hashes
 from engine.request import RoleName, WorkKind
 from kv_transfer.base import Link, PeerAddress
 
@@ -305,6 +306,39 @@ def test_a_follow_up_call_goes_where_its_kv_is_as_a_small_prompt() -> None:
     assert placed.prefill is None
     assert placed.decode is not None
     assert placed.decode.node == "d"
+
+
+def _at_home(node: str, hashes: list[int]) -> Knowledge:
+    knowledge = Knowledge(LearnedLengths(), FAST)
+    knowledge.sessions.answered("s", node, hashes, 480, now_s=0.0)
+    return knowledge
+
+
+HISTORY = prefix_hashes(list(range(480)))
+NEXT = replace(ASK, session="s", prefix_hashes=prefix_hashes(list(range(500))))
+
+
+def test_the_next_call_of_a_session_is_promised_where_its_history_is_as_a_small_prompt() -> None:
+    tight = replace(NEXT, first_token_left_s=0.03)  # for what is new, and not for all 500 tokens
+    nodes = [_node(name, RoleName.MIXED) for name in ("a", "b")]
+    placed, _ = place_and_explain(tight, nodes, _at_home("b", HISTORY), 0.0)
+    assert placed.verdict == "admitted"
+    assert placed.decode is not None
+    assert (placed.decode.node, placed.cached_tokens) == ("b", 480)
+    stranger, _ = place_and_explain(replace(tight, session="t"), nodes, _at_home("b", HISTORY), 0.0)
+    assert stranger.verdict == "best_effort"
+
+
+def test_a_call_without_a_promise_goes_home_as_well_unless_home_is_much_busier() -> None:
+    def goes_to(busy: int) -> str:
+        home = _node("b", RoleName.MIXED, [replace(work, best_effort=True) for work in _decoding(0.1, busy)])
+        asked = replace(NEXT, class_name=None)
+        placed, _ = place_and_explain(asked, [_node("a", RoleName.MIXED), home], _at_home("b", HISTORY), 0.0)
+        assert placed.decode is not None
+        return placed.decode.node
+
+    assert goes_to(busy=4) == "b"
+    assert goes_to(busy=40) == "a"
 
 
 def test_several_sequences_of_one_request_are_promised_together_or_not_at_all() -> None:

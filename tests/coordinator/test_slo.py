@@ -40,6 +40,26 @@ def test_numbers_override_the_class() -> None:
     assert (slo.ttft_s, slo.tpot_s, slo.thinking_tpot_s) == (0.25, 0.1, 0.03)
 
 
+def test_the_last_call_of_a_loop_has_the_pace_at_which_it_is_read() -> None:
+    classes = {"tool": SloClass(tpot_ms=50, last_tpot_ms=100), "plain": SloClass(tpot_ms=50)}
+
+    def tpot_s(**fields: Any) -> float:
+        slo = to_slo(read_asked(fields, classes), classes, 10, COST, 2048)
+        assert slo is not None
+        return slo.tpot_s
+
+    assert tpot_s(**{"class": "tool"}) == 0.05
+    assert tpot_s(**{"class": "tool", "call": "loop"}) == 0.05
+    assert tpot_s(**{"class": "tool", "call": "last"}) == 0.1
+    assert tpot_s(**{"class": "tool", "call": "last", "tpot_ms": 70}) == 0.07
+    assert tpot_s(**{"class": "plain", "call": "last"}) == 0.05
+
+
+def test_a_deadline_for_a_loop_is_an_slo() -> None:
+    asked = read_asked({"loop_ms": "20000", "loop_calls": "3"}, CLASSES)
+    assert (asked.loop_ms, asked.loop_calls, asked.empty) == (20_000.0, 3, False)
+
+
 def test_no_slo_is_best_effort_and_no_error() -> None:
     asked = read_asked({}, CLASSES)
     assert asked.empty
@@ -57,6 +77,11 @@ def test_no_slo_is_best_effort_and_no_error() -> None:
         ({"class": "chatbto"}, "unknown class 'chatbto'"),
         ({"klass": "chatbot"}, "unknown field 'klass'"),
         ({"on_miss": "cry"}, "on_miss is 'cry'"),
+        ({"call": "first"}, "call is 'first'"),
+        ({"loop_ms": "soon"}, "loop_ms is 'soon'"),
+        ({"loop_calls": 0}, "loop_calls is 0"),
+        ({"loop_calls": 1.5}, "loop_calls is 1.5"),
+        ({"loop_calls": True}, "loop_calls is True"),
     ],
 )
 def test_a_malformed_value_is_lowest_urgency_and_is_explained(fields: dict[str, Any], words: str) -> None:

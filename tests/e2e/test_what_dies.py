@@ -26,6 +26,9 @@ def _wait_ready(cluster: Client, timeout_s: float = 20.0) -> None:
 def test_a_coordinator_that_dies_takes_no_stream_along_and_the_next_one_knows_all(
     cluster: Client, cluster_process: ClusterProcess
 ) -> None:
+    agent = httpx.Client(base_url=cluster.base_url, headers={"x-session-id": "before"}, timeout=60)
+    asked = {"model": "tiny", "prompt": "before it died. " * 20, "max_tokens": 4}
+    assert agent.post("/v1/completions", json=asked).status_code == 200
     cluster.wait_idle()
     before = {name: (node["pid"], node["role"]) for name, node in cluster.nodes().items()}
     chunks = cluster.openai.completions.create(
@@ -46,6 +49,11 @@ def test_a_coordinator_that_dies_takes_no_stream_along_and_the_next_one_knows_al
     *_, last = chunks
     assert last.usage is not None
     assert last.usage.completion_tokens == 3000
+    deadline_s = time.monotonic() + 10
+    while (home := agent.get("/v1/sessions/before")).status_code != 200:
+        assert time.monotonic() < deadline_s, "nodes did not tell whose histories they keep"
+        time.sleep(0.1)
+    assert home.json()["node"] == "decode-0"
     response = cluster.complete("and now?", slo={"class": "chatbot"})
     assert response.headers["x-slosserve-placement"] == "prefill-0>decode-0"
 

@@ -100,6 +100,7 @@ class ScriptedEngine(Engine):
         self.steps = 0
         self.stopped = False
         self._works: dict[str, Going] = {}
+        self._kept: dict[str, int] = {}
 
     def start(self) -> EngineInfo:
         return EngineInfo(
@@ -126,10 +127,13 @@ class ScriptedEngine(Engine):
             going.pulling = self.port.start_pull(work.work_id, work.handoff, work.pull_deadline_s)
         self._works[work.work_id] = going
 
-    def cancel(self, work_ids: Sequence[str]) -> None:
+    def cancel(self, work_ids: Sequence[str], *, ended: bool = False) -> None:
         for work_id in work_ids:
-            if self._works.pop(work_id, None) is not None:
+            going = self._works.pop(work_id, None)
+            if going is not None:
                 self.port.free(work_id)
+                if ended and going.work.session is not None:
+                    self._kept[going.work.session] = going.computed
 
     def step(self, compose: Composer) -> StepResult:
         self.steps += 1
@@ -187,6 +191,8 @@ class ScriptedEngine(Engine):
         reason = None
         if going.given == work.max_tokens:
             reason = "length"
+            if work.session is not None:
+                self._kept[work.session] = going.computed
             del self._works[work.work_id]
             self.port.free(work.work_id)
         marked = self.payload_every is not None and given % self.payload_every == 0
@@ -200,10 +206,11 @@ class ScriptedEngine(Engine):
         return Usage(self.port.used_blocks, NUM_BLOCKS, running, len(self._works) - running)
 
     def kept(self) -> dict[str, int]:
-        return {}
+        return dict(self._kept)
 
     def give_up(self, sessions: Sequence[str]) -> None:
-        del sessions
+        for session in sessions:
+            self._kept.pop(session, None)
 
     @property
     def kv(self) -> Port:

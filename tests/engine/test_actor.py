@@ -30,6 +30,8 @@ def spec(tmp_path: Path) -> dict[str, Any]:
         "roles": roles,
         "max_waiting": 8,
         "peer_silent_s": 3.0,
+        "session_ttl_s": 300.0,
+        "session_kv_share": 0.5,
     }
 
 

@@ -8,23 +8,28 @@ from dataclasses import replace
 
 import pytest
 
+from engine.drafting import Drafting
 from engine.errors import RequestError
 from engine.messages import (
     Alive,
     Cancel,
+    CloseSession,
     Credit,
     Declined,
     Deltas,
     LinksProbed,
+    ListSessions,
     ProbeLinks,
     Promote,
     Release,
     Report,
     RoleSet,
+    SessionsListed,
     SetRole,
     Submit,
 )
 from engine.node import LEASE_WAIT_S, NO_CREDIT
+from engine.promise import Promise
 from engine.request import BEST_EFFORT, Pace, RoleName, WorkKind
 from kv_transfer.base import PeerAddress, TransferError
 from kv_transfer.fake import Faults
@@ -365,6 +370,32 @@ def test_a_change_of_role_is_read_back_and_keeps_the_streams(serve: Serve) -> No
     client.send(submit("next"))
     assert client.until(Declined).reason == "a prefill node takes no whole work"
     assert client.stream("r") == expected(submit("r", max_tokens=100))
+
+
+def test_kv_of_a_session_is_listed_and_kept_until_its_time_is_over_or_it_is_closed(serve: Serve) -> None:
+    served = serve(session_ttl_s=60.0)
+    client, coordinator = served.client("endpoint"), served.coordinator()
+    for name in ("s", "t"):
+        client.send(submit(name, length=40, session=name))
+        client.stream(name)
+    report = coordinator.report(lambda report: report.sessions == 2)
+    assert report.session_tokens == 2 * 44
+    coordinator.send(ListSessions(3))
+    listed = coordinator.until(SessionsListed)
+    assert listed == SessionsListed(3, report.sessions_version, {"s": 44, "t": 44})
+    coordinator.send(CloseSession("s"))
+    closed = coordinator.report(lambda report: report.sessions == 1)
+    assert closed.sessions_version != report.sessions_version
+    served.put_clock_forward(61.0)
+    assert coordinator.report(lambda report: report.sessions == 0).session_tokens == 0
+    assert served.engine.kept() == {}
+
+
+def test_a_history_is_kept_where_it_ends_and_not_where_its_prompt_was_computed() -> None:
+    def kept_for(kind: WorkKind) -> str | None:
+        return Promise.of(submit("r", kind=kind, session="s"), b"", 0.0, Drafting(0)).work().session
+
+    assert [kept_for(kind) for kind in (WorkKind.WHOLE, WorkKind.DECODE, WorkKind.PREFILL)] == ["s", "s", None]
 
 
 @pytest.mark.parametrize("skew_s", [0.0, 5.0, -5.0])

@@ -53,7 +53,8 @@ class TimedEngine(Engine):
     def submit(self, work: Work) -> None:
         self._works[work.work_id] = Going(work)
 
-    def cancel(self, work_ids: Sequence[str]) -> None:
+    def cancel(self, work_ids: Sequence[str], *, ended: bool = False) -> None:
+        del ended
         for work_id in work_ids:
             self._works.pop(work_id, None)
 
