@@ -17,6 +17,7 @@ from benchmarks.agents.openai_agent import LOOK, look
 
 TOOL: Any = {
     "name": "look",
+    "strict": True,
     "description": LOOK["function"]["description"],
     "input_schema": LOOK["function"]["parameters"],
 }

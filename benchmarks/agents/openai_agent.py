@@ -21,6 +21,7 @@ LOOK: Any = {
     "type": "function",
     "function": {
         "name": "look",
+        "strict": True,
         "description": "The names of the first files in a folder.",
         "parameters": {
             "type": "object",

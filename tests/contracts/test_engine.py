@@ -172,7 +172,7 @@ def test_the_next_call_of_a_session_takes_the_place_of_the_one_before(
 def test_what_is_cut_when_it_has_said_enough_is_history(engine: Engine, make: Callable[..., Work]) -> None:
     """A stop string is found by who reads the text, not by the engine."""
     drive = Drive(engine).submit(make("mine", 300, session="s"))
-    while not drive.tokens["mine"]:
+    while not drive.tokens.get("mine"):
         drive.step()
     engine.cancel(["mine"], ended=True)
     assert engine.kept() == {"s": 288}
