@@ -22,6 +22,7 @@ from benchmarks.report.markdown import (
     is_number,
     mean,
     number,
+    origin,
     percent,
     ratio,
     source,
@@ -30,6 +31,8 @@ from benchmarks.report.markdown import (
 )
 from benchmarks.report.plots import Bar, Line, Panel, draw_bars, draw_lines
 from benchmarks.simulator.systems import DESIGNS, MODES, OURS_NAME
+
+COMMAND = "slosserve bench capacity"
 
 
 def capacity_table(view: View, file: Row, names: Sequence[str]) -> str:
@@ -63,7 +66,26 @@ def capacity_table(view: View, file: Row, names: Sequence[str]) -> str:
     gpus = "/".join(str(count) for count in sorted({row["gpus"] for row in view.rows}))
     lasts = "/".join(f"{one:g}" for one in sorted({row["seconds"] for row in view.rows if "seconds" in row}))
     ran_on = f"{machine_words(view.hardware)}, {gpus} GPUs" + (f"; {lasts} s of arrivals" if lasts else "")
-    return f"{told}\n\n{source(file, ran_on, seeds)}"
+    rows = [row for row in view.rows if row["scenario"] in names]
+    return f"{told}\n\n{source(in_parts(file, rows), ran_on, seeds)}"
+
+
+def in_parts(file: Row, rows: Sequence[Row]) -> Row:
+    """The origin of these rows of a file that several runs have filled: their commits, and no run's words."""
+    commits: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.get("commit"):
+            commits.setdefault(str(row["commit"]), []).append(row)
+    if not commits:
+        return file
+    most, *others = sorted(commits, key=lambda commit: -len(commits[commit]))
+    told = [most, *(f"{_words(commits[commit])} {commit}" for commit in others)]
+    return {**origin(file), "command": COMMAND, "commit": ", ".join(told)}
+
+
+def _words(rows: Sequence[Row]) -> str:
+    systems = "slosserve" if all(row["system"] == OURS_NAME for row in rows) else "some"
+    return f"{systems} in {', '.join(dict.fromkeys(row['scenario'] for row in rows))}"
 
 
 def tuning_table(view: View) -> str:

@@ -13,11 +13,13 @@ from rich.console import Console
 
 from benchmarks.report import serving, studies
 from benchmarks.report.capacity import (
+    COMMAND,
     capacity_table,
     draw_attainment,
     draw_capacity,
     fixed_rates,
     heading,
+    in_parts,
     tuning_table,
 )
 from benchmarks.report.capacity_view import HEAD_SHARE, Row, View, views
@@ -46,7 +48,6 @@ class Study:
         return f"{self.name}.json"
 
 
-CAPACITY = "slosserve bench capacity"
 STUDIES = (
     Study("ablation", "What each part adds", "slosserve bench ablation", serving.ablation),
     Study("scaling", "More replicas", "slosserve bench scaling", serving.scaling),
@@ -127,7 +128,7 @@ def report(
 
 def commands() -> dict[str, str]:
     """What makes each file."""
-    return {"capacity": CAPACITY, **{one.name: one.command for one in (REAL, REAL_GPU, *STUDIES, *TRUST)}}
+    return {"capacity": COMMAND, **{one.name: one.command for one in (REAL, REAL_GPU, *STUDIES, *TRUST)}}
 
 
 def read(folder: Path) -> dict[str, Row]:
@@ -153,7 +154,7 @@ def page(files: Mapping[str, Row], plots: Path) -> str:
     for old in plots.glob("*.png"):
         old.unlink()
     parts = ["# Results", INTRODUCTION]
-    parts += _guarded("capacity", CAPACITY, lambda: list(_capacity(files.get("capacity"), plots)))
+    parts += _guarded("capacity", COMMAND, lambda: list(_capacity(files.get("capacity"), plots)))
     parts += _study(REAL, files.get(REAL.name), plots, "##")
     parts += _study(REAL_GPU, files.get(REAL_GPU.name), plots, "##")
     if REAL_GPU.name not in files:
@@ -172,7 +173,7 @@ def _capacity(file: Row | None, plots: Path) -> Iterator[str]:
     """From the headline to what limits us."""
     found = list(views(file)) if file is not None else []
     if file is None or not found:
-        yield f"## Capacity\n\n{MISSING.format(command=CAPACITY, file='capacity.json')}"
+        yield f"## Capacity\n\n{MISSING.format(command=COMMAND, file='capacity.json')}"
         return
     head = next((view for view in found if (view.share, view.acceptance) == (HEAD_SHARE, None)), found[0])
     drafted = next((one for one in found if one.acceptance is not None and one.share == HEAD_SHARE), None)
@@ -194,7 +195,7 @@ def _capacity(file: Row | None, plots: Path) -> Iterator[str]:
     drawn = draw_attainment(file, head, plots / "attainment.png")
     if drawn is not None:
         yield drawn
-    yield from ("## What limits us", limits(file, head), source(file))
+    yield from ("## What limits us", limits(file, head), source(in_parts(file, head.rows)))
     if made_by := _made_by(file["rows"]):
         yield made_by
     if file.get("notes"):
@@ -222,7 +223,7 @@ def _at_equal_rates(file: Row, head: View) -> Iterator[str]:
             "kept at rates that are shares of the length-blind bound."
         )
         yield from tables
-        yield source(file)
+        yield source(in_parts(file, head.rows))
 
 
 def _study(study: Study, file: Row | None, plots: Path, level: str = "###") -> list[str]:

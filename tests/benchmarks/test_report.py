@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks.capacity_table import FIXED_FRACTIONS, SEEDS, SHARES, headline
+from benchmarks.report.capacity import in_parts
 from benchmarks.report.markdown import number, ratio, source, spread
 from benchmarks.report.page import commands, page, read, report
 from benchmarks.scenarios import SCENARIOS
@@ -455,3 +456,17 @@ def test_figures_are_short_and_never_nan() -> None:
     assert spread([1.0, math.nan, 3.0]) == "2.00 (1.00 to 3.00)"
     assert spread([]) == "-"
     assert source({"command": "x", "commit": None}) == "<sub>`x`; commit unknown</sub>"
+
+
+def test_a_table_names_the_commits_of_its_rows_and_which_are_of_another() -> None:
+    def row(system: str, scenario: str, commit: str) -> Row:
+        return {"system": system, "scenario": scenario, "commit": commit}
+
+    old = [row(system, name, "aaa") for system in ("vllm", OURS_NAME) for name in ("chatbot", "tool")]
+    file = {
+        "provenance": {**PROVENANCE, "command": "slosserve bench capacity --scenario tool", "commit": "bbb"}
+    }
+    assert "`slosserve bench capacity`; commit aaa;" in source(in_parts(file, old))
+    newer = [*old[:3], row(OURS_NAME, "tool", "bbb")]
+    assert "commit aaa, slosserve in tool bbb" in source(in_parts(file, newer))
+    assert "--scenario tool`; commit bbb" in source(in_parts(file, [{"system": "vllm", "scenario": "tool"}]))
