@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -196,22 +196,8 @@ def _capacity(file: Row | None, plots: Path) -> Iterator[str]:
     if drawn is not None:
         yield drawn
     yield from ("## What limits us", limits(file, head), source(in_parts(file, head.rows)))
-    if made_by := _made_by(file["rows"]):
-        yield made_by
     if file.get("notes"):
         yield "\n".join(f"- {note}" for note in file["notes"])
-
-
-def _made_by(rows: Iterable[Row]) -> str:
-    """Which rows are of which commit, where they are not all of one."""
-    commits: dict[str, set[str]] = {}
-    for row in rows:
-        name = f"{'slosserve' if row['system'] == 'ours' else 'the others'} on {row['hardware']}"
-        commits.setdefault(str(row.get("commit", "")), set()).add(name)
-    if len(commits) < 2:
-        return ""
-    told = "; ".join(f"{', '.join(sorted(names))}: commit {one}" for one, names in sorted(commits.items()))
-    return f"Capacities were measured in parts. {told}."
 
 
 def _at_equal_rates(file: Row, head: View) -> Iterator[str]:
