@@ -9,7 +9,6 @@ import gc
 import importlib
 import logging
 import os
-import socket
 import sys
 import threading
 import time
@@ -24,6 +23,7 @@ from engine.base import Engine, EngineInfo, StepReport
 from engine.cost import StepCost
 from engine.errors import EngineStartError, SlosserveError
 from engine.node import Node
+from engine.ports import side_channel_port
 from engine.profile import StepProfile
 from engine.request import RoleName
 from engine.role import Role
@@ -136,7 +136,7 @@ class NodeActor:
             **spec["engine"],
             "engine_id": f"{spec['name']}-{uuid.uuid4().hex[:8]}",
             "side_channel_host": host,
-            "side_channel_port": _free_port(host),
+            "side_channel_port": side_channel_port(host),
         }
         engine = build_engine(settings)
         try:
@@ -210,12 +210,6 @@ def _host_in_ray() -> str:
     import ray
 
     return str(ray.util.get_node_ip_address())
-
-
-def _free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
 
 
 def _flush_output() -> None:

@@ -5,7 +5,6 @@ python -m benchmarks.agents.anthropic_agent "what is in this folder?" --url http
 
 from __future__ import annotations
 
-import argparse
 import uuid
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import httpx
 from anthropic import Anthropic
 
-from benchmarks.agents.openai_agent import LOOK, look
+from benchmarks.agents.openai_agent import LOOK, look, run
 
 TOOL: Any = {
     "name": "look",
@@ -54,13 +53,7 @@ def ask(url: str, question: str, turns: int, loop_ms: float, key: str = "none") 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("question", nargs="?", default="What is in this folder?")
-    parser.add_argument("--url", default="http://127.0.0.1:8000")
-    parser.add_argument("--turns", type=int, default=2, help="calls of the tool that are forced")
-    parser.add_argument("--loop-ms", type=float, default=30_000, help="for the whole loop")
-    given = parser.parse_args(arguments)
-    ask(given.url, given.question, given.turns, given.loop_ms)
+    run(ask, __doc__.splitlines()[0], arguments)
 
 
 if __name__ == "__main__":

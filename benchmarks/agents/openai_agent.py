@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,15 +67,20 @@ def ask(url: str, question: str, turns: int, loop_ms: float, key: str = "none") 
             messages.append({"role": "tool", "tool_call_id": call["id"], "content": found})
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def run(ask: Callable[[str, str, int, float], str], about: str, arguments: Sequence[str] | None) -> None:
+    """The command line of an agent."""
+    parser = argparse.ArgumentParser(description=about)
     parser.add_argument("question", nargs="?", default="What is in this folder?")
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--turns", type=int, default=2, help="calls of the tool that are forced")
     parser.add_argument("--loop-ms", type=float, default=30_000, help="for the whole loop")
     given = parser.parse_args(arguments)
     ask(given.url, given.question, given.turns, given.loop_ms)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    run(ask, __doc__.splitlines()[0], arguments)
 
 
 if __name__ == "__main__":

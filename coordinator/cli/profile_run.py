@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import random
-import socket
 import sys
 import time
 from collections import deque
@@ -22,6 +21,7 @@ from engine.base import Engine, EngineInfo
 from engine.batch_shapes import draw_shapes
 from engine.errors import EngineStartError
 from engine.models import resolve_model
+from engine.ports import side_channel_port
 from engine.step_meter import Measured, StepMeter, median_rows
 from engine.step_table import StepTable
 
@@ -96,7 +96,7 @@ def _start(settings: Settings, model: str) -> tuple[Engine, EngineInfo]:
             "max_num_seqs": 72,  # 64 decodes that stay, and chunks beside them
             "max_batch_tokens": settings.max_batch_tokens,
             "kv_cache_bytes": kv_cache_bytes,
-            "side_channel_port": _free_port(),
+            "side_channel_port": side_channel_port("127.0.0.1"),
             "env": {"HF_HUB_OFFLINE": "1"} if Path(model).is_dir() else {},
         }
     )
@@ -190,12 +190,6 @@ def _cpu_name() -> str:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.machine())
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager
