@@ -35,6 +35,7 @@ from engine.vllm_codec import (
     encode_sampling,
     without_transfer,
 )
+from engine.vllm_seeds import keep_seeds
 from kv_transfer.base import KvPort, TransferError
 
 if TYPE_CHECKING:
@@ -144,6 +145,7 @@ class VllmEngine(Engine):
                 del os.environ["VLLM_CPU_KVCACHE_SPACE"]
         try:
             self._core = _build_core(self._config)
+            keep_seeds(self._core)
         except MissingHook:
             raise
         except Exception as error:

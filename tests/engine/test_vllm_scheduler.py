@@ -105,6 +105,14 @@ def test_order_of_the_plan_decides_who_is_first(engine: Engine, expected: dict[s
     assert finished_prefill.index("w2") < finished_prefill.index("w0")
 
 
+def test_a_seeded_request_says_the_same_however_its_prompt_is_cut(engine: Engine) -> None:
+    params = SamplingParams(temperature=1.0, seed=7, max_tokens=8, ignore_eos=True, detokenize=False)
+    seeded = Work("seeded", prompt(100, seed=5), encode_sampling(params), max_tokens=8)
+    whole = Drive(engine).submit(seeded).run().tokens
+    cut = Drive(engine, lambda _: BatchPlan(chunk_tokens={"seeded": 9})).submit(seeded).run().tokens
+    assert cut == whole
+
+
 def test_chunks_are_capped_one_by_one(engine: Engine, expected: dict[str, list[int]]) -> None:
     caps = {"w1": 7, "w2": 50}
     drive = Drive(engine, lambda _: BatchPlan(chunk_tokens=caps)).submit(*works()[:3])
