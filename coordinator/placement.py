@@ -114,8 +114,10 @@ def place(
         fallback = _fallback(map(_candidate, ways), request, knowledge)
         return _accept(request, fallback, "best_effort", {}, now_s), []
     cost_s = expected_work_s(request, willing or serving, knowledge)
-    if knowledge.price is not None and knowledge.price.too_dear(cost_s, now_s):
-        knowledge.price.note(cost_s, now_s, fitted=True, dear=True)
+    # What an idle node could not do either says nothing of how short room is, and raises no price for others.
+    price = knowledge.price if _within_reach(request, willing or serving, knowledge) else None
+    if price is not None and price.too_dear(cost_s, now_s):
+        price.note(cost_s, now_s, fitted=True, dear=True)
         fallback = replace(_fallback(map(_candidate, ways), request, knowledge), reason=TOO_DEAR)
         return _turn_away(request, fallback, {}, now_s), []
     enough = ENOUGH if len(serving) > MOST_CANDIDATES else len(ways)
@@ -130,8 +132,8 @@ def place(
         candidates += further
         judged |= {candidate.name: candidate.words for candidate in further}
         feasible = [candidate for candidate in further if candidate.feasible]
-    if knowledge.price is not None:
-        knowledge.price.note(cost_s, now_s, fitted=bool(feasible), dear=False)
+    if price is not None:
+        price.note(cost_s, now_s, fitted=bool(feasible), dear=False)
     if feasible:
         return _accept(request, min(feasible, key=_preference), "admitted", judged, now_s), candidates
     return _turn_away(request, _fallback(candidates, request, knowledge), judged, now_s), candidates
@@ -193,6 +195,19 @@ def expected_work_s(request: Place, nodes: Sequence[NodeMirror], knowledge: Know
     base_s, per_token_s = report.cost.pieces[0].base_s, report.cost.pieces[0].per_token_s
     output_tokens = known.mean_remaining() * request.sequences
     return work_s(base_s, per_token_s, kv_tokens, request.prompt_tokens, output_tokens)
+
+
+def _within_reach(request: Place, nodes: Sequence[NodeMirror], knowledge: Knowledge) -> bool:
+    """Whether the first of `nodes` could end the prefill in time and keep the pace if it did nothing else."""
+    report = nodes[0].report
+    assert report is not None
+    cost, most = report.cost, report.info.max_draft_tokens + 1
+    if cost.predict(1) > request.tpot_s * most:
+        return False
+    if cost.predict(request.prompt_tokens) <= request.first_token_left_s:
+        return True
+    cached = max(knowledge.cached_tokens(node.name, request) for node in nodes)
+    return cost.predict(max(request.prompt_tokens - cached, 1)) <= request.first_token_left_s
 
 
 def _preference(candidate: Candidate) -> tuple[int, int, bool]:

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from coordinator.best_effort import place_best_effort
 from coordinator.mirror import NodeMirror
-from coordinator.placement import ENOUGH, Knowledge
+from coordinator.placement import ENOUGH, TOO_DEAR, Knowledge
 from coordinator.placement import place as place_and_explain
 from coordinator.planner.lengths import LearnedLengths
+from coordinator.planner.price import LEAST_KNOWN, RoomPrice
 from coordinator.prefixes import PrefixDirectory
 from engine.base import EngineInfo, StepReport, Usage
 from engine.cost import StepCost
@@ -171,6 +172,22 @@ def test_a_refusal_says_why_and_a_deferral_names_a_node() -> None:
     assert place(hopeless, _pair(), FAST, 0.0).verdict == "best_effort"
     refused = place(replace(hopeless, may_defer=False), _pair(), FAST, 0.0)
     assert refused.verdict == "refused"
+    assert "cannot end within" in refused.reason
+
+
+def test_what_no_idle_node_could_do_makes_room_no_dearer_for_others() -> None:
+    price = RoomPrice()
+    knowledge = Knowledge(LearnedLengths(), FAST, price=price)
+    hopeless = [
+        replace(ASK, first_token_left_s=0.001, may_defer=False),
+        replace(ASK, tpot_s=1e-4, may_defer=False),
+    ]
+    for turn in range(LEAST_KNOWN):
+        for ask in hopeless:
+            refused, _ = place_and_explain(ask, _pair(), knowledge, float(turn))
+            assert refused.reason != TOO_DEAR
+    assert not price.too_dear(1e9, float(LEAST_KNOWN))
+    refused, _ = place_and_explain(hopeless[0], _pair(), knowledge, float(LEAST_KNOWN))
     assert "cannot end within" in refused.reason
 
 
