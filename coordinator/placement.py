@@ -32,6 +32,7 @@ ENOUGH = 4  # of a shortlist: the rest is much like them, and each takes a third
 TOO_DEAR = "it fits perhaps, but room is short, and cheaper requests are preferred"
 HANDOFF_STEPS = 2  # of the decode node, beside those that pass while bytes move
 HOME_LOAD = 16  # requests more than elsewhere: from there on a history is computed again where there is room
+HOME_WORTH = 2.0  # of losses: a history that stays where it is serves the calls after this one as well
 SAME_LOSS = 1.25  # losses within this ratio are taken for the same
 
 
@@ -135,7 +136,9 @@ def place(
     if price is not None:
         price.note(cost_s, now_s, fitted=bool(feasible), dear=False)
     if feasible:
-        return _accept(request, min(feasible, key=_preference), "admitted", judged, now_s), candidates
+        home = knowledge.sessions.home(request.session)
+        chosen = min(feasible, key=lambda candidate: _preference(candidate, home))
+        return _accept(request, chosen, "admitted", judged, now_s), candidates
     return _turn_away(request, _fallback(candidates, request, knowledge), judged, now_s), candidates
 
 
@@ -210,9 +213,11 @@ def _within_reach(request: Place, nodes: Sequence[NodeMirror], knowledge: Knowle
     return cost.predict(max(request.prompt_tokens - cached, 1)) <= request.first_token_left_s
 
 
-def _preference(candidate: Candidate) -> tuple[int, int, bool]:
-    """The least loss, then the least load, then no KV to move."""
-    loss = math.ceil(math.log(max(candidate.loss_s, 1e-6), SAME_LOSS))
+def _preference(candidate: Candidate, home: str | None) -> tuple[int, int, bool]:
+    """The least loss, then the least load, then no KV to move. `home`: where the history of its session is."""
+    stays = candidate.prefill is None and candidate.decode.name == home
+    loss_s = candidate.loss_s / HOME_WORTH if stays else candidate.loss_s
+    loss = math.ceil(math.log(max(loss_s, 1e-6), SAME_LOSS))
     return loss, candidate.load, candidate.prefill is not None
 
 
@@ -343,7 +348,7 @@ def judge(
         decision, problem, reason = _ask(decode, whole, knowledge, now_s)
         if reason:
             return Candidate(None, decode, reason, decisions=(decision,))
-        loss = loss_s(problem, expected_residence_s(whole, knowledge.lengths))
+        loss = loss_s(problem, _residence_s(decode, whole, knowledge))
         return Candidate(None, decode, "", loss, (decision,), cached_tokens=cached)
     return _judge_pair(request, whole, prefill, decode, knowledge, now_s)
 
@@ -376,9 +381,14 @@ def _judge_pair(
     if reason:
         return Candidate(prefill, decode, f"{decode.name}: {reason}", decisions=decisions)
     loss = transfer_s + loss_s(prefills, 0.0)
-    if decode.role is not RoleName.DECODE:  # else it has no prompts to compute, and loses nothing but memory
-        loss += loss_s(decodes, expected_residence_s(decoding, knowledge.lengths))
+    if decode.role is not RoleName.DECODE:
+        loss += loss_s(decodes, _residence_s(decode, decoding, knowledge))
     return Candidate(prefill, decode, "", loss, decisions, handoff_s, whole.cached_tokens)
+
+
+def _residence_s(decode: NodeMirror, asking: Asking, knowledge: Knowledge) -> float:
+    """How long its decode takes budget from prompts there: a decode node has none to compute but its own."""
+    return 0.0 if decode.role is RoleName.DECODE else expected_residence_s(asking, knowledge.lengths)
 
 
 def _link_queue_s(asking: Asking, prefill: NodeMirror, decode: NodeMirror, link: Link) -> float:

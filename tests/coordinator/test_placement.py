@@ -346,6 +346,18 @@ def test_the_next_call_of_a_session_is_promised_where_its_history_is_as_a_small_
     assert stranger.verdict == "best_effort"
 
 
+def test_the_next_call_stays_at_home_where_a_pair_would_lose_about_as_little() -> None:
+    prefill, home = _pair()
+    assert home.report is not None
+    slower = replace(home.report, cost=StepCost.line(0.004, 0.00015))  # as a busy machine may make it seem
+    home.take_report(slower, now_s=0.0)
+    knowledge = _at_home(home.name, HISTORY)
+    knowledge.prefixes.add(prefill.name, HISTORY, kv_tokens=32_000)  # it computed them
+    placed, candidates = place_and_explain(NEXT, [prefill, home], knowledge, 0.0)
+    assert {candidate.name for candidate in candidates if candidate.feasible} == {"d", "p>d"}
+    assert placed.prefill is None
+
+
 def test_a_call_without_a_promise_goes_home_as_well_unless_home_is_much_busier() -> None:
     def goes_to(busy: int) -> str:
         home = _node("b", RoleName.MIXED, [replace(work, best_effort=True) for work in _decoding(0.1, busy)])
