@@ -30,11 +30,9 @@ demo: install
 	$(BIN)/slosserve demo
 
 # What only computes shares the cores; what starts engines and clusters has them to itself, one after another.
-COMPUTES := tests/planner tests/benchmarks
-
 test: install
-	$(BIN)/pytest -q --numprocesses auto --maxprocesses 8 $(COMPUTES)
-	$(BIN)/pytest -q $(COMPUTES:%=--ignore=%)
+	$(BIN)/pytest -q -m "not engines" --numprocesses auto --maxprocesses 8
+	$(BIN)/pytest -q -m engines
 
 lint: install
 	$(BIN)/ruff check .

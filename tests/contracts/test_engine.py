@@ -18,6 +18,8 @@ from kv_transfer.base import Handoff, PullOutcome
 from tests.engine.replica import Drive, greedy, prompt, running_engine
 from tests.engine.virtual_replica import virtual_engine
 
+pytestmark = pytest.mark.engines
+
 MAX_TOKENS = 6
 
 

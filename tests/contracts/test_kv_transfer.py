@@ -15,7 +15,7 @@ import pytest
 from kv_transfer.base import PullOutcome
 from tests.contracts.kv_ends import LEASE_S, Ends, FakeEnds, NixlEnds, VirtualEnds
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.engines, pytest.mark.timeout(300)]
 
 # A step that waits for a stopped peer would wait for ever; a busy machine may take a while for a step.
 BLOCKED_S = 20.0

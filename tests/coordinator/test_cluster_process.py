@@ -16,6 +16,8 @@ from coordinator.process_tree import processes_of
 from coordinator.run_state import STATE_FILE, RunState, read_state
 from engine.errors import ConfigError, EngineStartError
 
+pytestmark = pytest.mark.engines
+
 READY = """
 import json, sys, time
 print("a greeting that is no JSON")

@@ -181,6 +181,7 @@ def test_what_the_engine_prints_is_in_its_log(
     assert "no room" not in capfd.readouterr().out
 
 
+@pytest.mark.engines
 def test_rows_of_a_real_engine_can_be_fitted(tmp_path: Path) -> None:
     out = tmp_path / "steps.csv.gz"
     done = profile("run", "--model", "tiny", "--shapes", "30", "--repeats", "1", "--out", str(out), "--json")

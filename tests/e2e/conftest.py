@@ -34,6 +34,14 @@ SETTINGS: dict[str, Any] = {
 }
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Every test of this folder needs a cluster."""
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.engines)
+
+
 @dataclass(frozen=True)
 class Client:
     """A user of the cluster, and somebody who looks at its nodes."""

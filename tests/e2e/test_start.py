@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import psutil
 import pytest
 
@@ -10,10 +13,14 @@ from coordinator.run_state import run_directory
 from engine.errors import ConfigError, EngineStartError
 
 
-def test_an_engine_that_fails_to_start_is_named_with_the_last_lines_of_its_log() -> None:
+def test_an_engine_that_fails_to_start_is_named_with_the_last_lines_of_its_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "no_endpoint.py").write_text("import time; time.sleep(600)")  # only the node is looked at
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
     settings = {"name": "test-bad-engine", "endpoint.port": 0, "engine.block_size": 7}
     with pytest.raises(EngineStartError) as failure:
-        ClusterProcess.start("colocated", settings)
+        ClusterProcess.start("colocated", settings, endpoint_module="no_endpoint")
     words = str(failure.value)
     assert "mixed-0" in words
     assert "block size" in words

@@ -23,6 +23,8 @@ from engine.models import make_model
 from engine.vllm import decode_output, encode_sampling
 from tests.engine.replica import Drive, prompt, running_engine, vllms_own, work
 
+pytestmark = pytest.mark.engines
+
 SLOTS = 4
 LENGTHS = (5, 40, 130, 33, 70, 12)
 MAX_TOKENS = 16

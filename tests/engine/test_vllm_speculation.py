@@ -12,6 +12,8 @@ from engine.base import BatchPlan, Engine, Seq, Work
 from engine.vllm_scheduler import _CarriedOut
 from tests.engine.replica import Drive, prompt, running_engine, work
 
+pytestmark = pytest.mark.engines
+
 DRAFTS = 4
 MAX_TOKENS = 24
 

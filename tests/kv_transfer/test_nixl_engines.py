@@ -12,7 +12,7 @@ from tests.contracts.engine_process import EngineProcess
 from tests.engine.replica import prompt
 from tests.kv_transfer.real_end import LEASE_S, RealEnd
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.engines, pytest.mark.timeout(400)]
 
 TOKENS = 8
 Pair = tuple[EngineProcess, EngineProcess]
