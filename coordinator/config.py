@@ -204,7 +204,8 @@ class TimeoutsConfig(Section):
     """How long to wait before giving up, in seconds.
 
     `node_silent_s`: a node that said nothing for so long is lost. `endpoint_silent_s`: after so long a node
-    drops the work of an endpoint. `place_s`: how long a new request waits for a coordinator.
+    drops the work of an endpoint. `place_s`: how long a new request waits for a coordinator. `resume_s`: how
+    long a stream whose node is gone waits for another one before it ends with an error.
     """
 
     ray_start_s: Seconds = 60.0
@@ -212,6 +213,7 @@ class TimeoutsConfig(Section):
     ready_s: Seconds = 420.0
     stop_s: Seconds = 10.0
     place_s: Seconds = 5.0
+    resume_s: Seconds = 60.0
     node_silent_s: Seconds = 1.0
     endpoint_silent_s: Seconds = 3.0
     stuck_step_s: Seconds = 30.0

@@ -367,15 +367,17 @@ def _judge_pair(
         return Candidate(prefill, decode, "the link between them is not measured")
     assert prefill.report is not None
     assert decode.report is not None
-    transfer_s = link.transfer_s(request.prompt_tokens * prefill.report.info.kv_bytes_per_token)
+    said_tokens = request.said_tokens  # are computed where it decodes, behind the KV of the prompt
+    moved_tokens = request.prompt_tokens - said_tokens
+    transfer_s = link.transfer_s(moved_tokens * prefill.report.info.kv_bytes_per_token)
     handoff_s = _handoff_s(transfer_s + _link_queue_s(whole, prefill, decode, link), decode)
     # Rounded down to a millisecond: nodes that are about as quick then ask their partner the same.
     prefill_left_s = math.floor((request.first_token_left_s - handoff_s) * 1e3) / 1e3
-    prefilling = replace(whole, left_s=prefill_left_s, tpot_s=None)
+    prefilling = replace(whole, tokens=max(whole.tokens - said_tokens, 1), left_s=prefill_left_s, tpot_s=None)
     at_prefill, prefills, reason = _ask(prefill, prefilling, knowledge, now_s)
     if reason:
         return Candidate(prefill, decode, f"{prefill.name}: {reason}", decisions=(at_prefill,))
-    decoding = replace(whole, tokens=1, cached_tokens=max(request.prompt_tokens - 1, 0))
+    decoding = replace(whole, tokens=said_tokens + 1, cached_tokens=max(moved_tokens - 1, 0))
     at_decode, decodes, reason = _ask(decode, decoding, knowledge, now_s)
     decisions = (at_prefill, at_decode)
     if reason:
@@ -449,9 +451,16 @@ def _accept(request: Place, chosen: Candidate, verdict: str, judged: dict[str, s
         if prefill is None:
             chosen.decode.place(mine, now_s)
         else:
-            left_s = mine.first_token_left_s - chosen.handoff_s
-            prefill.place(replace(mine, kind=WorkKind.PREFILL, first_token_left_s=left_s), now_s)
-            chosen.decode.place(replace(mine, kind=WorkKind.DECODE, prefill_left_tokens=0), now_s)
+            offered = replace(
+                mine,
+                kind=WorkKind.PREFILL,
+                prompt_tokens=mine.prompt_tokens - request.said_tokens,
+                prefill_left_tokens=max(mine.prefill_left_tokens - request.said_tokens, 0),
+                first_token_left_s=mine.first_token_left_s - chosen.handoff_s,
+            )
+            prefill.place(offered, now_s)
+            behind = max(request.said_tokens - 1, 0)
+            chosen.decode.place(replace(mine, kind=WorkKind.DECODE, prefill_left_tokens=behind), now_s)
     return Placed(
         request.request_id,
         request.attempt,

@@ -26,6 +26,8 @@ class Work:
     nothing else. `offer_kv`: stop after the prefill and offer the KV. `handoff`: pull the prompt's KV first,
     within `pull_deadline_s`, else recompute it. `session`: when it has ended, its full blocks are kept under
     this name, in place of what was kept under it before, until memory is needed or `give_up`.
+    `said_token_ids`: its answer so far, from an engine that is gone. It goes on after them as if it had said
+    them itself: they count as output (`max_tokens`, penalties, grammar, seed). An offer is of the prompt alone.
     """
 
     work_id: str
@@ -37,6 +39,7 @@ class Work:
     handoff: Handoff | None = None
     pull_deadline_s: float = 10.0
     session: str | None = None
+    said_token_ids: Sequence[int] = ()
 
 
 class Seq(msgspec.Struct, frozen=True, gc=False):

@@ -19,7 +19,7 @@ from engine.request import Pace, RoleName, WorkKind
 from engine.tally import Tally
 from kv_transfer.base import Handoff, Lease, Link, PeerAddress, Pull
 
-VERSION = 7
+VERSION = 8
 TELL_EVERY_S = 0.02  # a node tells of batches as they begin; of one that lasts longer, always
 
 
@@ -38,7 +38,8 @@ class Submit:
     """Work for a node. It answers with deltas, or declines within a step.
 
     `think_end_id`: the token with which thinking ends, and another pace begins, if the pace has one. `session`:
-    its KV is kept for the next call of that session, for a while, where it ends.
+    its KV is kept for the next call of that session, for a while, where it ends. `said_token_ids`: its answer
+    so far, from attempts before this one, which goes on after them; `max_tokens` counts them, `index` too.
     """
 
     request_id: str
@@ -55,6 +56,7 @@ class Submit:
     pull_deadline_s: float = 10.0
     think_end_id: int | None = None
     session: str | None = None
+    said_token_ids: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +173,7 @@ class Account:
 
 
 class Delta(msgspec.Struct, frozen=True):
-    """What one step gave one attempt. `index`: how many tokens of this attempt went before.
+    """What one step gave one attempt. `index`: how many tokens of the request went before.
 
     A Struct, as one is made per token: eight times quicker to make than a dataclass.
     """
@@ -301,7 +303,8 @@ class NodeAddress:
 class Place:
     """Where should this go? `avoid`: nodes that declined or were lost. Seconds are what is LEFT.
 
-    `siblings`: ids of the other sequences of the same request, which go the same way.
+    `siblings`: ids of the other sequences of the same request, which go the same way. `said_tokens` of what is
+    called its prompt are its answer so far, from attempts before this one: they are computed where it decodes.
     """
 
     request_id: str
@@ -318,6 +321,7 @@ class Place:
     prefix_hashes: list[int] = field(default_factory=list)
     siblings: list[str] = field(default_factory=list)
     session: str | None = None
+    said_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

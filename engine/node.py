@@ -247,7 +247,7 @@ class Node:
             failed = Delta(
                 submit.request_id,
                 submit.attempt,
-                index=0,
+                index=len(submit.said_token_ids),
                 token_ids=[],
                 finish_reason="error",
                 error=str(error),
@@ -481,7 +481,7 @@ class Node:
         for promise in self._promises.values():
             due_s = promise.duty.next_token_due_s
             if due_s is not None and not promise.duty.best_effort:
-                promise.drafted.context_tokens = len(promise.submit.prompt_token_ids) + promise.tokens
+                promise.drafted.context_tokens = promise.prompt_tokens + promise.tokens
                 promise.drafted.slack_s = due_s - now_s
                 decoding.append(promise.drafted)
         usage = self._engine.usage()

@@ -47,7 +47,8 @@ class Promise:
     @classmethod
     def of(cls, submit: Submit, peer: bytes, now_s: float, drafting: Drafting) -> Self:
         """What a peer asked for just now."""
-        pace, prompt_tokens = submit.pace, len(submit.prompt_token_ids)
+        pace, said_tokens = submit.pace, len(submit.said_token_ids)
+        prompt_tokens = len(submit.prompt_token_ids) + said_tokens
         duty = Duty(
             attempt_key(submit),
             now_s + pace.first_token_left_s,
@@ -57,10 +58,17 @@ class Promise:
             offers=submit.kind is WorkKind.PREFILL,
         )
         # As Seq counts.
-        prefill_left = 0 if submit.handoff is not None else prompt_tokens - submit.cached_tokens - 1
+        prefill_left = prompt_tokens - submit.cached_tokens - 1
+        if submit.handoff is not None:
+            prefill_left = max(said_tokens - 1, 0)
         estimate = drafting.estimate(submit.class_name)
         drafted = Drafted(submit.class_name, pace.tpot_s, prompt_tokens, 0.0, estimate)
         return cls(submit, peer, now_s, duty, prefill_left, drafted, drafting.on)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens that were there before it said one: to a plan, what was said elsewhere is prompt as well."""
+        return len(self.submit.prompt_token_ids) + len(self.submit.said_token_ids)
 
     @property
     def pull_is_due(self) -> bool:
@@ -85,6 +93,7 @@ class Promise:
             handoff=submit.handoff,
             pull_deadline_s=submit.pull_deadline_s,
             session=self.session,
+            said_token_ids=submit.said_token_ids,
         )
 
     def promote(self, pace: Pace, now_s: float) -> None:
@@ -117,16 +126,16 @@ class Promise:
             self.first_token_s = now_s
             timing = self._timing(now_s)
         starved = bool(output.token_ids) and self._starves(now_s)
-        index = self.tokens
+        before = self.tokens
         self.tokens += len(output.token_ids)
-        self._note_thought(index, output.token_ids)
+        self._note_thought(before, output.token_ids)
         self._set_next_due()
         self.offered |= output.handoff is not None
         ends = output.finish_reason is not None
         delta = Delta(
             request_id=self.submit.request_id,
             attempt=self.submit.attempt,
-            index=index,
+            index=len(self.submit.said_token_ids) + before,
             token_ids=list(output.token_ids),
             finish_reason=output.finish_reason,
             stop_reason=output.stop_reason,
@@ -151,10 +160,10 @@ class Promise:
             request_id=submit.request_id,
             attempt=submit.attempt,
             kind=submit.kind,
-            prompt_tokens=len(submit.prompt_token_ids),
+            prompt_tokens=self.prompt_tokens,
             prefill_left_tokens=max(prefill_left - chunk_tokens, 0),
             output_tokens=tokens,
-            max_tokens=submit.max_tokens,
+            max_tokens=submit.max_tokens - len(submit.said_token_ids),
             first_token_left_s=duty.first_token_due_s - at_s,
             tpot_s=duty.tpot_s,
             best_effort=duty.best_effort,
@@ -201,14 +210,14 @@ class Promise:
             duty, next_token_due_s=next_due_s, depth=self.drafted.depth if self.drafts else None
         )
 
-    def _note_thought(self, index: int, token_ids: Sequence[int]) -> None:
+    def _note_thought(self, before: int, token_ids: Sequence[int]) -> None:
         """From the end of thinking on, the pace is that of the answer."""
         answer_tpot_s, end_id = self.submit.pace.answer_tpot_s, self.submit.think_end_id
         if answer_tpot_s is None or end_id is None or self.thinking_tokens is not None:
             return
         if end_id not in token_ids:
             return
-        self.thinking_tokens = index + list(token_ids).index(end_id) + 1
+        self.thinking_tokens = before + list(token_ids).index(end_id) + 1
         self.thinking_tpot_s = self.duty.tpot_s
         self.duty = replace(self.duty, tpot_s=answer_tpot_s)
         self.drafted.tpot_s = answer_tpot_s

@@ -183,15 +183,18 @@ class VirtualEngine(Engine):
             stop_after = VirtualSampling.decode(work.sampling).stop_after
         except ProtocolError as error:
             raise RequestError(str(error)) from error
-        prompt_tokens = len(work.prompt_token_ids)
-        most = min(work.max_tokens, self.describe().max_model_len - prompt_tokens)
-        ends_itself = stop_after is not None and stop_after <= most
-        said = Said(work.prompt_token_ids, self._config.block_size, work.cache_salt)
+        # What was said elsewhere is as good as prompt: tokens follow from all that went before.
+        known = [*work.prompt_token_ids, *work.said_token_ids]
+        prompt_tokens, said_tokens = len(known), len(work.said_token_ids)
+        most = min(work.max_tokens - said_tokens, self.describe().max_model_len - prompt_tokens)
+        left = None if stop_after is None else max(stop_after - said_tokens, 1)
+        ends_itself = left is not None and left <= most
+        said = Said(known, self._config.block_size, work.cache_salt)
         row = self._spare_rows.pop() if self._spare_rows else self._more_rows()
         self._rows[row] = np.zeros((), dtype=ROW)
         fields: dict[str, Any] = {
             "prompt_tokens": prompt_tokens,
-            "end_tokens": stop_after if ends_itself else most,
+            "end_tokens": left if ends_itself else most,
             "offers": work.offer_kv,
             "pull": NO_PULL if work.handoff is None else PULL_WAITS,
             "first_token_s": np.nan,
@@ -207,7 +210,7 @@ class VirtualEngine(Engine):
             recompute(self._replica, self._rows, row)
 
     def _check(self, work: Work) -> None:
-        info, length = self.describe(), len(work.prompt_token_ids)
+        info, length = self.describe(), len(work.prompt_token_ids) + len(work.said_token_ids)
         if work.work_id in self._works or work.work_id in self._offered or work.work_id in self._late:
             raise RequestError(f"there is a work {work.work_id} already")
         if length == 0:
@@ -218,6 +221,8 @@ class VirtualEngine(Engine):
                 f"{info.max_model_len} with the answer: shorten the prompt",
                 reason="context_length",
             )
+        if work.said_token_ids and (work.offer_kv or len(work.said_token_ids) >= work.max_tokens):
+            raise RequestError("nothing is left to be said after what was said")
         if min(work.prompt_token_ids) < 0 or max(work.prompt_token_ids) >= self._vocab_size:
             raise RequestError(f"a token id is outside the vocabulary of {self._vocab_size}")
 
@@ -542,7 +547,10 @@ class VirtualEngine(Engine):
         for work_id in settled.failed:
             recompute(self._replica, self._rows, self._works[work_id].row)
         for work_id in settled.arrived:
-            pulled(self._rows, self._works[work_id].row)
+            going = self._works[work_id]
+            pulled(self._rows, going.row)
+            if going.work.said_token_ids:  # what came is of the prompt alone
+                self._rows["computed_tokens"][going.row] = len(going.work.prompt_token_ids)
 
     def _start_pulls(self, order: Any) -> bool:
         """Start those that may begin and fit. Whether any of them is here at once.
@@ -556,7 +564,7 @@ class VirtualEngine(Engine):
             assert going is not None
             assert going.work.handoff is not None
             known = self._prefixes.known(going.said.blocks) if self._config.enable_prefix_caching else 0
-            missing = max(going.prompt_tokens - known * self._config.block_size, 0)
+            missing = max(len(going.work.prompt_token_ids) - known * self._config.block_size, 0)
             kv_bytes = missing * self._config.kv_bytes_per_token
             self.kv.read(going.work.work_id, int(self._rows["blocks"][row]), kv_bytes)
         if count:

@@ -35,7 +35,7 @@ from engine.vllm_codec import (
     encode_sampling,
     without_transfer,
 )
-from engine.vllm_seeds import keep_seeds
+from engine.vllm_runner import go_on_after, keep_seeds
 from kv_transfer.base import KvPort, TransferError
 
 if TYPE_CHECKING:
@@ -146,6 +146,7 @@ class VllmEngine(Engine):
         try:
             self._core = _build_core(self._config)
             keep_seeds(self._core)
+            go_on_after(self._core, self._core.scheduler.said)
         except MissingHook:
             raise
         except Exception as error:
@@ -196,6 +197,8 @@ class VllmEngine(Engine):
             prepared, wave = core.preprocess_add_request(request)
         except (ValueError, TypeError) as error:
             raise RequestError(f"vLLM does not take work {work.work_id}: {error}") from error
+        if work.said_token_ids:
+            self._running()[1].go_on(prepared, work.said_token_ids)
         core.add_request(prepared, wave)
         self._works[work.work_id] = work
         if work.session is not None:
@@ -203,10 +206,10 @@ class VllmEngine(Engine):
 
     def _check(self, work: Work) -> None:
         _, scheduler = self._running()
-        length = len(work.prompt_token_ids)
+        length = len(work.prompt_token_ids) + len(work.said_token_ids)
         if work.work_id in scheduler.requests:
             raise RequestError(f"there is a work {work.work_id} already")
-        if length == 0:
+        if not work.prompt_token_ids:
             raise RequestError("the prompt is empty")
         if length >= self._max_model_len:
             raise RequestError(
@@ -216,6 +219,8 @@ class VllmEngine(Engine):
             )
         if length > scheduler.num_blocks * scheduler.block_size:
             raise RequestError(f"the KV cache does not hold the {length} tokens of the prompt")
+        if work.said_token_ids and (work.offer_kv or len(work.said_token_ids) >= work.max_tokens):
+            raise RequestError("nothing is left to be said after what was said")
         if min(work.prompt_token_ids) < 0 or max(work.prompt_token_ids) >= self._vocab_size:
             raise RequestError(f"a token id is outside the vocabulary of {self._vocab_size}")
 
@@ -234,6 +239,8 @@ class VllmEngine(Engine):
                 extra_args={"kv_transfer_params": params_for_prefill()},
             )
         params = without_transfer(decode_sampling(work.sampling))
+        if work.said_token_ids and params.prompt_logprobs is not None:
+            params.prompt_logprobs = None  # told already, before the first of what was said
         if work.handoff is not None:
             transfer = params_for_decode(work.handoff, work.pull_deadline_s)
             params.extra_args = {**(params.extra_args or {}), "kv_transfer_params": transfer}

@@ -20,6 +20,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.request_queue import FCFSRequestQueue
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
+from vllm.v1.structured_output import StructuredOutputManager
 from vllm.version import __version__ as vllm_version
 
 from engine.base import UNPLANNED, BatchPlan, Composer, Seq, StepReport
@@ -46,6 +47,7 @@ _REQUEST_FIELDS = (
     "num_output_placeholders",
     "spec_token_ids",
     "kv_transfer_params",
+    "prefill_stats",
 )
 _SCHEDULER_FIELDS = (
     "requests",
@@ -60,6 +62,8 @@ _SCHEDULER_FIELDS = (
     "kv_cache_manager",
     "kv_cache_config",
     "requires_kv_delivery",
+    "structured_output_manager",
+    "use_v2_model_runner",
 )
 
 
@@ -78,6 +82,8 @@ def _hooks() -> tuple[Hook, ...]:
         Hook(Scheduler, "_update_after_schedule", ("scheduler_output",)),
         Hook(Scheduler, "update_from_output", ("scheduler_output", "model_runner_output")),
         Hook(Scheduler, "_free_blocks", ("request",), ("requests",)),
+        Hook(StructuredOutputManager, "accept_tokens", ("request", "new_token_ids")),
+        Hook(Request, "append_output_token_ids", ("token_ids",)),
         Hook(Scheduler, "has_requests"),
         Hook(KVCacheManager, "allocate_slots", ("request", "num_new_tokens")),
         Hook(KVCacheManager, "get_blocks", ("request_id",)),
@@ -173,6 +179,8 @@ class PlannedScheduler(Scheduler):  # type: ignore[misc]
         self.composer: Composer | None = None
         self.kept = KeptBlocks(self.kv_cache_manager.block_pool)
         self.sessions: dict[str, str] = {}  # of works whose blocks are kept when they have ended
+        self.said: dict[str, Sequence[int]] = {}  # of works that go on from elsewhere, until the runner knows
+        self._grammars_behind: dict[str, list[int]] = {}  # of those, what their grammars have not heard yet
         self._allocate = self.kv_cache_manager.allocate_slots
         self.kv_cache_manager.allocate_slots = self._allocate_or_give_up
         self._plan = BatchPlan()
@@ -252,6 +260,10 @@ class PlannedScheduler(Scheduler):  # type: ignore[misc]
         drafts = scheduler_output.scheduled_spec_decode_tokens
         assert self._step is not None
         self._step.batched = scheduler_output.num_scheduled_tokens.keys()
+        for request_id in self._grammars_behind.keys() & scheduler_output.num_scheduled_tokens.keys():
+            # Its grammar is there now, and has not been asked yet.
+            said_token_ids = self._grammars_behind.pop(request_id)
+            self.structured_output_manager.accept_tokens(self.requests[request_id], said_token_ids)
         for request_id, new_tokens in scheduler_output.num_scheduled_tokens.items():
             computed = self.requests[request_id].num_computed_tokens
             self._step.add(computed, new_tokens, len(drafts.get(request_id, ())))
@@ -270,11 +282,21 @@ class PlannedScheduler(Scheduler):  # type: ignore[misc]
             self._reports.append((step.report(end_s - started_s, accepted), step.batched))
         return outputs
 
+    def go_on(self, request: Request, said_token_ids: Sequence[int]) -> None:
+        """Let a request that is about to be added go on after what was said of it elsewhere."""
+        request.append_output_token_ids(list(said_token_ids))
+        request.prefill_stats = None  # for these vLLM asserts that nothing is cached beyond the prompt
+        self.said[request.request_id] = said_token_ids
+        if request.use_structured_output:
+            self._grammars_behind[request.request_id] = list(said_token_ids)
+
     def end(self, request_ids: Sequence[str]) -> None:
         """These have said all that is wanted of them: they end as by a stop of their own."""
         self.finish_requests(request_ids, RequestStatus.FINISHED_STOPPED)
 
     def _free_blocks(self, request: Request) -> None:
+        self.said.pop(request.request_id, None)
+        self._grammars_behind.pop(request.request_id, None)
         session = self.sessions.pop(request.request_id, None)
         if session is not None and request.status in _ENDED_WELL:
             groups = self.kv_cache_manager.get_blocks(request.request_id).blocks

@@ -52,6 +52,7 @@ logger = logging.getLogger(__name__)
 
 REMEMBERED_REQUESTS = 2048
 RETRY_PAUSE_S = 0.05
+RESUME_PAUSE_S = 0.5
 
 
 class Journey:
@@ -346,14 +347,25 @@ class ClusterEngine(TextEngineClient):
         self._spawn(self._place_again(flight))
 
     async def _place_again(self, flight: Flight) -> None:
-        await asyncio.sleep(RETRY_PAUSE_S * flight.attempt)
-        try:
-            placed = await self._coordinator.place(flight.question())
-            if not flight.over:
-                flight.depart(placed)
-                self._tell_placement(self._journeys[flight.passenger.request_id], placed)
-        except SlosserveError as error:
-            self._fail(flight, error)
+        began_s = time.monotonic()
+        await asyncio.sleep(0.0 if flight.resumed else RETRY_PAUSE_S * flight.attempt)
+        while not flight.over:
+            try:
+                placed = await self._coordinator.place(flight.question())
+                if not flight.over:
+                    flight.depart(placed)
+                    self._tell_placement(self._journeys[flight.passenger.request_id], placed)
+                return
+            except NoCapacity as error:
+                # A new request is told so at once; a client in the middle of an answer would rather wait.
+                waited_s = time.monotonic() - began_s
+                if not flight.resumed or waited_s > self._config.timeouts.resume_s:
+                    self._fail(flight, error)
+                    return
+                await asyncio.sleep(RESUME_PAUSE_S)
+            except SlosserveError as error:
+                self._fail(flight, error)
+                return
 
     def _spawn(self, coroutine: Any) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)
@@ -450,6 +462,8 @@ class ClusterEngine(TextEngineClient):
             journey.finished = finished
         self._coordinator.send(finished)
         self.metrics.count(finished, finished.verdict)
+        for gap_s in flight.gaps_s:
+            self.metrics.gaps.observe(gap_s)
         self._remember(journey, flight, finished)
 
     def _count_turned_away(self, context: RequestContext) -> None:
@@ -513,11 +527,11 @@ def _core_output(delta: Delta, flight: Flight, now_s: float) -> EngineCoreOutput
             finish_reason=delta.finish_reason,
             stop_reason=delta.stop_reason,
             payload=delta.payload,
-            cached_tokens=delta.cached_tokens,
+            cached_tokens=None if flight.resumed else delta.cached_tokens,
         ),
         delta.request_id,
     )
-    if delta.timing is not None:
+    if delta.timing is not None and not flight.resumed:
         # vLLM's queue and prefill metrics read these events; all on this process's clock.
         batched_s = now_s - (delta.timing.first_token_s - delta.timing.queued_s)
         output.events = [

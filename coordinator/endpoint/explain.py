@@ -41,6 +41,7 @@ def record_of(
         "prompt_tokens": len(passenger.prompt_token_ids),
         "output_tokens": len(times_s),
         "attempts": flight.attempt,
+        "gaps_s": list(flight.gaps_s),
         "outcome": "running" if finished is None else finished.outcome,
         "met": None if finished is None else finished.met,
         "stages": dict(met),
@@ -93,12 +94,13 @@ def parts(record: Record) -> list[tuple[str, float]]:
             return _to_the_end(found, record, f"on {record['prefill_node']}")
         begun_s = until_s
     what = "computing the prompt" if record["prefill_node"] is None else "the first token"
-    found += _on_node(node, timing, begun_s, record["first_token_s"], what)
-    if record["first_token_s"] is None:
+    resumes = record["first_token_s"] is not None and record["first_token_s"] < asked_s
+    before_s = record["resumed_s"] if resumes else record["first_token_s"]
+    found += _on_node(node, timing, begun_s, before_s, what)
+    if before_s is None:
         return _to_the_end(found, record, f"on {node}")
-    before_s = record["first_token_s"]
     for stage in record["stage_times"]:
-        if stage["kind"] == StageKind.THINKING:
+        if stage["kind"] == StageKind.THINKING and stage["actual_s"] > before_s:
             found.append((THINKING, stage["actual_s"] - before_s))
             before_s = stage["actual_s"]
     ended_s = record["ended_s"]

@@ -2,8 +2,8 @@
 
 The endpoint that took a request drives it: ask the coordinator where it goes, submit the prefill, carry the
 handoff to the decode node, follow the tokens. Each try is an attempt with a number; what an older attempt says
-is discarded. A node that declines, fails or falls silent before the first token is left out of the next
-attempt.
+is discarded. A node that declines, fails or falls silent is left out of the next attempt, which goes on after
+the tokens that the client has.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from engine.errors import EngineError, NoCapacity, NodeLost, Refused, RequestError, SlosserveError
+from engine.errors import NoCapacity, NodeLost, Refused, RequestError, SlosserveError
 from engine.messages import (
     Account,
     Cancel,
@@ -29,7 +29,8 @@ from engine.messages import (
 from engine.prefix import prefix_hashes
 from engine.request import BEST_EFFORT, Pace, Slo, WorkKind
 
-MAX_ATTEMPTS = 5
+MAX_ATTEMPTS = 5  # without a token in between
+MAX_RESUMES = 20  # attempts that went on after tokens: a request that kills nodes must not go round for ever
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,8 @@ class Passenger:
 
 @dataclass(slots=True)
 class Timeline:
-    """When things happened, in seconds since the request arrived, for people who ask why; of the last attempt.
+    """When things happened, in seconds since the request arrived, for people who ask why; of the last attempt,
+    but for the first token of all, and `resumed_s`: that of the last attempt, where it went on after tokens.
 
     `cached_tokens` of the prompt had their KV where it was prefilled. What a node says of an attempt at its end
     is in the accounts; one that was stopped from here says nothing.
@@ -69,6 +71,7 @@ class Timeline:
     decode_account: Account | None = None
     cached_tokens: int | None = None
     first_token_s: float | None = None
+    resumed_s: float | None = None
     ended_s: float | None = None
     events: list[str] = field(default_factory=list)
 
@@ -105,7 +108,16 @@ class Flight:
         self.think_end_id: int | None = None
         self.output_token_ids: list[int] = []
         self.ended_itself = False
+        self.gaps_s: list[float] = []  # in the answer, where it went on elsewhere
         self._thinking_tokens: int | None = None
+        self._fruitless = 0  # attempts since the last token
+        self._resumes = 0
+        self._interrupted_s: float | None = None
+
+    @property
+    def resumed(self) -> bool:
+        """Whether this attempt goes on after tokens of one before it."""
+        return self._resumes > 0
 
     @property
     def thinking_tokens(self) -> int:
@@ -120,24 +132,29 @@ class Flight:
         """What to ask the coordinator for the next attempt."""
         self.attempt += 1
         # What an attempt before this one did is in the events.
+        before = self.timeline
         self.timeline = Timeline(
-            asked_s=self.since_arrival_s(), verdict=self.timeline.verdict, events=self.timeline.events
+            asked_s=self.since_arrival_s(),
+            verdict=before.verdict,
+            events=before.events,
+            first_token_s=before.first_token_s,
         )
         passenger = self.passenger
-        slo = passenger.slo
+        slo, said_tokens = passenger.slo, len(self.output_token_ids)
         return Place(
             request_id=passenger.request_id,
             attempt=self.attempt,
-            prompt_tokens=len(passenger.prompt_token_ids),
-            max_tokens=passenger.max_tokens,
+            prompt_tokens=len(passenger.prompt_token_ids) + said_tokens,
+            max_tokens=passenger.max_tokens - said_tokens,
             class_name=None if slo is None else slo.class_name,
             first_token_left_s=self._pace().first_token_left_s,
             tpot_s=self._pace().tpot_s,
             one_node=passenger.one_node,
-            may_defer=slo is None or not slo.refuse,
+            may_defer=slo is None or not slo.refuse or said_tokens > 0,  # no 429 in the middle of an answer
             avoid=list(self.avoid),
             prefix_hashes=[] if slo is None and passenger.session is None else self.prefix_hashes(),
             session=passenger.session,
+            said_tokens=said_tokens,
         )
 
     def prefix_hashes(self) -> list[int]:
@@ -154,6 +171,7 @@ class Flight:
         if placed.decode is None:
             raise NoCapacity(placed.reason, retry_after_s=placed.retry_after_s)
         self.placed = placed
+        self._fruitless += 1
         self.timeline.placed_s = self.since_arrival_s()
         self.timeline.prefill_node = placed.prefill.node if placed.prefill else None
         self.timeline.decode_node = placed.decode.node
@@ -179,8 +197,8 @@ class Flight:
             self._retry(self._decode_node, "tokens were lost on the way")
             return False
         now_s = self.since_arrival_s()
-        if not self.token_times_s and delta.token_ids:
-            self.timeline.first_token_s = now_s
+        if delta.token_ids:
+            self._note_first(now_s)
         first_end = self._thinking_tokens is None and self.think_end_id is not None
         if first_end and self.think_end_id in delta.token_ids:
             self._thinking_tokens = delta.index + delta.token_ids.index(self.think_end_id) + 1
@@ -242,7 +260,19 @@ class Flight:
         left_s = slo.ttft_s - self.since_arrival_s()
         best_effort = self.timeline.verdict == "best_effort"
         answer_tpot_s = None if slo.thinking_tpot_s is None else slo.tpot_s
-        return Pace(left_s, slo.first_pace_s, best_effort, answer_tpot_s)
+        if not self.token_times_s:
+            return Pace(left_s, slo.first_pace_s, best_effort, answer_tpot_s)
+        # It goes on: the gap is what it is, and the next token is due as a first one would be, or when it was.
+        left_s = max(left_s + self._paced_s(slo), slo.ttft_s)
+        if self._thinking_tokens is None:
+            return Pace(left_s, slo.first_pace_s, best_effort, answer_tpot_s)
+        return Pace(left_s, slo.tpot_s, best_effort)
+
+    def _paced_s(self, slo: Slo) -> float:
+        """Seconds between the first token and the next one, at the promised paces."""
+        said = len(self.token_times_s)
+        thought = min(self.thinking_tokens, said) if slo.thinking_tpot_s is not None else 0
+        return thought * slo.first_pace_s + (said - thought) * slo.tpot_s
 
     def _submit(self, node: NodeAddress, kind: WorkKind, delta: Delta | None = None) -> None:
         passenger = self.passenger
@@ -265,6 +295,7 @@ class Flight:
             pull_deadline_s=self._pull_deadline_s,
             think_end_id=self.think_end_id,
             session=passenger.session,
+            said_token_ids=[] if kind is WorkKind.PREFILL else list(self.output_token_ids),
         )
         self._send(node, submit)
 
@@ -285,8 +316,6 @@ class Flight:
     def _take_error(self, error: str, status: int) -> None:
         if status == RequestError.http_status:
             self._fail(self, RequestError(error))
-        elif self.token_times_s:
-            self._fail(self, EngineError(error))
         else:
             node = self.timeline.prefill_node if self._prefilling else self._decode_node
             self._retry(node or "", error)
@@ -316,16 +345,30 @@ class Flight:
         self._cancel_everywhere()
         self._prefilling = False
         self.placed = None
-        if self.token_times_s:
-            self._fail(self, NodeLost(f"{reason} after {len(self.token_times_s)} tokens", retry_after_s=1.0))
-        elif self.attempt >= MAX_ATTEMPTS:
-            self._fail(
-                self, NoCapacity(f"{self.attempt} attempts failed; the last: {reason}", retry_after_s=1.0)
-            )
+        said = len(self.token_times_s)
+        if said and self._interrupted_s is None:
+            self._interrupted_s = self.since_arrival_s()
+            self._resumes += 1
+        if self._fruitless >= MAX_ATTEMPTS or self._resumes > MAX_RESUMES:
+            tried = f"{self.attempt} attempts failed; the last: {reason}"
+            lost = NodeLost(f"{tried} after {said} tokens") if said else NoCapacity(tried, retry_after_s=1.0)
+            self._fail(self, lost)
         else:
             self.avoid.append(node)
             assert self.on_retry is not None
             self.on_retry(self)
+
+    def _note_first(self, now_s: float) -> None:
+        """Tokens have come: the first ones of all, or of an attempt that went on after others."""
+        self._fruitless = 0
+        if not self.token_times_s:
+            self.timeline.first_token_s = now_s
+        if self._interrupted_s is not None:
+            gap_s, self._interrupted_s = now_s - self.token_times_s[-1], None
+            self.timeline.resumed_s = now_s
+            went_on = f"went on after {len(self.token_times_s)} tokens, {gap_s:.2f} s later"
+            self.timeline.events.append(f"attempt {self.attempt}: {went_on}")
+            self.gaps_s.append(gap_s)
 
     def _cancel_everywhere(self, *, ended: bool = False) -> None:
         if self.placed is None:

@@ -11,6 +11,8 @@ from engine.messages import Finished
 
 HANDOFF_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
+GAP_BUCKETS_S = (0.1, 0.2, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 60.0)
+
 
 class EndpointMetrics:
     """Prometheus counters of one endpoint process, under `slosserve_`."""
@@ -27,6 +29,11 @@ class EndpointMetrics:
             "slosserve_loops", "Tool loops with a deadline that are over.", ["slo_class", "met"]
         )
         self.retries = Counter("slosserve_placements_retried", "Attempts that were placed again.")
+        self.gaps = Histogram(
+            "slosserve_stream_gap_seconds",
+            "Between two tokens of a stream whose node was lost in between.",
+            buckets=GAP_BUCKETS_S,
+        )
         self.kv_bytes = Counter("slosserve_handoff_bytes", "KV bytes moved between nodes.")
         self.handoffs = Histogram(
             "slosserve_handoff_seconds", "Time of a KV transfer.", buckets=HANDOFF_BUCKETS_S

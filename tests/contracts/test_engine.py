@@ -261,6 +261,37 @@ def test_a_preempted_work_goes_on_where_it_was(engine: Engine, make: Callable[..
     assert drive.run().tokens["a"] == alone
 
 
+def test_a_work_goes_on_after_what_was_said_of_it_elsewhere(engine: Engine, make: Callable[..., Work]) -> None:
+    item = make("whole", 90)
+    whole = Drive(engine).submit(item).run().tokens["whole"]
+    for said in (1, MAX_TOKENS - 1):
+        rest = replace(item, work_id=f"after {said}", said_token_ids=whole[:said])
+        drive = Drive(engine).submit(rest).run()  # what is cached goes beyond the prompt
+        assert [*whole[:said], *drive.tokens[rest.work_id]] == whole
+        assert drive.finished[rest.work_id].finish_reason == "length"
+
+
+def test_a_work_that_goes_on_computes_what_was_said_behind_kv_that_did_not_come(
+    engine: Engine, make: Callable[..., Work]
+) -> None:
+    item = make("whole", 90)
+    whole = Drive(engine).submit(item).run().tokens["whole"]
+    drive = Drive(engine).submit(make("offer", 90, offer_kv=True))
+    while "offer" not in drive.finished:
+        drive.step()
+    offered = drive.finished["offer"].handoff
+    assert offered is not None
+    engine.cancel(["offer"])
+    drive.run()
+    assert engine.reset_prefix_cache()
+    rest = replace(item, work_id="rest", said_token_ids=whole[:3], pull_deadline_s=0.5)
+    drive.submit(replace(rest, handoff=_from_nowhere(offered)))
+    while engine.has_work():
+        drive.step()
+    engine.kv.take_pulls()
+    assert [*whole[:3], *drive.tokens["rest"]] == whole
+
+
 @pytest.mark.parametrize("phase", ["waiting", "prefill", "decode", "held", "preempted", "offered"])
 def test_cancel_frees_all_in_every_phase(engine: Engine, make: Callable[..., Work], phase: str) -> None:
     drive = Drive(engine).submit(make("a", 300, max_tokens=50, offer_kv=phase == "offered"))

@@ -47,7 +47,7 @@ def _finished(flight: Flight, outcome: str = "completed") -> Finished:
     return Finished("r", 1, "chatbot", outcome, verdict, met, False, False, stages, "pair")
 
 
-def _on_a_pair(first_token_s: float) -> _Flight:
+def _on_a_pair(first_token_s: float, *, ends: bool = True) -> _Flight:
     flight = _flight()
     flight.now_s = 0.010
     flight.depart(Placed("r", 1, "admitted", P, D, cached_tokens=64, candidates={}))
@@ -61,7 +61,7 @@ def _on_a_pair(first_token_s: float) -> _Flight:
     flight.take(Delta("r", 1, 0, [7], timing=Timing(0.012, 0.028, 0.008, "pulled", 1000)))
     for index in range(1, 5):
         flight.now_s += 0.05
-        last = index == 4
+        last = ends and index == 4
         account = Account(batches=4, drafted_tokens=6, accepted_tokens=2)
         flight.take(Delta("r", 1, index, [7], "length" if last else None, account=account if last else None))
     return flight
@@ -150,6 +150,29 @@ def test_deferred_and_refused_give_the_planners_reason() -> None:
     assert "It was refused: not today." in told["why"][0]
     assert sum(one["seconds"] for one in told["times"]) == pytest.approx(0.02)
     assert "no room before the deadline" in _printed(told)
+
+
+def test_a_stream_that_went_on_elsewhere_says_where_it_stopped_and_its_times_add_up() -> None:
+    flight = _on_a_pair(first_token_s=0.4, ends=False)
+    flight.on_retry = lambda one: None
+    flight.now_s = 1.4
+    flight.lost("d")
+    flight.question()
+    flight.now_s = 1.45
+    flight.depart(Placed("r", 2, "admitted", None, P))
+    flight.now_s = 1.7
+    flight.take(Delta("r", 2, len(flight.token_times_s), [9], timing=Timing(0.1, 0.22)))
+    flight.now_s = 2.0
+    flight.take(Delta("r", 2, len(flight.token_times_s), [9], "length", account=Account(2, 1)))
+    told = _told(flight)
+    assert sum(one["seconds"] for one in told["times"]) == pytest.approx(2.0)
+    assert all(one["seconds"] >= 0 for one in told["times"])
+    assert told["times"][0] == {"part": "earlier attempts", "seconds": pytest.approx(1.4)}
+    words = "\n".join(told["why"])
+    assert "Attempt 1: d stopped answering." in words
+    assert "Attempt 2: went on after" in words
+    assert told["timeline"]["first_token_s"] == pytest.approx(0.4)
+    assert len(told["timeline"]["gaps_s"]) == 1
 
 
 def test_after_a_retry_only_the_last_attempt_has_a_place_and_the_first_is_an_event() -> None:

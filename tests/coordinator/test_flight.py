@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.endpoint.flight import MAX_ATTEMPTS, Flight, Passenger
-from engine.errors import EngineError, NoCapacity, NodeLost, Refused, RequestError, SlosserveError
+from coordinator.endpoint.flight import MAX_ATTEMPTS, MAX_RESUMES, Flight, Passenger
+from engine.errors import NoCapacity, NodeLost, Refused, RequestError, SlosserveError
 from engine.messages import Cancel, Declined, Delta, NodeAddress, Placed, Release, Submit, Timing
 from engine.request import Slo, WorkKind
 from kv_transfer.base import Handoff
@@ -28,9 +28,11 @@ class Trip:
     sent: list[tuple[str, Any]] = field(default_factory=list)
     failures: list[SlosserveError] = field(default_factory=list)
     retries: int = 0
+    more_tokens: int = 0
 
     def __post_init__(self) -> None:
-        passenger = Passenger("r", [1, 2, 3], b"", 10, self.slo, False, None, time.monotonic())
+        most = 10 + self.more_tokens
+        passenger = Passenger("r", [1, 2, 3], b"", most, self.slo, False, None, time.monotonic())
         self.flight = Flight(
             passenger,
             lambda node, message: self.sent.append((node.node, message)),
@@ -124,12 +126,54 @@ def test_a_prefill_node_lost_after_the_handoff_is_the_pulls_business() -> None:
     assert trip.delta(0, [7])
 
 
-def test_a_node_lost_in_the_middle_of_a_stream_is_an_error_that_says_so() -> None:
-    trip = Trip().place(pair=False)
-    trip.delta(0, [7])
+def test_a_stream_whose_node_is_lost_goes_on_elsewhere_after_what_was_said() -> None:
+    trip = Trip().place()
+    trip.delta(0, [], handoff=HANDOFF)
+    trip.delta(0, [7, 8])
     trip.flight.lost("d")
+    assert (trip.retries, trip.failures) == (1, [])
+    question = trip.flight.question()
+    assert (question.prompt_tokens, question.said_tokens, question.max_tokens) == (5, 2, 8)
+    assert question.avoid == ["d"]
+    trip.sent.clear()
+    trip.flight.depart(Placed("r", question.attempt, "admitted", prefill=P, decode=D))
+    trip.delta(0, [], handoff=HANDOFF)
+    (prefill,), (decode,) = trip.sent_to("p", Submit), trip.sent_to("d", Submit)
+    assert (prefill.prompt_token_ids, prefill.said_token_ids) == ([1, 2, 3], [])
+    assert (decode.prompt_token_ids, decode.said_token_ids) == ([1, 2, 3], [7, 8])
+    assert not trip.delta(1, [8], attempt=1), "what the lost node says when it wakes up"
+    assert trip.delta(2, [9], finish_reason="stop")
+    assert trip.flight.output_token_ids == [7, 8, 9]
+    assert "went on after 2 tokens" in trip.flight.timeline.events[-1]
+    assert len(trip.flight.gaps_s) == 1
+
+
+def test_what_is_promised_to_a_stream_that_goes_on_begins_anew_at_the_pace_it_was_at() -> None:
+    trip = Trip(slo=Slo("reasoning", ttft_s=5.0, tpot_s=0.1, thinking_tpot_s=0.05, refuse=True))
+    trip.flight.think_end_id = 99
+    trip.place(pair=False).delta(0, [1, 2])
+    trip.flight.lost("d")
+    thinking = trip.flight.question()
+    assert thinking.tpot_s == 0.05
+    assert 5.0 <= thinking.first_token_left_s <= 5.1
+    assert thinking.may_defer, "no 429 in the middle of an answer"
+    trip.flight.depart(Placed("r", thinking.attempt, "admitted", decode=D))
+    trip.delta(2, [3, 99, 4])
+    trip.flight.lost("d")
+    answering = trip.flight.question()
+    assert answering.tpot_s == 0.1
+    trip.flight.depart(Placed("r", answering.attempt, "admitted", decode=D))
+    assert trip.sent_to("d", Submit)[-1].pace.answer_tpot_s is None
+
+
+def test_a_stream_that_no_node_survives_ends_with_an_error_that_says_so() -> None:
+    trip = Trip(more_tokens=100)
+    for turn in range(MAX_RESUMES + 1):
+        assert trip.retries == turn
+        trip.place(pair=False).delta(turn, [7])
+        trip.flight.lost("d")
     assert isinstance(trip.failures[0], NodeLost)
-    assert "after 1 tokens" in str(trip.failures[0])
+    assert f"after {MAX_RESUMES + 1} tokens" in str(trip.failures[0])
 
 
 def test_attempts_are_bounded() -> None:
@@ -159,7 +203,7 @@ def test_what_no_node_could_serve_is_a_400_and_what_an_engine_broke_is_tried_aga
     streaming = Trip().place(pair=False)
     streaming.delta(0, [7])
     streaming.delta(1, [], error="vLLM gave up on it")
-    assert isinstance(streaming.failures[0], EngineError)
+    assert (streaming.retries, streaming.failures) == (1, [])
 
 
 def test_an_abort_reaches_both_nodes_and_silences_what_is_on_its_way() -> None:

@@ -1,13 +1,16 @@
-"""What dies takes nothing along that others need: the coordinator no stream, a prefill node no request.
+"""What dies takes nothing along that others need: no node and no coordinator a request or a stream.
 
 Runs last of the end-to-end tests: it leaves other processes behind than it found.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import httpx
 import pytest
@@ -21,6 +24,16 @@ def _wait_ready(cluster: Client, timeout_s: float = 20.0) -> None:
     while httpx.get(cluster.base_url + "/health/ready", timeout=20).status_code != 200:
         assert time.monotonic() < deadline_s, "the cluster did not become ready again"
         time.sleep(0.1)
+
+
+def _wait_back(cluster: Client, name: str, pid: int, timeout_s: float = 120.0) -> None:
+    """Until another process serves as a node that was killed."""
+    deadline_s = time.monotonic() + timeout_s
+    while (node := cluster.nodes()[name])["pid"] == pid or node["state"] != "ready":
+        if time.monotonic() > deadline_s:
+            pytest.fail(f"{name} did not come back: {node}")
+        time.sleep(0.2)
+    _wait_ready(cluster)
 
 
 def test_a_coordinator_that_dies_takes_no_stream_along_and_the_next_one_knows_all(
@@ -58,6 +71,56 @@ def test_a_coordinator_that_dies_takes_no_stream_along_and_the_next_one_knows_al
     assert response.headers["x-slosserve-placement"] == "prefill-0>decode-0"
 
 
+STREAMS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "penalties": {"presence_penalty": 1.2, "frequency_penalty": 0.5, "repetition_penalty": 1.1},
+    "seeded": {"temperature": 1.0, "seed": 5},
+    "logprobs": {"logprobs": 1},
+    "promised": {"slo": {"ttft_ms": 5000, "tpot_ms": 500}},
+    "grammar": {"structured_outputs": {"regex": "([a-z]{3} ){150}"}, "ignore_eos": False},
+}
+LENGTH = 300  # tokens of each
+
+
+def _streamed(cluster: Client, name: str, told: list[int] | None = None) -> list[str]:
+    """What a stream says, chunk by chunk. `told`: appended to with each."""
+    prompt = f"{name}: " * 40
+    asked = {"model": "tiny", "prompt": prompt, "max_tokens": LENGTH, "temperature": 0, "stream": True}
+    body = {**asked, "ignore_eos": True, **STREAMS[name]}
+    url, texts = cluster.base_url + "/v1/completions", []
+    with httpx.stream("POST", url, json=body, timeout=120) as response:
+        for line in response.iter_lines():
+            if not line.startswith("data: ") or line.endswith("[DONE]"):
+                continue
+            event = json.loads(line.removeprefix("data: "))
+            assert "error" not in event, event
+            texts.append(event["choices"][0]["text"])
+            if told is not None:
+                told.append(1)
+    return texts
+
+
+def test_streams_of_a_decode_node_that_dies_go_on_elsewhere_and_say_what_they_would_have_said(
+    cluster: Client,
+) -> None:
+    assert cluster.set_pools(prefill=0, decode=0, mixed=2).status_code == 200
+    alone = {name: "".join(_streamed(cluster, name)) for name in STREAMS}
+    cluster.wait_idle()
+    told: dict[str, list[int]] = {name: [] for name in STREAMS}
+    with ThreadPoolExecutor(len(STREAMS)) as pool:
+        streams = {name: pool.submit(_streamed, cluster, name, told[name]) for name in STREAMS}
+        while min(map(len, told.values())) < 10:
+            time.sleep(0.01)
+        victim = max(cluster.nodes().values(), key=lambda node: node["requests"])
+        os.kill(victim["pid"], signal.SIGKILL)
+        said = {name: "".join(stream.result()) for name, stream in streams.items()}
+    assert victim["requests"] >= len(STREAMS) // 2, "it was in the middle of them"
+    assert said == alone
+    _wait_back(cluster, victim["name"], victim["pid"])
+    cluster.wait_idle()
+    assert cluster.set_pools(prefill=1, decode=1).status_code == 200
+
+
 def test_a_prefill_node_that_dies_costs_no_request_and_comes_back(cluster: Client) -> None:
     cluster.wait_idle()
     pid = cluster.nodes()["prefill-0"]["pid"]
@@ -66,11 +129,6 @@ def test_a_prefill_node_that_dies_costs_no_request_and_comes_back(cluster: Clien
         response = cluster.complete(f"turn {turn}", slo={"class": "chatbot"})
         assert response.status_code == 200, response.text
         assert response.headers["x-slosserve-placement"] == "decode-0"
-    deadline_s = time.monotonic() + 120
-    while (node := cluster.nodes()["prefill-0"])["pid"] == pid or node["state"] != "ready":
-        if time.monotonic() > deadline_s:
-            pytest.fail(f"prefill-0 did not come back: {node}")
-        time.sleep(0.2)
-    _wait_ready(cluster)
+    _wait_back(cluster, "prefill-0", pid)
     response = cluster.complete("as before", slo={"class": "chatbot"})
     assert response.headers["x-slosserve-placement"] == "prefill-0>decode-0"

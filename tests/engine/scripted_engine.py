@@ -122,7 +122,7 @@ class ScriptedEngine(Engine):
             if not isinstance(error, RequestError):
                 self._works[work.work_id] = Going(work)  # it breaks when it has half taken it
             raise error
-        going = Going(work)
+        going = Going(work, given=len(work.said_token_ids))
         if work.handoff is not None:
             going.pulling = self.port.start_pull(work.work_id, work.handoff, work.pull_deadline_s)
         self._works[work.work_id] = going

@@ -81,6 +81,20 @@ def test_from_the_end_of_thinking_on_the_pace_is_that_of_the_answer(serve: Serve
     assert client.stream("r") == expected(ask)
 
 
+def test_a_stream_goes_on_after_what_was_said_of_it_elsewhere(serve: Serve) -> None:
+    served = serve()
+    client, coordinator = served.client("endpoint"), served.coordinator()
+    ask = submit("r", 40, max_tokens=20, attempt=2)
+    said = expected(ask)[:12]
+    client.send(replace(ask, said_token_ids=said))
+    work = the_work(coordinator.report(lambda report: bool(report.works)))
+    assert (work.prompt_tokens, work.max_tokens) == (52, 8)  # to a plan, all that is known is prompt
+    client.until(Deltas, lambda deltas: any(delta.finish_reason for delta in deltas.items))
+    deltas = client.deltas("r")
+    assert [token_id for delta in deltas for token_id in delta.token_ids] == expected(ask)[12:]
+    assert [delta.index for delta in deltas] == list(range(12, 20))
+
+
 def test_an_end_says_what_was_done_for_it(serve: Serve) -> None:
     served = serve()
     client = served.client("endpoint")

@@ -299,6 +299,70 @@ def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(make_model("tiny"))
 
 
+# ---- going on where another engine was ---------------------------------------------------------------------
+
+SAMPLINGS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0.0},
+    "penalties": {"temperature": 0.0, "presence_penalty": 1.5, "repetition_penalty": 1.3},
+    "seeded": {"temperature": 1.0, "seed": 7},
+    "seeded, of few": {"temperature": 0.8, "seed": 8, "top_p": 0.9, "top_k": 40},
+    "seeded, with penalties": {"temperature": 1.0, "seed": 9, "frequency_penalty": 1.0},
+}
+
+
+@pytest.mark.parametrize("sampling", list(SAMPLINGS))
+def test_what_goes_on_elsewhere_says_what_it_would_have_said(engine: Engine, sampling: str) -> None:
+    params = SamplingParams(max_tokens=24, ignore_eos=True, detokenize=False, **SAMPLINGS[sampling])
+    item = Work("whole", prompt(60, seed=4), encode_sampling(params), max_tokens=24)
+    whole = Drive(engine).submit(item).run().tokens["whole"]
+    parts = {f"after {count}": count for count in (1, 8, 23)}
+    others = [replace(item, work_id=key, said_token_ids=whole[:count]) for key, count in parts.items()]
+    drive = Drive(engine, lambda seqs: BatchPlan(chunk_tokens={seq.work_id: 25 for seq in seqs}))
+    drive.submit(*others).run()
+    for key, count in parts.items():
+        assert [*whole[:count], *drive.tokens[key]] == whole
+    assert {drive.finished[key].finish_reason for key in parts} == {"length"}
+
+
+def test_what_goes_on_elsewhere_may_not_stop_before_its_least_length(engine: Engine) -> None:
+    first = Drive(engine).submit(work("first", prompt(30, seed=6), 12)).run().tokens["first"]
+    stop = next(token for at, token in enumerate(first) if token not in first[:at] and at >= 5)
+    params = SamplingParams(temperature=0.0, max_tokens=12, min_tokens=9, stop_token_ids=[stop])
+    params.update_from_generation_config({}, tokenizer().eos_token_id)
+    item = Work("whole", prompt(30, seed=6), encode_sampling(params), max_tokens=12)
+    whole = Drive(engine).submit(item).run().tokens["whole"]
+    assert len(whole) >= 9
+    rest = Drive(engine).submit(replace(item, work_id="rest", said_token_ids=whole[:3])).run().tokens["rest"]
+    assert [*whole[:3], *rest] == whole
+
+
+def test_a_grammar_goes_on_elsewhere_where_it_was(engine: Engine) -> None:
+    whole = Drive(engine).submit(json_work("whole")).run().tokens["whole"]
+    for count in (1, len(whole) // 2, len(whole) - 1):
+        rest = replace(json_work(f"after {count}"), said_token_ids=whole[:count])
+        drive = Drive(engine).submit(rest).run()
+        assert [*whole[:count], *drive.tokens[rest.work_id]] == whole
+        assert drive.finished[rest.work_id].finish_reason == "stop"
+
+
+def test_what_goes_on_elsewhere_may_be_preempted_there(engine: Engine, expected: dict[str, list[int]]) -> None:
+    rest = replace(works()[2], said_token_ids=expected["w2"][:5])
+    drive = Drive(engine).submit(rest)
+    for _ in range(4):
+        drive.step()
+    drive.step(BatchPlan(preempt=["w2"]))
+    drive.run()
+    assert [*expected["w2"][:5], *drive.tokens["w2"]] == expected["w2"]
+
+
+def test_one_that_is_cancelled_before_it_goes_on_leaves_nothing(
+    engine: Engine, expected: dict[str, list[int]]
+) -> None:
+    engine.submit(replace(works()[2], said_token_ids=expected["w2"][:5]))
+    engine.cancel(["w2"])
+    assert Drive(engine).submit(works()[2]).run().tokens["w2"] == expected["w2"]
+
+
 def test_a_report_counts_what_the_batch_held(engine: Engine) -> None:
     drive = Drive(engine).submit(work("a", prompt(10, seed=1), 5), work("b", prompt(100, seed=2), 5))
     first = drive.step(BatchPlan(chunk_tokens={"b": 60}))
