@@ -8,7 +8,7 @@ from typing import Any
 
 from coordinator.mirror import NodeMirror
 from engine.messages import Report
-from engine.request import WorkKind
+from engine.request import RoleName, WorkKind
 
 
 def node_state(mirror: NodeMirror, now_s: float) -> dict[str, Any]:
@@ -31,6 +31,8 @@ def node_state(mirror: NodeMirror, now_s: float) -> dict[str, Any]:
             "requests": len(report.works),
             "decoding": decoding,
             "leases": len(report.leases),
+            "of_former_role": _of_former_role(report),
+            "role_pause_ms": None if report.role_pause_s is None else report.role_pause_s * 1e3,
             "steps": report.steps,
             "step_ms": report.step_s * 1e3,
             "tally": asdict(report.tally),
@@ -47,6 +49,17 @@ def node_state(mirror: NodeMirror, now_s: float) -> dict[str, Any]:
             "pid": report.pid,
         }
     return described
+
+
+def _of_former_role(report: Report) -> int:
+    """Works that a node of its role would not be given: they were here before it changed, and go on."""
+    match report.role:
+        case RoleName.PREFILL:
+            return sum(work.kind is not WorkKind.PREFILL for work in report.works)
+        case RoleName.DECODE:
+            return sum(work.kind is WorkKind.PREFILL for work in report.works)
+        case RoleName.MIXED:
+            return 0
 
 
 def mode_of(pools: Mapping[str, int]) -> str:

@@ -42,11 +42,13 @@ class Section(BaseModel):
 
 
 class PoolsConfig(Section):
-    """How many nodes start in each role. Roles change later by `slosserve rebalance`."""
+    """How many nodes start in each role. Roles change later by `slosserve rebalance`; with `auto` they follow
+    the load from the start."""
 
     prefill: Count = 0
     decode: Count = 0
     mixed: Count = 0
+    auto: bool = False
 
     @property
     def total(self) -> int:

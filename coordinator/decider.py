@@ -6,7 +6,7 @@ which node holds which prefix, who was deferred and may be promised yet, and why
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,7 +21,7 @@ from coordinator.prefixes import PrefixDirectory
 from coordinator.sessions import SessionDirectory
 from engine.messages import Finished, Place, Placed, Promote
 from engine.prefix import PREFIX_BLOCK_TOKENS
-from engine.request import Pace, WorkKind
+from engine.request import Pace, RoleName, WorkKind
 from kv_transfer.base import Link
 
 ASKED_AGAIN_A_TURN = 4  # deferred requests: each takes milliseconds, and placements wait for them
@@ -64,6 +64,7 @@ class Decider:
         self._price = RoomPrice()
         self._explained: OrderedDict[str, Explained] = OrderedDict()
         self._remembered = remembered
+        self.lacked: Counter[RoleName] = Counter()  # requests that could not be promised for want of that pool
 
     def place(
         self,
@@ -82,6 +83,8 @@ class Decider:
         placed, candidates = place(request, mirrors.values(), self._knowledge(links), now_s)
         if request.class_name is None:
             return placed
+        if placed.verdict != "admitted":
+            self.lacked.update(_lacking(candidates))
         if placed.verdict == "best_effort" and request.sequences == 1:
             self.deferred.purge(now_s)
             if self.deferred.full and not waited:
@@ -231,3 +234,9 @@ def _take_back(placed: Placed, mirrors: Mapping[str, NodeMirror]) -> None:
     for node in (placed.prefill, placed.decode):
         if node is not None:
             mirrors[node.node].forget(placed.request_id, placed.attempt)
+
+
+def _lacking(candidates: Sequence[Candidate]) -> set[RoleName]:
+    """The pools for want of which no pair could keep a promise: where one node could prefill, not those."""
+    lacks = {candidate.lacks for candidate in candidates if candidate.lacks is not None}
+    return {RoleName.DECODE} if RoleName.DECODE in lacks else lacks

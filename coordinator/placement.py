@@ -47,7 +47,8 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One way to serve a request: `prefill` is None when one node does both. `reason`: why not, if not."""
+    """One way to serve a request: `prefill` is None when one node does both. `reason`: why not, if not, and of
+    a pair, for want of which pool: it `lacks` that."""
 
     prefill: NodeMirror | None
     decode: NodeMirror
@@ -56,6 +57,7 @@ class Candidate:
     decisions: tuple[Decision, ...] = ()
     handoff_s: float = 0.0
     cached_tokens: int = 0
+    lacks: RoleName | None = None
 
     @property
     def feasible(self) -> bool:
@@ -376,12 +378,14 @@ def _judge_pair(
     prefilling = replace(whole, tokens=max(whole.tokens - said_tokens, 1), left_s=prefill_left_s, tpot_s=None)
     at_prefill, prefills, reason = _ask(prefill, prefilling, knowledge, now_s)
     if reason:
-        return Candidate(prefill, decode, f"{prefill.name}: {reason}", decisions=(at_prefill,))
+        why = f"{prefill.name}: {reason}"
+        return Candidate(prefill, decode, why, decisions=(at_prefill,), lacks=RoleName.PREFILL)
     decoding = replace(whole, tokens=said_tokens + 1, cached_tokens=max(moved_tokens - 1, 0))
     at_decode, decodes, reason = _ask(decode, decoding, knowledge, now_s)
     decisions = (at_prefill, at_decode)
     if reason:
-        return Candidate(prefill, decode, f"{decode.name}: {reason}", decisions=decisions)
+        why = f"{decode.name}: {reason}"
+        return Candidate(prefill, decode, why, decisions=decisions, lacks=RoleName.DECODE)
     loss = transfer_s + loss_s(prefills, 0.0)
     if decode.role is not RoleName.DECODE:
         loss += loss_s(decodes, _residence_s(decode, decoding, knowledge))

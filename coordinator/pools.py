@@ -5,16 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from engine.errors import RequestError, SlosserveError
+from engine.errors import RequestError
 from engine.request import RoleName
-
-
-class PoolsBusyError(SlosserveError):
-    """Nodes that would have to change their role are serving."""
-
-    http_status = 409
-    retryable = True
-    reason = "pools_busy"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +33,11 @@ def sizes(nodes: Sequence[PoolNode]) -> dict[str, int]:
 
 
 def plan_flips(nodes: Sequence[PoolNode], want: Mapping[RoleName, int]) -> list[Flip]:
-    """The fewest changes of role that give these sizes; idle nodes change first.
+    """The fewest changes of role that give these sizes, in the order in which they are to be made.
 
-    Raises RequestError when the sizes do not add up to the nodes there are, and PoolsBusyError when a node that
-    would have to change is serving.
+    The least loaded nodes of a pool change, and what they serve goes on there. New prefill nodes come last: at
+    no moment is there a prefill node without a decode node, unless there was. Raises RequestError when the
+    sizes do not add up to the nodes there are, or could serve nothing.
     """
     if any(count < 0 for count in want.values()):
         raise RequestError("a pool cannot have fewer than 0 nodes")
@@ -63,11 +56,5 @@ def plan_flips(nodes: Sequence[PoolNode], want: Mapping[RoleName, int]) -> list[
         surplus = len(members) - want.get(role, 0)
         spare += members[: max(surplus, 0)]
         missing += [role] * max(-surplus, 0)
-    busy = [node for node in spare if node.requests]
-    if busy:
-        raise PoolsBusyError(
-            "; ".join(f"{node.name} serves {node.requests} requests" for node in busy)
-            + ": a node changes its role when it is idle; try again when these are done",
-            retry_after_s=5.0,
-        )
-    return [Flip(node.name, node.role, role) for node, role in zip(spare, missing, strict=True)]
+    flips = [Flip(node.name, node.role, role) for node, role in zip(spare, missing, strict=True)]
+    return sorted(flips, key=lambda flip: flip.after is RoleName.PREFILL)

@@ -129,7 +129,7 @@ async def serve(run_dir: Path) -> None:
     )
     _write_address(run_dir, coordinator.address)
     names = node_names(config)
-    coordinator.expect(names)
+    coordinator.expect(names, follow_load=config.pools.auto)
     serving = asyncio.create_task(coordinator.run())
     await asyncio.gather(asyncio.to_thread(warm_up), asyncio.to_thread(nodes.connect))
     if isinstance(nodes, VirtualNodes):

@@ -10,7 +10,6 @@ import asyncio
 import itertools
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
@@ -23,7 +22,8 @@ from coordinator.cluster_state import mode_of, node_state
 from coordinator.decider import Decider, Promotion
 from coordinator.links import KnownLinks, MeasuredLinks
 from coordinator.mirror import NodeMirror
-from coordinator.pools import PoolNode, plan_flips, sizes
+from coordinator.pools import sizes
+from coordinator.rebalance import Rebalancer
 from coordinator.scorecard import Scorecard
 from coordinator.session_lists import SessionLists
 from coordinator.trunk import Links, NodeLink
@@ -104,7 +104,8 @@ class Coordinator:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._reviving: set[str] = set()
         self._session_lists = SessionLists(decider.sessions, lambda name: self._call(name, ListSessions))
-        self._wanted_roles: dict[str, RoleName] = {}
+        self._rebalancer = Rebalancer(self._mirrors, self._set_role, self._tell_endpoints, decider.lacked)
+        self._reviewing: asyncio.Task[None] | None = None
         self._endpoints: dict[bytes, float] = {}
         self._probing: asyncio.Task[None] | None = None
         self._retry_links_s = time.monotonic() + RETRY_LINKS_EVERY_S
@@ -113,11 +114,12 @@ class Coordinator:
 
     # ---- nodes -------------------------------------------------------------------------------------------
 
-    def expect(self, names: Mapping[str, RoleName]) -> None:
+    def expect(self, names: Mapping[str, RoleName], *, follow_load: bool = False) -> None:
         """Nodes that are being started, so that `/cluster` shows them from the beginning."""
+        self._rebalancer.follow(follow_load)
         for name, role in names.items():
             self._mirrors.setdefault(name, NodeMirror(name, "", role))
-            self._wanted_roles[name] = role
+            self._rebalancer.wanted[name] = role
         self._expected = len(self._mirrors)
 
     def add_node(self, name: str, address: str) -> None:
@@ -166,9 +168,12 @@ class Coordinator:
         if self._idle_cost is None:
             self._idle_cost = report.idle_cost
         if self._boot_ids.get(name) != report.boot_id:
-            if name in self._boot_ids and report.role is not self._wanted_roles[name]:
+            if name not in self._boot_ids:
+                # One that was there before us has the role that it was given since it began.
+                self._rebalancer.wanted[name] = report.role
+            elif report.role is not self._rebalancer.wanted[name]:
                 # Ray starts a node again in its first role: what a rebalance made of it since still holds.
-                self._spawn(self._flip(name, self._wanted_roles[name]))
+                self._spawn(self._rebalancer.flip(name, self._rebalancer.wanted[name], "it began anew"))
             self._decider.forget_node(name)
             self._boot_ids[name] = report.boot_id
         self._links.node_is(name, report.kv.engine_id)
@@ -258,10 +263,18 @@ class Coordinator:
                     self._promote(promotion)
                 for name in list(self._session_lists.due(self._mirrors, time.monotonic())):
                     self._spawn(self._session_lists.fetch(name, self._boot_ids[name]))
+                if self._reviewing is None or self._reviewing.done():
+                    self._reviewing = asyncio.create_task(self._review())
                 if self._probing is None or self._probing.done():
                     self._probing = asyncio.create_task(self._probe_links())
             except Exception:
                 logger.exception("upkeep")
+
+    async def _review(self) -> None:
+        try:
+            await self._rebalancer.review(time.monotonic())
+        except SlosserveError:
+            logger.exception("following the load")
 
     def _notice_losses(self) -> bool:
         """Whether a node was lost since the last call; all that are lost are being brought back."""
@@ -430,13 +443,14 @@ class Coordinator:
         now_s = time.monotonic()
         reports = [mirror.report for mirror in self._mirrors.values() if mirror.report is not None]
         first = reports[0].info if reports else None
-        pools = self._pool_sizes()
+        pools = sizes(self._rebalancer.nodes())
         return {
             "engine": None if first is None else first.engine,
             "transport": None if first is None else first.transport,
             "model": self._model,
             "mode": mode_of(pools),
             "pools": pools,
+            "rebalancing": self._rebalancer.state(),
             "nodes": [node_state(mirror, now_s) for mirror in self._mirrors.values()],
             "idle_cost": await self._idle(),
             "links": self._links.rows(),
@@ -454,49 +468,23 @@ class Coordinator:
 
     # ---- pools -------------------------------------------------------------------------------------------
 
-    def _pool_nodes(self) -> list[PoolNode]:
-        return [
-            PoolNode(
-                mirror.name,
-                mirror.role,
-                mirror.requests,
-            )
-            for mirror in self._mirrors.values()
-            if mirror.serving
-        ]
-
-    def _pool_sizes(self) -> dict[str, int]:
-        return sizes(self._pool_nodes())
-
     async def _set_pools(
-        self, prefill: int, decode: int, mixed: int = 0, dry_run: bool = False
+        self,
+        prefill: int | None = None,
+        decode: int | None = None,
+        mixed: int = 0,
+        dry_run: bool = False,
+        auto: bool | None = None,
     ) -> dict[str, Any]:
-        nodes = self._pool_nodes()
-        want = {RoleName.PREFILL: prefill, RoleName.DECODE: decode, RoleName.MIXED: mixed}
-        flips = plan_flips(nodes, want)
-        before = {node.name: str(node.role) for node in nodes}
-        if not dry_run:
-            for flip in flips:
-                await self._flip(flip.node, flip.after)
-        planned = before | {flip.node: str(flip.after) for flip in flips}
-        after = planned if dry_run else {node.name: str(node.role) for node in self._pool_nodes()}
-        return {
-            "dry_run": dry_run,
-            "before": before,
-            "after": after,
-            "flips": [{"node": flip.node, "before": flip.before, "after": flip.after} for flip in flips],
-            "pools_before": sizes(nodes),
-            "pools": dict(Counter(after.values())) if dry_run else self._pool_sizes(),
-        }
+        if auto is not None:
+            self._rebalancer.follow(auto)
+            return {"auto": auto, "pools": sizes(self._rebalancer.nodes()), **self._rebalancer.state()}
+        want = {RoleName.PREFILL: prefill or 0, RoleName.DECODE: decode or 0, RoleName.MIXED: mixed}
+        return await self._rebalancer.set_sizes(want, dry_run=dry_run)
 
-    async def _flip(self, name: str, role: RoleName) -> None:
-        """Change a node's role and believe only what the node says it is."""
-        done: RoleSet = await self._call(name, lambda call_id: SetRole(call_id, role))
-        self._mirrors[name].role = done.role
-        self._wanted_roles[name] = role
-        self._tell_endpoints()
-        if done.role is not role:
-            raise SlosserveError(f"{name} was asked to be a {role} node and says that it is a {done.role} node")
+    async def _set_role(self, name: str, role: RoleName) -> RoleSet:
+        answer: RoleSet = await self._call(name, lambda call_id: SetRole(call_id, role))
+        return answer
 
 
 class NotReadyError(SlosserveError):

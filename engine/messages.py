@@ -97,7 +97,7 @@ class Credit:
 
 @dataclass(frozen=True, slots=True)
 class SetRole:
-    """Change the role of a node. Running work goes on."""
+    """Change the role of a node. Running work goes on; what was placed there before is taken for a while."""
 
     call_id: int
     role: RoleName
@@ -253,6 +253,7 @@ class Report:
     session_tokens: int = 0  # of that KV
     sessions_version: int = 0  # another one: another list of them
     tally: Tally = field(default_factory=Tally)
+    role_pause_s: float | None = None  # between the batches around its last change of role; None: it was idle
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,6 +62,7 @@ REPORT_EVERY_S = 0.1
 FORGET_PEER_S = 60.0  # after its work was dropped
 RECENT_PULLS = 64
 MARGIN_QUANTILE = 0.9  # of steps that the margin told to the planner covers
+ROLE_GRACE_S = 10.0  # for what was placed here before a change of role, and comes after it
 KV_BOUND_SHARE = 0.9  # of the blocks in use: from there on memory is what binds
 NO_CREDIT = "no credit granted: reconnect"  # an endpoint knows this reason, and does
 
@@ -93,7 +94,10 @@ class Node:
         self._engine = engine
         self._info = info
         self._roles = roles
-        self._role = roles[role]
+        self._role = self._former = roles[role]
+        self._former_until_s = -math.inf
+        self._role_pause_s: float | None = None
+        self._pauses_since_s: float | None = None  # a change of role, the end of the batch before it
         self._cost = cost
         self._idle_cost = cost
         self._residuals = Residuals()
@@ -203,8 +207,7 @@ class Node:
                 outbox.credit += messages
                 self._flush(peer, outbox)
             case SetRole(call_id, role):
-                self._role = self._roles[role]
-                self._publish_report()
+                self._change_role(role)
                 self._socket.send(peer, RoleSet(call_id, self._role.name))
             case ProbeLinks():
                 self._socket.send(peer, self._probe(message))
@@ -255,6 +258,14 @@ class Node:
             )
             self._queue(peer, [failed])
 
+    def _change_role(self, role: RoleName) -> None:
+        """From now on, whatever is going on: batches are composed alike in every role."""
+        if role is not self._role.name:
+            self._former, self._former_until_s = self._role, self._clock() + ROLE_GRACE_S
+            self._role_pause_s, self._pauses_since_s = None, self._ended_s
+        self._role = self._roles[role]
+        self._publish_report()
+
     def _promote(self, message: Promote) -> None:
         promise = self._promises.get(attempt_key(message))
         if promise is not None and promise.duty.best_effort:
@@ -265,6 +276,8 @@ class Node:
         if peer not in self._outboxes:
             return NO_CREDIT  # it was forgotten while it slept: what it grants comes with a new link
         reason = self._role.declines(submit.kind)
+        if reason is not None and self._clock() < self._former_until_s:
+            reason = self._former.declines(submit.kind)
         if reason is not None:
             return reason
         if self._engine.usage().waiting >= self._max_waiting:
@@ -345,6 +358,8 @@ class Node:
     def compose(self, seqs: Sequence[Seq]) -> BatchPlan:
         """The next batch, by the rules of the present role."""
         now_s = self._clock()
+        if self._pauses_since_s is not None:
+            self._role_pause_s, self._pauses_since_s = now_s - self._pauses_since_s, None
         here = [(seq, self._promises[seq.work_id]) for seq in seqs if seq.work_id in self._promises]
         self._promises_preempted += sum(promise.seen(seq) for seq, promise in here)
         alone = len(seqs) == 1 and seqs[0].running and not seqs[0].blocked
@@ -517,6 +532,7 @@ class Node:
             pid=os.getpid(),
             in_flight_s=in_flight_s,
             tally=copy(self._tally),
+            role_pause_s=self._role_pause_s,
             sessions=len(self._sessions.kept),
             session_tokens=sum(self._sessions.kept.values()),
             sessions_version=self._sessions.version,

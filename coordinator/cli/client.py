@@ -37,6 +37,10 @@ class ClusterClient:
         wanted = {"prefill": prefill, "decode": decode, "mixed": mixed, "dry_run": dry_run}
         return self._ask("POST", "/cluster/pools", wanted, REBALANCE_S)
 
+    def follow_load(self, on: bool) -> dict[str, Any]:
+        """POST /cluster/pools with `auto`. Raises as `cluster`."""
+        return self._ask("POST", "/cluster/pools", {"auto": on}, ANSWER_S)
+
     def _ask(self, method: str, path: str, body: dict[str, Any] | None, timeout_s: float) -> dict[str, Any]:
         headers = {"Authorization": f"Bearer {self.admin_key}"} if self.admin_key else {}
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -10,8 +11,11 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from coordinator.cli.client import find_cluster
+from coordinator.cli.client import ClusterClient, find_cluster
+from engine.errors import NoCapacity
 
+PAUSE_TOLD_S = 1.0
+POLL_S = 0.1
 ROLES = ("prefill", "decode", "mixed")
 
 Url = Annotated[str | None, typer.Option(help="Of an endpoint, if it was not started here.")]
@@ -34,24 +38,44 @@ def pools(as_json: AsJson = False, url: Url = None, name: Name = None) -> None:
 
 
 def rebalance(
-    prefill: Annotated[int, typer.Option(min=0, help="Nodes that prefill.")],
-    decode: Annotated[int, typer.Option(min=0, help="Nodes that decode.")],
+    prefill: Annotated[int | None, typer.Option(min=0, help="Nodes that prefill.")] = None,
+    decode: Annotated[int | None, typer.Option(min=0, help="Nodes that decode.")] = None,
     mixed: Annotated[int, typer.Option(min=0, help="Nodes that do both.")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would change.")] = False,
+    auto: Annotated[
+        bool | None, typer.Option("--auto/--no-auto", help="Let pools follow the load from now on, or not.")
+    ] = None,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Until nodes serve nothing any more that is of their former role.")
+    ] = False,
+    timeout_s: Annotated[float, typer.Option(min=1, help="Of --wait.")] = 600.0,
     as_json: AsJson = False,
     admin_key: Annotated[str | None, typer.Option(help="If the endpoint asks for one.")] = None,
     url: Url = None,
     name: Name = None,
 ) -> None:
-    """Change what nodes do, and read their roles back from the nodes. Exits 1 if they do not match.
+    """Change what nodes do while they serve, and read their roles back from them. Exits 1 if they do not match.
 
-    Example: slosserve rebalance --prefill 0 --decode 2 --dry-run
+    What a node serves goes on there; only new work goes by the new role. With --auto a pool that is short gets
+    a node of the other while that has room; `slosserve status` says what was changed, and why.
+
+    Example: slosserve rebalance --prefill 0 --decode 2 --wait
     """
     cluster = find_cluster(url, name, admin_key)
+    if (auto is None) == (prefill is None or decode is None):
+        raise typer.BadParameter("give either --prefill and --decode, or --auto (or --no-auto) alone")
+    if auto is not None:
+        answer = cluster.follow_load(auto)
+        told = "pools follow the load" if auto else "pools stay as they are"
+        typer.echo(json.dumps(answer) if as_json else told)
+        return
+    assert prefill is not None
+    assert decode is not None
     wanted = {"prefill": prefill, "decode": decode, "mixed": mixed}
     before = _roles(cluster.cluster())
     answer = cluster.set_pools(prefill, decode, mixed, dry_run=dry_run)
-    read_back = _roles(cluster.cluster())
+    state = _settled(cluster, answer, timeout_s if wait else PAUSE_TOLD_S, wait)
+    read_back = _roles(state)
     # A dry run must change nothing; otherwise believe the nodes, not the answer.
     matches = read_back == before if dry_run else _sizes(read_back) == wanted
     result = {
@@ -61,6 +85,8 @@ def rebalance(
         "after": answer.get("after"),
         "read_back": read_back,
         "matches": matches,
+        "pauses_ms": _pauses_ms(state, answer),
+        "of_former_role": {node["name"]: node.get("of_former_role", 0) for node in state["nodes"]},
     }
     if as_json:
         typer.echo(json.dumps({**answer, **result}))
@@ -68,6 +94,34 @@ def rebalance(
         _print(result)
     if not matches:
         raise typer.Exit(1)
+
+
+def _settled(
+    cluster: ClusterClient, answer: Mapping[str, Any], timeout_s: float, wait: bool
+) -> Mapping[str, Any]:
+    """The cluster once nodes have told of their pause; with `wait`, once they are done with what was there."""
+    changed = {flip["node"] for flip in answer.get("flips", ())}
+    busy = {change["node"] for change in answer.get("changes", ()) if change["requests"]}
+    deadline_s = time.monotonic() + timeout_s
+    while True:
+        state = cluster.cluster()
+        nodes = [node for node in state["nodes"] if node["name"] in changed]
+        untold = any(node["name"] in busy and node.get("role_pause_ms") is None for node in nodes)
+        if not untold and not (wait and any(node.get("of_former_role") for node in nodes)):
+            return state
+        if time.monotonic() > deadline_s:
+            if not wait:
+                return state  # it had nothing to do by then that could have paused
+            left = {node["name"]: node.get("of_former_role") for node in nodes}
+            raise NoCapacity(f"after {timeout_s:g} s nodes still serve what is of their former role: {left}")
+        time.sleep(POLL_S)
+
+
+def _pauses_ms(state: Mapping[str, Any], answer: Mapping[str, Any]) -> dict[str, float | None]:
+    """Between the batches before and after the change, of each node that changed; None where nothing went
+    on."""
+    changed = {flip["node"] for flip in answer.get("flips", ())}
+    return {node["name"]: node.get("role_pause_ms") for node in state["nodes"] if node["name"] in changed}
 
 
 def _roles(state: Mapping[str, Any]) -> dict[str, str]:
@@ -85,7 +139,13 @@ def _print(result: Mapping[str, Any]) -> None:
     for node, role in result["before"].items():
         told = after.get(node, role)
         change = role if told == role else f"{role} -> {told}"
-        console.print(f"{node}: {change}; says now: {result['read_back'].get(node, 'nothing')}")
+        line = f"{node}: {change}; says now: {result['read_back'].get(node, 'nothing')}"
+        if node in result["pauses_ms"] and not result["dry_run"]:
+            pause_ms = result["pauses_ms"][node]
+            line += "; it was idle" if pause_ms is None else f"; paused for {pause_ms:.1f} ms"
+            if result["of_former_role"].get(node):
+                line += f"; {result['of_former_role'][node]} requests of its former role go on there"
+        console.print(line)
     if result["dry_run"]:
         console.print("dry run: nothing was changed")
     elif not result["matches"]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+LAST_CHANGES = 5
 VIRTUAL = "The engines are virtual: no model runs, steps take the time of a profile, and the text is made up."
 
 
@@ -28,8 +30,24 @@ def status_view(url: str, state: Mapping[str, Any]) -> Group:
     if state["attainment"]:
         parts.append(_attainment(state["attainment"]))
     parts += _sessions_and_loops(state)
+    parts += _rebalancing(state.get("rebalancing") or {})
     parts += [_line("placements", state["placements"]), _line("handoffs", state["handoffs"])]
     return Group(*parts)
+
+
+def _rebalancing(state: Mapping[str, Any]) -> list[RenderableType]:
+    """Whether pools follow the load, and the last changes; nothing where there is nothing to tell."""
+    changes = state.get("changes") or []
+    if not state.get("follow_load") and not changes:
+        return []
+    follows = "pools follow the load" if state.get("follow_load") else "pools stay as they were set"
+    lines: list[RenderableType] = [f"{follows}: {escape(str(state.get('says', '')))}"]
+    for change in changes[-LAST_CHANGES:]:
+        at = datetime.fromtimestamp(change["at_s"]).strftime("%H:%M:%S")
+        lines.append(
+            f"  {at} {change['node']}: {change['before']} -> {change['after']}: {escape(change['why'])}"
+        )
+    return lines
 
 
 def _nodes(nodes: Sequence[Mapping[str, Any]]) -> Table:

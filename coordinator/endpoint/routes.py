@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, FastAPI, Request
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from coordinator.endpoint.context import MOST_SESSION_ID, error_body
 from coordinator.endpoint.engine import REMEMBERED_REQUESTS, ClusterEngine
@@ -19,14 +19,22 @@ router = APIRouter()
 
 
 class PoolSizes(BaseModel):
-    """Wanted pool sizes. They must add up to the nodes there are."""
+    """Wanted pool sizes, which must add up to the nodes there are; or `auto`: whether they follow the load."""
 
     model_config = ConfigDict(extra="forbid")
 
-    prefill: Annotated[int, Field(ge=0)]
-    decode: Annotated[int, Field(ge=0)]
+    prefill: Annotated[int | None, Field(ge=0)] = None
+    decode: Annotated[int | None, Field(ge=0)] = None
     mixed: Annotated[int, Field(ge=0)] = 0
     dry_run: bool = False
+    auto: bool | None = None
+
+    @model_validator(mode="after")
+    def _sizes_or_auto(self) -> PoolSizes:
+        given = self.prefill is not None and self.decode is not None
+        if given == (self.auto is not None) or (self.auto is not None and (self.mixed or self.dry_run)):
+            raise ValueError("give either prefill and decode (and mixed, dry_run), or auto alone")
+        return self
 
 
 def add_routes(

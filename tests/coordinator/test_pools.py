@@ -1,4 +1,4 @@
-"""Pools: the fewest flips, idle nodes first, and a clear no."""
+"""Pools: the fewest flips, the least loaded nodes first, and a clear no."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.pools import PoolNode, PoolsBusyError, plan_flips, sizes
+from coordinator.pools import PoolNode, plan_flips, sizes
 from engine.errors import RequestError
 from engine.request import RoleName
 
@@ -23,9 +23,16 @@ def test_an_idle_node_is_flipped_before_a_busy_one() -> None:
     assert [flip.node for flip in flips] == ["b"]
 
 
-def test_a_busy_node_is_not_flipped_and_is_named() -> None:
-    with pytest.raises(PoolsBusyError, match="a serves 3 requests"):
-        plan_flips([PoolNode("a", P, 3), PoolNode("c", D, 0)], {P: 0, D: 2})
+def test_a_busy_node_changes_where_no_other_can() -> None:
+    flips = plan_flips([PoolNode("a", P, 3), PoolNode("b", P, 2), PoolNode("c", D, 0)], {P: 1, D: 2})
+    assert [flip.node for flip in flips] == ["b"]
+
+
+def test_while_roles_change_no_prefill_node_is_without_a_decode_node() -> None:
+    mixed = [PoolNode("a", M, 0), PoolNode("b", M, 0)]
+    assert [flip.after for flip in plan_flips(mixed, {P: 1, D: 1})] == [D, P]
+    swapped = [PoolNode("a", P, 0), PoolNode("b", D, 0), PoolNode("c", M, 0)]
+    assert plan_flips(swapped, {P: 2, D: 1})[-1].after is P
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -16,7 +17,7 @@ def pair(cluster: Client) -> Iterator[Client]:
     """The cluster, which is 1 prefill and 1 decode before and after."""
     yield cluster
     cluster.wait_idle()
-    if {name: node["role"] for name, node in cluster.nodes().items()}["prefill-0"] != "prefill":
+    if _roles(cluster) != {"prefill-0": "prefill", "decode-0": "decode"}:
         assert cluster.set_pools(prefill=1, decode=1).status_code == 200
 
 
@@ -68,20 +69,58 @@ def test_without_the_admin_key_nothing_changes(pair: Client) -> None:
     assert _roles(pair) == {"prefill-0": "prefill", "decode-0": "decode"}
 
 
-def test_a_busy_node_is_not_flipped_and_its_stream_goes_on(pair: Client) -> None:
+def test_a_node_takes_another_role_while_its_stream_goes_on(pair: Client) -> None:
     pair.wait_idle()
-    done: list[int] = []
+    alone = pair.complete("a long story", max_tokens=400, ignore_eos=True).json()["choices"][0]["text"]
+    with ThreadPoolExecutor(1) as pool:
+        stream = pool.submit(pair.complete, "a long story", max_tokens=400, ignore_eos=True)
+        while pair.nodes()["decode-0"]["decoding"] == 0:
+            time.sleep(0.02)
+        answer = pair.set_pools(prefill=0, decode=0, mixed=2).json()
+        response = stream.result()
+    assert _roles(pair) == {"prefill-0": "mixed", "decode-0": "mixed"}
+    requests = {change["node"]: change["requests"] for change in answer["changes"]}
+    assert requests["decode-0"] == 1
+    assert response.headers["x-slosserve-placement"] == "prefill-0>decode-0"
+    assert response.json()["choices"][0]["text"] == alone
+    assert pair.nodes()["decode-0"]["role_pause_ms"] > 0, "between two of its batches"
 
-    def stream() -> None:
-        response = pair.complete("a long story", max_tokens=600, ignore_eos=True)
-        done.append(response.json()["usage"]["completion_tokens"])
 
-    thread = threading.Thread(target=stream)
-    thread.start()
-    while pair.nodes()["decode-0"]["requests"] == 0:
-        time.sleep(0.02)
-    response = pair.set_pools(prefill=0, decode=0, mixed=2)
-    assert response.status_code == 409
-    assert "decode-0 serves 1" in response.json()["error"]["message"]
-    thread.join()
-    assert done == [600]
+SIZES = ({"prefill": 0, "decode": 2}, {"prefill": 1, "decode": 1}, {"prefill": 0, "decode": 0, "mixed": 2})
+
+
+def test_roles_change_under_load_and_every_request_says_what_it_would_have_said(pair: Client) -> None:
+    pair.wait_idle()
+    prompts = [f"{name} " * 60 for name in ("north", "east", "south", "west")]
+    alone = {prompt: pair.complete(prompt, max_tokens=24).json()["choices"][0]["text"] for prompt in prompts}
+    changing = threading.Event()
+    changing.set()
+
+    def keep_asking(prompt: str) -> list[str]:
+        texts = []
+        while changing.is_set():
+            response = pair.complete(prompt, max_tokens=24, slo={"ttft_ms": 5000, "tpot_ms": 500})
+            assert response.status_code == 200, response.text
+            texts.append(response.json()["choices"][0]["text"])
+        return texts
+
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        clients = {prompt: pool.submit(keep_asking, prompt) for prompt in prompts}
+        for turn in range(9):
+            assert pair.set_pools(**SIZES[turn % len(SIZES)]).status_code == 200
+            time.sleep(0.3)
+        changing.clear()
+        said = {prompt: client.result() for prompt, client in clients.items()}
+    assert min(map(len, said.values())) > 1
+    assert {prompt: set(texts) for prompt, texts in said.items()} == {
+        prompt: {text} for prompt, text in alone.items()
+    }
+
+
+def test_pools_follow_the_load_when_told_to_and_not_when_sizes_are_set(pair: Client) -> None:
+    followed = pair.set_pools(auto=True)
+    assert followed.status_code == 200, followed.text
+    assert pair.get("/cluster")["rebalancing"]["follow_load"]
+    assert pair.set_pools(auto=True, prefill=1, decode=1).status_code == 400
+    assert pair.set_pools(prefill=1, decode=1).status_code == 200
+    assert not pair.get("/cluster")["rebalancing"]["follow_load"]

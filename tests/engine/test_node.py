@@ -33,7 +33,7 @@ from engine.promise import Promise
 from engine.request import BEST_EFFORT, Pace, RoleName, WorkKind
 from kv_transfer.base import PeerAddress, TransferError
 from kv_transfer.fake import Faults
-from tests.engine.scripted_engine import BLOCK_TOKENS, COST, STEP_S
+from tests.engine.scripted_engine import BLOCK_TOKENS, COST, PATIENCE_S, STEP_S
 from tests.engine.served_node import Client, Serve, Served, expected, is_idle, serving, submit, the_work
 
 LONG = 100_000  # tokens, of a stream that does not end by itself
@@ -381,9 +381,27 @@ def test_a_change_of_role_is_read_back_and_keeps_the_streams(serve: Serve) -> No
     coordinator.send(SetRole(7, RoleName.PREFILL))
     assert coordinator.until(RoleSet) == RoleSet(7, RoleName.PREFILL)
     assert coordinator.report().role is RoleName.PREFILL
-    client.send(submit("next"))
-    assert client.until(Declined).reason == "a prefill node takes no whole work"
+    pause_s = coordinator.report(lambda report: report.role_pause_s is not None).role_pause_s
+    assert pause_s is not None
+    assert 0 <= pause_s < PATIENCE_S
     assert client.stream("r") == expected(submit("r", max_tokens=100))
+
+
+def test_what_was_placed_before_a_change_of_role_is_taken_after_it_for_a_while(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = serve(RoleName.DECODE)
+    client, coordinator = served.client("endpoint"), served.coordinator()
+    coordinator.send(SetRole(7, RoleName.PREFILL))
+    coordinator.until(RoleSet)
+    client.send(submit("on its way"))
+    assert client.stream("on its way") == expected(submit("on its way"))
+    monkeypatch.setattr("engine.node.ROLE_GRACE_S", 0.0)
+    coordinator.send(SetRole(8, RoleName.DECODE), SetRole(9, RoleName.PREFILL))
+    coordinator.until(RoleSet, lambda done: done.call_id == 9)
+    client.send(submit("late"))
+    assert client.until(Declined).reason == "a prefill node takes no whole work"
+    assert coordinator.report().role_pause_s is None, "nothing went on that could have paused"
 
 
 def test_kv_of_a_session_is_listed_and_kept_until_its_time_is_over_or_it_is_closed(serve: Serve) -> None:

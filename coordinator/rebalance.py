@@ -1,0 +1,179 @@
+"""Changing what nodes do while they serve: on demand, or as the load asks for.
+
+A node changes its role between two batches. What it serves goes on, and what was placed there before is still
+taken; only new work goes by the new role.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from coordinator.mirror import NodeMirror
+from coordinator.pool_policy import OTHER, WINDOW_S, PoolLoad, PoolPolicy
+from coordinator.pools import PoolNode, plan_flips, sizes
+from engine.errors import SlosserveError
+from engine.messages import Report, RoleSet
+from engine.request import RoleName
+
+logger = logging.getLogger(__name__)
+
+REMEMBERED_CHANGES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A node that took another role. `requests`: how many it served then; `answered_s`: until it said so."""
+
+    at_s: float
+    node: str
+    before: RoleName
+    after: RoleName
+    requests: int
+    answered_s: float
+    why: str
+
+
+class Rebalancer:
+    """Roles of the nodes of `mirrors`. `set_role` asks a node and gives its answer; `changed` is called after
+    it.
+
+    `lacked` counts requests that a pool had no room for, and is cleared at the end of each window. `wanted`:
+    the role each node is to have, for when it begins anew.
+    """
+
+    def __init__(
+        self,
+        mirrors: Mapping[str, NodeMirror],
+        set_role: Callable[[str, RoleName], Awaitable[RoleSet]],
+        changed: Callable[[], None],
+        lacked: Counter[RoleName],
+    ) -> None:
+        self.wanted: dict[str, RoleName] = {}
+        self.follows = False
+        self._lacked = lacked
+        self._mirrors = mirrors
+        self._set_role = set_role
+        self._changed = changed
+        self._policy = PoolPolicy()
+        self._changes: deque[Change] = deque(maxlen=REMEMBERED_CHANGES)
+        self._steps: dict[str, int] = {}
+        self._window_ends_s = 0.0
+
+    def nodes(self) -> list[PoolNode]:
+        """Those that serve."""
+        serving = (mirror for mirror in self._mirrors.values() if mirror.serving)
+        return [PoolNode(mirror.name, mirror.role, mirror.requests) for mirror in serving]
+
+    async def set_sizes(self, want: Mapping[RoleName, int], *, dry_run: bool) -> dict[str, Any]:
+        """Change as few nodes as possible, and say what was changed. Raises RequestError for impossible sizes.
+
+        Somebody who sets sizes wants them kept: from then on they do not follow the load.
+        """
+        nodes = self.nodes()
+        flips = plan_flips(nodes, want)
+        before = {node.name: str(node.role) for node in nodes}
+        changes = []
+        if not dry_run:
+            self.follows = False
+            changes = [await self.flip(flip.node, flip.after, "asked for") for flip in flips]
+        planned = before | {flip.node: str(flip.after) for flip in flips}
+        after = planned if dry_run else {node.name: str(node.role) for node in self.nodes()}
+        return {
+            "dry_run": dry_run,
+            "before": before,
+            "after": after,
+            "flips": [{"node": flip.node, "before": flip.before, "after": flip.after} for flip in flips],
+            "changes": [asdict(change) for change in changes],
+            "pools_before": sizes(nodes),
+            "pools": dict(Counter(after.values())) if dry_run else sizes(self.nodes()),
+        }
+
+    async def flip(self, name: str, role: RoleName, why: str) -> Change:
+        """Change a node's role and believe only what the node says it is."""
+        mirror, began_s = self._mirrors[name], time.monotonic()
+        before, requests = mirror.role, mirror.requests
+        done = await self._set_role(name, role)
+        mirror.role = done.role
+        self.wanted[name] = role
+        self._changed()
+        if done.role is not role:
+            raise SlosserveError(f"{name} was asked to be a {role} node and says that it is a {done.role} node")
+        change = Change(time.time(), name, before, role, requests, time.monotonic() - began_s, why)
+        logger.info("%s: %s -> %s, %d requests go on there: %s", name, before, role, requests, why)
+        self._changes.append(change)
+        return change
+
+    def state(self) -> dict[str, Any]:
+        """What `/cluster` shows: whether pools follow the load, what was decided last, and the changes so
+        far."""
+        return {
+            "follow_load": self.follows,
+            "says": self._policy.says if self.follows else "sizes are as they were set",
+            "changes": [asdict(change) for change in self._changes],
+        }
+
+    def follow(self, on: bool) -> None:
+        """Let the pools follow the load from now on, or not."""
+        if on and not self.follows:
+            self._policy, self._window_ends_s = PoolPolicy(), 0.0
+        self.follows = on
+
+    async def review(self, now_s: float) -> None:
+        """At the end of each window: change a node's role if the load asks for it."""
+        if now_s < self._window_ends_s:
+            return
+        first, self._window_ends_s = self._window_ends_s == 0.0, now_s + WINDOW_S
+        loads = self._loads()
+        self._lacked.clear()
+        if first or not self.follows or any(load.nodes == 0 for load in loads.values()):
+            return
+        move = self._policy.decide(loads, now_s)
+        if move is not None:
+            pool = [node for node in self.nodes() if node.role is move.before]
+            await self.flip(min(pool, key=lambda node: node.requests).name, move.after, move.why)
+
+    def _loads(self) -> dict[RoleName, PoolLoad]:
+        loads = {}
+        for role in OTHER:
+            pool = [
+                (mirror, mirror.report)
+                for mirror in self._mirrors.values()
+                if mirror.serving and mirror.report is not None and mirror.role is role
+            ]
+            reports = [report for _, report in pool]
+            count = len(reports)
+            if role is RoleName.PREFILL:
+                queue_s = sum(map(_prompts_s, reports)) / max(count, 1)
+                used = sum(map(self._busy, reports)) / max(count, 1)
+            else:
+                queue_s = 0.0
+                used = sum(map(_occupied, reports)) / max(count, 1)
+            loads[role] = PoolLoad(count, self._lacked[role], queue_s, min(used, 1.0))
+        return loads
+
+    def _busy(self, report: Report) -> float:
+        """The share of the last window that went into batches."""
+        steps, self._steps[report.node] = self._steps.get(report.node, report.steps), report.steps
+        return min(max(report.steps - steps, 0) * report.step_s / WINDOW_S, 1.0)
+
+
+def _prompts_s(report: Report) -> float:
+    """What the prompts that are still to be computed there take, promised or not."""
+    tokens = sum(work.prefill_left_tokens for work in report.works)
+    most = report.info.max_batch_tokens
+    return tokens / most * report.cost.predict(most)
+
+
+def _occupied(report: Report) -> float:
+    """Memory, slots or time, whichever is shortest: the share of it that is in use."""
+    usage, info = report.usage, report.info
+    memory = usage.used_blocks / max(usage.num_blocks, 1)
+    slots = (usage.running + usage.waiting) / max(info.max_num_seqs, 1)
+    paces_s = [work.tpot_s for work in report.works if not work.best_effort]
+    pace = report.step_s / min(paces_s) if paces_s else 0.0
+    return max(memory, slots, pace)
