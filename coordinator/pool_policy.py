@@ -38,13 +38,23 @@ class PoolLoad:
     @property
     def short(self) -> bool:
         """Whether somebody waits for it."""
-        return self.turned_away > 0 or self.queue_s > QUEUE_S or self.used >= FULL
+        return self.lacking or self.backed_up
+
+    @property
+    def lacking(self) -> bool:
+        """Whether it had no room for somebody, or has none."""
+        return self.turned_away > 0 or self.used >= FULL
+
+    @property
+    def backed_up(self) -> bool:
+        """Whether prompts wait for long."""
+        return self.queue_s > QUEUE_S
 
     @property
     def can_give(self) -> bool:
         """Whether it would have room with a node less."""
         left = self.nodes - 1
-        return left > 0 and not self.short and self.used * self.nodes / left <= ROOM
+        return left > 0 and not self.lacking and self.used * self.nodes / left <= ROOM
 
     @property
     def words(self) -> str:
@@ -99,6 +109,8 @@ class PoolPolicy:
 
     def _grows(self, loads: Mapping[RoleName, PoolLoad]) -> RoleName | None:
         short = [role for role in OTHER if loads[role].short]
+        if len(short) == 2 and not loads[RoleName.PREFILL].lacking:
+            short = [RoleName.DECODE]  # prompts also wait where their KV would find no decode node
         if not short:
             self.says = "nobody waits"
             return None

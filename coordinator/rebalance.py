@@ -14,10 +14,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from coordinator.mirror import NodeMirror
-from coordinator.pool_policy import OTHER, WINDOW_S, PoolLoad, PoolPolicy
+from coordinator.pool_loads import PoolLoads
+from coordinator.pool_policy import PoolPolicy
 from coordinator.pools import PoolNode, plan_flips, sizes
 from engine.errors import SlosserveError
-from engine.messages import Report, RoleSet
+from engine.messages import RoleSet
 from engine.request import RoleName
 
 logger = logging.getLogger(__name__)
@@ -55,14 +56,12 @@ class Rebalancer:
     ) -> None:
         self.wanted: dict[str, RoleName] = {}
         self.follows = False
-        self._lacked = lacked
+        self._loads = PoolLoads(mirrors, lacked)
         self._mirrors = mirrors
         self._set_role = set_role
         self._changed = changed
         self._policy = PoolPolicy()
         self._changes: deque[Change] = deque(maxlen=REMEMBERED_CHANGES)
-        self._steps: dict[str, int] = {}
-        self._window_ends_s = 0.0
 
     def nodes(self) -> list[PoolNode]:
         """Those that serve."""
@@ -120,60 +119,14 @@ class Rebalancer:
     def follow(self, on: bool) -> None:
         """Let the pools follow the load from now on, or not."""
         if on and not self.follows:
-            self._policy, self._window_ends_s = PoolPolicy(), 0.0
+            self._policy = PoolPolicy()
+            self._loads.forget()
         self.follows = on
 
     async def review(self, now_s: float) -> None:
-        """At the end of each window: change a node's role if the load asks for it."""
-        if now_s < self._window_ends_s:
+        """Called often: at the end of each window a node's role is changed, if the load asks for it."""
+        if not self.follows:
             return
-        first, self._window_ends_s = self._window_ends_s == 0.0, now_s + WINDOW_S
-        loads = self._loads()
-        self._lacked.clear()
-        if first or not self.follows or any(load.nodes == 0 for load in loads.values()):
-            return
-        move = self._policy.decide(loads, now_s)
+        move = self._loads.next_move(self._policy, now_s)
         if move is not None:
-            pool = [node for node in self.nodes() if node.role is move.before]
-            await self.flip(min(pool, key=lambda node: node.requests).name, move.after, move.why)
-
-    def _loads(self) -> dict[RoleName, PoolLoad]:
-        loads = {}
-        for role in OTHER:
-            pool = [
-                (mirror, mirror.report)
-                for mirror in self._mirrors.values()
-                if mirror.serving and mirror.report is not None and mirror.role is role
-            ]
-            reports = [report for _, report in pool]
-            count = len(reports)
-            if role is RoleName.PREFILL:
-                queue_s = sum(map(_prompts_s, reports)) / max(count, 1)
-                used = sum(map(self._busy, reports)) / max(count, 1)
-            else:
-                queue_s = 0.0
-                used = sum(map(_occupied, reports)) / max(count, 1)
-            loads[role] = PoolLoad(count, self._lacked[role], queue_s, min(used, 1.0))
-        return loads
-
-    def _busy(self, report: Report) -> float:
-        """The share of the last window that went into batches."""
-        steps, self._steps[report.node] = self._steps.get(report.node, report.steps), report.steps
-        return min(max(report.steps - steps, 0) * report.step_s / WINDOW_S, 1.0)
-
-
-def _prompts_s(report: Report) -> float:
-    """What the prompts that are still to be computed there take, promised or not."""
-    tokens = sum(work.prefill_left_tokens for work in report.works)
-    most = report.info.max_batch_tokens
-    return tokens / most * report.cost.predict(most)
-
-
-def _occupied(report: Report) -> float:
-    """Memory, slots or time, whichever is shortest: the share of it that is in use."""
-    usage, info = report.usage, report.info
-    memory = usage.used_blocks / max(usage.num_blocks, 1)
-    slots = (usage.running + usage.waiting) / max(info.max_num_seqs, 1)
-    paces_s = [work.tpot_s for work in report.works if not work.best_effort]
-    pace = report.step_s / min(paces_s) if paces_s else 0.0
-    return max(memory, slots, pace)
+            await self.flip(self._loads.least_loaded(move.before), move.after, move.why)

@@ -18,6 +18,8 @@ from benchmarks.simulator.variants import FULL, Variant
 from benchmarks.simulator.world import World
 from coordinator.decider import Decider
 from coordinator.mirror import NodeMirror
+from coordinator.pool_loads import PoolLoads
+from coordinator.pool_policy import Move, PoolPolicy
 from coordinator.pools import PoolNode, plan_flips
 from engine.base import EngineInfo, Usage
 from engine.drafting import Drafted, Drafting
@@ -52,7 +54,8 @@ class Resize:
 
 
 class Slosserve:
-    """The cluster: a decider, and what it knows of each replica. `resizes` come in order of time."""
+    """The cluster: a decider, and what it knows of each replica. `resizes` come in order of time; with
+    `follows_load` the pools change as `slosserve rebalance --auto` has them change."""
 
     def __init__(
         self,
@@ -63,10 +66,14 @@ class Slosserve:
         one_node: bool = False,
         variant: Variant = FULL,
         resizes: Sequence[Resize] = (),
+        follows_load: bool = False,
     ) -> None:
         self._one_node = one_node
         self._variant = variant
         self._resizes = list(resizes)
+        self._policy = PoolPolicy() if follows_load else None
+        self._loads: PoolLoads | None = None
+        self.moves: list[tuple[float, Move]] = []
         self._turns = 0
         self._max_tokens: np.ndarray = np.zeros(0, dtype=np.int64)
         self._roles = list(roles)
@@ -200,9 +207,23 @@ class Slosserve:
             after = {flip.node: flip.after for flip in flips}
             self.set_roles([after.get(name, mirror.role) for name, mirror in self._mirrors.items()])
 
+    def _follow_load(self, now_s: float) -> None:
+        """As the coordinator does (coordinator/rebalance.py), at every arrival."""
+        if self._policy is None:
+            return
+        if self._loads is None:
+            self._loads = PoolLoads(self._mirrors, self._decider.lacked)
+        move = self._loads.next_move(self._policy, now_s)
+        if move is not None:
+            flipped = self._loads.least_loaded(move.before)
+            roles = [move.after if name == flipped else one.role for name, one in self._mirrors.items()]
+            self.set_roles(roles)
+            self.moves.append((now_s, move))
+
     def _place(self, world: World, request: int, asked: Mapping[str, NodeMirror], avoid: list[str]) -> None:
         """`asked`: the nodes that it may go to."""
         self._refresh(world)
+        self._follow_load(world.now_s)
         slo = world.slos[request]
         left_s = float(world.arrived_s[request]) + slo.ttft_s - world.now_s
         question = Place(

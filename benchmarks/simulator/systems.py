@@ -104,7 +104,8 @@ class Deployment:
     """A system on replicas. `roles` has one for each; baselines read only which of them prefill.
 
     `acceptance`: chance that a draft is right; None runs without speculation. `one_node`: ours serves every
-    request on one replica. `variant`: ours without one of its parts. `resizes`: its pools over time.
+    request on one replica. `variant`: ours without one of its parts. `resizes`: its pools over time, or with
+    `follows_load` as the load asks for.
     """
 
     system: str
@@ -117,6 +118,7 @@ class Deployment:
     one_node: bool = False
     variant: str = ""
     resizes: tuple[Resize, ...] = ()
+    follows_load: bool = False
 
     @property
     def gpus(self) -> int:
@@ -176,6 +178,7 @@ class Deployment:
                 one_node=self.one_node,
                 variant=parts,
                 resizes=self.resizes,
+                follows_load=self.follows_load,
             )
         if chosen.disaggregated:
             prefill = [i for i, role in enumerate(self.roles) if role is RoleName.PREFILL]

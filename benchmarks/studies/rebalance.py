@@ -63,11 +63,18 @@ class Arrangement:
     roles: tuple[RoleName, ...]
     resizes: tuple[Resize, ...] = ()
     one_node: bool = False
+    follows_load: bool = False
 
     def serve(self, windows: Sequence[Window], bytes_per_s: float, seed: int, folder: Path) -> Row:
         """One run."""
         deployment = Deployment(
-            OURS_NAME, hardware("paper"), self.roles, Tuning(), one_node=self.one_node, resizes=self.resizes
+            OURS_NAME,
+            hardware("paper"),
+            self.roles,
+            Tuning(),
+            one_node=self.one_node,
+            resizes=self.resizes,
+            follows_load=self.follows_load,
         )
         return serve(deployment, windows, bytes_per_s, seed, folder)
 
@@ -91,7 +98,7 @@ def rebalance(
     shift = Shift(before, after, QUICK_HALF_S if quick else HALF_S)
     bytes_per_s = LINKS[link].bytes_per_s
     numbers = (1,) if quick else tuple(range(1, seeds + 1))
-    with Crew(console, workers, 2 * len(RATIOS) + 7 * len(numbers)) as crew:
+    with Crew(console, workers, 2 * len(RATIOS) + 8 * len(numbers)) as crew:
         searched = search_pools(crew, (before, after), bytes_per_s, quick, cache)
         best = {name: max(RATIOS, key=lambda ratio: rates[ratio]) for name, rates in searched.items()}
         rates_per_s = {name: REPLICAS * max(rates.values()) for name, rates in searched.items()}
@@ -135,7 +142,8 @@ def search_pools(
 
 
 def arrangements(before: Ratio, after: Ratio, shift_s: float) -> list[Arrangement]:
-    """Pools that stay, replicas without pools, and pools that follow: best for `before`, then for `after`."""
+    """Pools that stay, replicas without pools, pools that are told to change from what is best for `before` to
+    what is best for `after`, and pools that follow the load by themselves."""
     mixed = roles_for("mixed", REPLICAS)
     first = roles_for("disaggregated", 0, *before)
     return [
@@ -150,6 +158,7 @@ def arrangements(before: Ratio, after: Ratio, shift_s: float) -> list[Arrangemen
             )
             for late_s, words in ((0.0, "at the shift"), (LATE_S, f"{LATE_S:g} s late"))
         ),
+        Arrangement(f"{_words(before)}, follows the load", first, follows_load=True),
     ]
 
 
