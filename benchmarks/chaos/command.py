@@ -1,0 +1,154 @@
+"""`slosserve chaos`: what clients see, and what is left behind, when parts of a cluster fail under load."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from benchmarks.chaos.cluster import Cluster
+from benchmarks.chaos.run import Chaos, Row
+from benchmarks.chaos.scenarios import SCENARIOS, Scenario, scenario
+from benchmarks.provenance import provenance
+from benchmarks.startup import show_progress
+from benchmarks.studies.crew import write
+from coordinator.cluster_process import ClusterProcess
+from coordinator.config import ClusterConfig, load_config
+from coordinator.process_tree import processes_of
+from engine.errors import ConfigError, SlosserveError
+
+DETECTION_S = 1.0
+LOOKED_S = 0.1  # the cluster is asked every 0.05 s, and answers a bit later
+LEASE_S = 4.0
+SETTINGS: dict[str, Any] = {
+    "name": "chaos",
+    "dtype": "float32",  # ties in bfloat16 flip with the shape of a batch: tokens are compared
+    "endpoint.port": 0,
+    "endpoint.count": 2,
+    "endpoint.max_waiting": 96,
+    "pools.prefill": 2,
+    "pools.decode": 2,
+    "transfer.lease_s": LEASE_S,
+}
+
+
+def chaos(
+    only: Annotated[list[str] | None, typer.Option(help="This scenario; again for more; else all.")] = None,
+    listed: Annotated[bool, typer.Option("--list", help="Say which scenarios there are, and stop.")] = False,
+    config: Annotated[str, typer.Option(help="Configuration of the cluster: a name or a file.")] = "laptop",
+    prefill: Annotated[int, typer.Option(min=1, help="Nodes that prefill.")] = 2,
+    decode: Annotated[int, typer.Option(min=1, help="Nodes that decode.")] = 2,
+    seed: Annotated[int, typer.Option(help="Of the prompts.")] = 1,
+    out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("out/bench/chaos.json"),
+) -> None:
+    """Start a cluster of real engines, break a part of it under load, and compare with the same load unbroken.
+
+    A row for each line of the failure contract: errors that clients saw, tokens that differ, when a loss was
+    noticed, how long streams paused, KV blocks and processes that were left. Exits 1 if any of it is not as
+    promised.
+
+    Example: slosserve chaos --only decode-dies --only decode-hangs
+    """
+    console = Console()
+    if listed:
+        for one in SCENARIOS:
+            console.print(f"{one.name:24} {one.contract}", highlight=False)
+        return
+    chosen = _chosen(only)
+    asked = SETTINGS | {"pools.prefill": prefill, "pools.decode": decode}
+    loaded = load_config(config, asked)
+    rows: list[Row] = []
+    try:
+        with show_progress(console, "starting the cluster") as progress:
+            process = ClusterProcess.start(loaded, progress=progress)
+        with process:
+            asyncio.run(_run(chosen, process, loaded, seed, rows, console))
+        left = len(processes_of(process.state.run_id, process.state.processes.values()))
+    finally:
+        if rows:
+            _keep(rows, None, seed, out)
+    rows = [row | {"processes_left": left} for row in rows]
+    _keep(rows, left, seed, out)
+    console.print(_table(rows))
+    console.print(f"figures in {out}")
+    broken = [row["name"] for row in rows if not row["as_promised"]]
+    if broken or left:
+        raise SlosserveError(f"not as promised: {', '.join(broken) or f'{left} processes were left'}")
+
+
+def _chosen(only: Sequence[str] | None) -> list[Scenario]:
+    if not only:
+        return list(SCENARIOS)
+    found = {name: scenario(name) for name in only}
+    unknown = [name for name, one in found.items() if one is None]
+    if unknown:
+        names = ", ".join(one.name for one in SCENARIOS)
+        raise ConfigError(f"no scenario {', '.join(unknown)}; there are {names}")
+    return [one for one in SCENARIOS if one.name in found]
+
+
+async def _run(
+    chosen: Sequence[Scenario],
+    process: ClusterProcess,
+    config: ClusterConfig,
+    seed: int,
+    rows: list[Row],
+    console: Console,
+) -> None:
+    cluster = Cluster(process)
+    model = config.served_model_name or config.model
+    breaking = Chaos(cluster, model, seed, config.transfer.lease_s)
+    try:
+        for number, one in enumerate(chosen, 1):
+            with console.status(f"{number} of {len(chosen)}: {one.contract}"):
+                row = await breaking.run(one)
+            row["as_promised"] = as_promised(one, row)
+            rows.append(row)
+            console.print(f"  {one.name}: {_words(row)}", highlight=False)
+    finally:
+        await cluster.close()
+
+
+def as_promised(one: Scenario, row: Row) -> bool:
+    """No error that the contract does not allow, no wrong token, no block left, losses noticed in a second."""
+    clean = row["client_errors"] == row["wrong_tokens"] == row["blocks_leaked"] == 0
+    noticed = not one.detected or (
+        row["detection_s"] is not None and row["detection_s"] <= DETECTION_S + LOOKED_S
+    )
+    return clean and noticed and row["in_flight"] > 0
+
+
+def _words(row: Row) -> str:
+    verdict = "[green]as promised[/]" if row["as_promised"] else "[red]not as promised[/]"
+    counts = {"in_flight": "in flight", "client_errors": "errors", "wrong_tokens": "wrong tokens"}
+    told = [f"{row[name]} {words}" for name, words in counts.items()]
+    if row["resumed"]:
+        told.append(f"{row['resumed']} streams went on after {row['resume_gap_p50_s']} s")
+    if row["errors"]:
+        told.append(escape(row["errors"][0]))
+    return f"{verdict}: {', '.join(told)}"
+
+
+def _keep(rows: Sequence[Row], left: int | None, seed: int, out: Path) -> None:
+    write(out, {"processes_left": left, "rows": list(rows), "provenance": provenance(seed)})
+
+
+def _table(rows: Sequence[Row]) -> Table:
+    table = Table(title="what breaks, and what clients see", title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("scenario", no_wrap=True)
+    for name in ("in flight", "errors", "turned away", "wrong tokens", "noticed s", "resumed", "gap p50 s",
+                 "gap p99 s", "blocks left", "processes left", ""):  # fmt: skip
+        table.add_column(name, justify="right")
+    names = ("in_flight", "client_errors", "turned_away", "wrong_tokens", "detection_s", "resumed",
+             "resume_gap_p50_s", "resume_gap_p99_s", "blocks_leaked", "processes_left")  # fmt: skip
+    for row in rows:
+        cells = ["-" if row.get(name) is None else str(row[name]) for name in names]
+        table.add_row(row["name"], *cells, "[green]yes[/]" if row["as_promised"] else "[red]no[/]")
+    return table

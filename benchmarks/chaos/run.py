@@ -1,0 +1,208 @@
+"""One scenario after another on a live cluster: the fault, what clients were told, and what was left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import signal
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks.chaos.clients import Answer, Clients
+from benchmarks.chaos.cluster import Cluster, Node, Watched, send
+from benchmarks.chaos.scenarios import Load, Scenario
+from engine.errors import SlosserveError
+
+Row = dict[str, Any]
+WARM_S = 2.0  # of load before the fault
+AFTER_S = 3.0  # of load after it, at least
+SLOW_S = 0.1  # by turns stopped and going
+FLOOD = 400
+LEAVERS = 6  # clients that go away, at a time
+MOMENTS: dict[str, Callable[[Node], bool]] = {
+    "any": lambda node: True,
+    "prefilling": lambda node: int(node["requests"]) > int(node["leases"]),
+    "offering": lambda node: int(node["leases"]) > 0,
+    "decoding": lambda node: int(node["running"]) > 0,
+}
+
+
+class Chaos:
+    """Puts faults into a cluster. `lease_s`: after so long no KV may be left in use."""
+
+    def __init__(self, cluster: Cluster, model: str, seed: int, lease_s: float) -> None:
+        self._cluster = cluster
+        self._model = model
+        self._seed = seed
+        self._lease_s = lease_s
+        self._alone: dict[Load, list[list[int]]] = {}
+        self._gone: set[str] = set()  # endpoints that were killed
+
+    async def run(self, scenario: Scenario) -> Row:
+        """One scenario. Raises SlosserveError where it cannot be carried out, or a node does not come back."""
+        await self._cluster.well()
+        urls = [url for url in self._cluster.urls if url not in self._gone]
+        clients = Clients(urls, self._model, scenario.load, self._seed)
+        try:
+            return await self._run(scenario, clients)
+        finally:
+            await clients.close()
+
+    async def _run(self, scenario: Scenario, clients: Clients) -> Row:
+        if scenario.load not in self._alone:
+            self._alone[scenario.load] = await clients.alone()
+            clients.answers.clear()
+        blocks_before = await self._cluster.idle(self._lease_s)
+        watched = Watched()
+        watching = asyncio.create_task(self._cluster.watch(watched))
+        clients.start()
+        await asyncio.sleep(WARM_S)
+        try:
+            victim, struck_s, under_way = await self._strike(scenario, clients)
+            await asyncio.sleep(AFTER_S)
+            well_s = await self._cluster.well()
+        finally:
+            answers = await clients.stop()
+            watching.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await watching
+        blocks_after = await self._cluster.idle(self._lease_s + 5.0)
+        detected_s = watched.lost_s.get(victim)
+        return {
+            "name": scenario.name,
+            "contract": scenario.contract,
+            "victim": victim,
+            "in_flight": under_way,
+            "requests": len(answers),
+            **self._judged(scenario, answers),
+            **await self._gaps(answers),
+            "detection_s": None if detected_s is None else round(detected_s - struck_s, 3),
+            "well_again_s": round(well_s, 1),
+            "blocks_before": blocks_before,
+            "blocks_after": blocks_after,
+            "blocks_leaked": blocks_after - blocks_before,
+        }
+
+    # ---- what is told ------------------------------------------------------------------------------------
+
+    def _judged(self, scenario: Scenario, answers: Sequence[Answer]) -> Row:
+        """Answers against what the same prompts got while nothing was broken."""
+        alone = self._alone[scenario.load]
+        failed = [answer for answer in answers if answer.error is not None]
+        turned_away = [one for one in failed if one.status in scenario.allowed and one.retry_after is not None]
+        cut_off = [one for one in failed if one.url in self._gone]
+        errors = [one for one in failed if one not in turned_away and one not in cut_off]
+        wrong = sum(
+            sum(said != right for said, right in zip(answer.tokens, alone[answer.prompt], strict=False))
+            + max(len(answer.tokens) - len(alone[answer.prompt]), 0)
+            for answer in answers
+        )
+        return {
+            "client_errors": len(errors),
+            "errors": sorted({f"{one.status}: {one.error}" for one in errors})[:5],
+            "turned_away": len(turned_away),
+            "cut_off": len(cut_off),
+            "wrong_tokens": wrong,
+            "tokens": sum(len(answer.tokens) for answer in answers),
+        }
+
+    async def _gaps(self, answers: Sequence[Answer]) -> Row:
+        """Between two tokens of a stream that went on elsewhere, by the endpoints' own records."""
+        gaps_s: list[float] = []
+        for answer in answers:
+            if answer.request_id is not None and answer.url not in self._gone:
+                record = await self._cluster.record(answer.url, answer.request_id)
+                gaps_s += (record or {}).get("gaps_s") or []
+        quantiles = np.quantile(gaps_s, (0.5, 0.99)) if gaps_s else (None, None)
+        names = ("resume_gap_p50_s", "resume_gap_p99_s")
+        rounded = (None if quantile is None else round(float(quantile), 3) for quantile in quantiles)
+        return {"resumed": len(gaps_s), **dict(zip(names, rounded, strict=True))}
+
+    # ---- what is done ------------------------------------------------------------------------------------
+
+    async def _strike(self, scenario: Scenario, clients: Clients) -> tuple[str, float, int]:
+        """The fault: who was struck, when, and how many requests were under way then."""
+        actions: dict[str, Callable[[Scenario, Clients], Awaitable[tuple[str, float, int]]]] = {
+            "kill": self._signal,
+            "stop": self._signal,
+            "slow": self._slow,
+            "hang up": self._hang_up,
+            "kill coordinator": self._kill_coordinator,
+            "kill endpoint": self._kill_endpoint,
+            "flood": self._flood,
+            "rebalance": self._rebalance,
+        }
+        return await actions[scenario.action](scenario, clients)
+
+    async def _victim(self, scenario: Scenario) -> Node:
+        return await self._cluster.strike(scenario.role, MOMENTS[scenario.moment])
+
+    async def _signal(self, scenario: Scenario, clients: Clients) -> tuple[str, float, int]:
+        node = await self._victim(scenario)
+        number = signal.SIGKILL if scenario.action == "kill" else signal.SIGSTOP
+        send(node["pid"], number)
+        struck_s, under_way = time.monotonic(), clients.under_way()
+        if scenario.action == "stop":
+            await asyncio.sleep(scenario.seconds)
+            send(node["pid"], signal.SIGCONT)
+        return node["name"], struck_s, under_way
+
+    async def _slow(self, scenario: Scenario, clients: Clients) -> tuple[str, float, int]:
+        node = await self._victim(scenario)
+        struck_s, under_way = time.monotonic(), clients.under_way()
+        while time.monotonic() - struck_s < scenario.seconds:
+            send(node["pid"], signal.SIGSTOP)
+            await asyncio.sleep(SLOW_S)
+            send(node["pid"], signal.SIGCONT)
+            await asyncio.sleep(SLOW_S)
+        return node["name"], struck_s, under_way
+
+    async def _hang_up(self, scenario: Scenario, clients: Clients) -> tuple[str, float, int]:
+        struck_s, under_way, numbers = time.monotonic(), clients.under_way(), random.Random(self._seed)
+        while time.monotonic() - struck_s < scenario.seconds:
+            url = numbers.choice([url for url in self._cluster.urls if url not in self._gone])
+            leaving = [
+                clients.ask(numbers.randrange(len(self._alone[scenario.load])), url, numbers.expovariate(4.0))
+                for _ in range(LEAVERS)
+            ]
+            await asyncio.gather(*leaving)
+        return "clients", struck_s, under_way
+
+    async def _kill_coordinator(self, scenario: Scenario, clients: Clients) -> tuple[str, float, int]:
+        process = self._cluster.process
+        send(process.pids["coordinator"], signal.SIGKILL)
+        struck_s, under_way = time.monotonic(), clients.under_way()
+        await asyncio.to_thread(process.restart_coordinator)
+        return "coordinator", struck_s, under_way
+
+    async def _kill_endpoint(self, scenario: Scenario, clients: Clients) -> tuple[str, float, int]:
+        if len(self._cluster.urls) - len(self._gone) < 2:
+            raise SlosserveError("one endpoint must be left: give endpoint.count 2 or more")
+        label = f"endpoint-{len(self._cluster.urls) - 1}"
+        self._gone.add(self._cluster.urls[-1])
+        send(self._cluster.process.pids[label], signal.SIGKILL)
+        return label, time.monotonic(), clients.under_way()
+
+    async def _flood(self, scenario: Scenario, clients: Clients) -> tuple[str, float, int]:
+        struck_s, under_way = time.monotonic(), clients.under_way()
+        asked = [clients.ask(n % len(self._alone[scenario.load]), self._cluster.urls[0]) for n in range(FLOOD)]
+        await asyncio.gather(*asked)
+        return "cluster", struck_s, under_way
+
+    async def _rebalance(self, scenario: Scenario, clients: Clients) -> tuple[str, float, int]:
+        struck_s, under_way = time.monotonic(), clients.under_way()
+        nodes = (await self._cluster.nodes()).values()
+        sizes = {role: sum(node["role"] == role for node in nodes) for role in ("prefill", "decode", "mixed")}
+        total = len(nodes)
+        others = ({"prefill": 1, "decode": total - 1}, {"prefill": 0, "decode": 0, "mixed": total})
+        turn = 0
+        while time.monotonic() - struck_s < scenario.seconds:
+            await self._cluster.set_pools(**others[turn % len(others)])
+            turn += 1
+            await asyncio.sleep(0.7)
+        await self._cluster.set_pools(**sizes)
+        return "roles", struck_s, under_way
