@@ -1,0 +1,44 @@
+"""The part of RESULTS.md about what breaks: a row for each line of the failure contract."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report.markdown import NOTHING, table
+
+Row = Mapping[str, Any]
+
+
+def chaos(file: Row, _: Path) -> list[str]:
+    """What clients saw, and what was left."""
+    text = (
+        "Clients ask again and again at temperature 0 while a part of the cluster fails; their tokens are "
+        "compared with those of the same prompts while nothing is broken. A gap is between two tokens of a "
+        "stream whose node was lost in between. Turned away: with 429 or 503 and Retry-After, where the "
+        "contract has it; cut off: clients of an endpoint that died."
+    )
+    headings = ["", "in flight", "errors", "turned away", "cut off", "wrong tokens", "noticed after"]
+    headings += ["went on elsewhere", "gap p50", "gap p99", "KV blocks left", "as promised"]
+    left = file["processes_left"]
+    processes = "" if left is None else f"Processes left when the cluster was down: {left}."
+    return [text, table(headings, [_row(row) for row in file["rows"]]), processes]
+
+
+def _row(row: Row) -> list[str]:
+    counts = [str(row[key]) for key in ("in_flight", "client_errors", "turned_away", "cut_off", "wrong_tokens")]
+    return [
+        row["contract"],
+        *counts,
+        _seconds(row["detection_s"]),
+        str(row["resumed"]),
+        _seconds(row["resume_gap_p50_s"]),
+        _seconds(row["resume_gap_p99_s"]),
+        str(row["blocks_leaked"]),
+        "yes" if row["as_promised"] else "**no**",
+    ]
+
+
+def _seconds(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:.2f} s"
