@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any, Protocol
@@ -10,7 +9,6 @@ from typing import Any, Protocol
 from kv_transfer.base import Link, Pull
 from kv_transfer.link import LinkTable
 
-REMEMBERED_PULLS = 1024
 Pair = tuple[str, str]
 
 
@@ -100,7 +98,7 @@ class MeasuredLinks:
         self._table = LinkTable()
         self._engine_of: dict[str, str] = {}
         self._errors: dict[Pair, str] = {}
-        self._seen: deque[tuple[str, str]] = deque(maxlen=REMEMBERED_PULLS)
+        self._seen: dict[str, frozenset[str]] = {}  # by target: pulls of its last report
         self._by_name: dict[Pair, Link] = {}
 
     def node_is(self, name: str, engine_id: str) -> None:
@@ -142,12 +140,15 @@ class MeasuredLinks:
 
     def observe(self, target: str, pulls: Iterable[Pull]) -> None:
         """Learn from pulls into a node. Reports repeat the last ones: each counts once."""
-        new = [pull for pull in pulls if (target, pull.request_id) not in self._seen]
+        told = list(pulls)
+        seen = self._seen.get(target, frozenset())
+        new = [pull for pull in told if pull.request_id not in seen]
+        if not new:
+            return
+        self._seen[target] = frozenset(pull.request_id for pull in told)
         for pull in new:
-            self._seen.append((target, pull.request_id))
             self._table.observe(self._engine_of[target], pull)
-        if new:
-            self._refresh()
+        self._refresh()
 
     def by_name(self) -> Mapping[Pair, Link]:
         """The link of each pair of nodes."""

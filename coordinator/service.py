@@ -58,6 +58,7 @@ from engine.request import RoleName
 logger = logging.getLogger(__name__)
 
 TURN_S = 0.1
+LATE_S = 0.5  # of a turn: worth a line in the log
 CALL_TIMEOUT_S = 10.0
 RETRY_LINKS_EVERY_S = 30.0
 ENDPOINT_FORGOTTEN_S = 5.0
@@ -250,7 +251,11 @@ class Coordinator:
 
     async def _upkeep(self) -> None:
         while True:
+            slept_s = time.monotonic()
             await asyncio.sleep(TURN_S)
+            late_s = time.monotonic() - slept_s - TURN_S
+            if late_s > LATE_S:
+                logger.warning("this process did not get to run for %.1f s: what it is asked waits", late_s)
             try:
                 self._untold_turns += 1
                 turns = min(len(self._mirrors) // NODES_TOLD_A_TURN + 1, MOST_TURNS_UNTOLD)

@@ -76,6 +76,7 @@ class Chaos:
             "name": scenario.name,
             "contract": scenario.contract,
             "victim": victim,
+            "struck_at_s": round(time.time() - (time.monotonic() - struck_s), 3),
             "in_flight": under_way,
             "requests": len(answers),
             **self._judged(scenario, answers),

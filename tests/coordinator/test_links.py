@@ -44,6 +44,24 @@ def test_a_link_that_turns_slow_is_learned_from_its_pulls_each_once() -> None:
     assert 0.5e7 < learned.bytes_per_s < 2e7
 
 
+def test_pulls_of_many_nodes_are_learned_from_once_each_however_often_they_are_told() -> None:
+    names = [f"n{number}" for number in range(40)]
+    links = MeasuredLinks()
+    for name in names:
+        links.node_is(name, f"engine-{name}")
+    links.measured([Link("engine-n0", f"engine-{name}", 1e-4, 1e9) for name in names[1:]])
+    told = {
+        name: [Pull(f"{name}-{turn}", "engine-n0", PullOutcome.PULLED, 10_000_000, 0.02) for turn in range(64)]
+        for name in names[1:]
+    }
+    for name, pulls in told.items():
+        links.observe(name, pulls)
+    learned = dict(links.by_name())
+    for name, pulls in told.items():
+        links.observe(name, pulls)
+    assert links.by_name() == learned
+
+
 def test_given_links_are_there_for_any_pair_and_ask_for_no_probe() -> None:
     links = GivenLinks(0.001, 1e9)
     links.node_is("p", "p-1")
