@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from coordinator.config import SloClass
 from coordinator.endpoint.loops import ToolCallSeen
 from coordinator.endpoint.slo import HEADER_FIELDS, Asked, read_asked
-from engine.errors import SlosserveError
+from engine.errors import NoCapacity, SlosserveError
 
 GENERATE_PATHS = (
     "/v1/chat/completions",
@@ -72,12 +72,24 @@ def current() -> RequestContext:
 class RequestContextMiddleware:
     """Makes the context, and puts refusals and headers into the response.
 
-    Where there is an `api_key`, the body of a request without it is not read: the front turns it away.
+    Where there is an `api_key`, the body of a request without it is not read: the front turns it away. Nor is
+    that of one that comes while `most_open` are being answered: under a flood reading alone would hold up the
+    tokens of those. `turned_away` is told of it.
     """
 
-    def __init__(self, app: ASGIApp, classes: Mapping[str, SloClass], api_key: str | None = None) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        classes: Mapping[str, SloClass],
+        api_key: str | None = None,
+        most_open: int | None = None,
+        turned_away: Callable[[RequestContext], None] = lambda context: None,
+    ) -> None:
         self._app = app
         self._classes = classes
+        self._most_open = most_open
+        self._turned_away = turned_away
+        self._open = 0
         self._bearer = None if api_key is None else f"Bearer {api_key}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -87,6 +99,25 @@ class RequestContextMiddleware:
             await self._app(scope, receive, send)
             return
         arrived_s = time.monotonic()
+        if self._most_open is not None and self._open >= self._most_open:
+            await self._turn_away(RequestContext(arrived_s, self._asked(scope, b"")), send)
+            return
+        self._open += 1
+        try:
+            await self._answer(arrived_s, scope, receive, send)
+        finally:
+            self._open -= 1
+
+    async def _turn_away(self, context: RequestContext, send: Send) -> None:
+        full = NoCapacity(
+            f"{self._open} requests are in flight here, of {self._most_open} at most (endpoint.max_waiting)",
+            reason="endpoint_full",
+            retry_after_s=1.0,
+        )
+        self._turned_away(context)
+        await send_refusal(full, context, send)
+
+    async def _answer(self, arrived_s: float, scope: Scope, receive: Receive, send: Send) -> None:
         messages, body = await _read_body(receive)
         context = RequestContext(arrived_s, self._asked(scope, body), _session_id(scope))
         if context.asked.malformed:
@@ -182,10 +213,10 @@ class _Response:
             return  # decided, but the first token may still fail: its error has a status of its own
         if self._context.error is not None:
             self._refused = True
-            await self._send_refusal(self._context.error)
+            await send_refusal(self._context.error, self._context, self._send)
             return
         self._started = True
-        start["headers"] = [*start.get("headers", ()), *self._extra_headers()]
+        start["headers"] = [*start.get("headers", ()), *_extra_headers(self._context)]
         for kept in self._kept:
             await self._pass_on(kept)
 
@@ -194,24 +225,26 @@ class _Response:
             self._context.answer.read(message.get("body", b""))
         await self._send(message)
 
-    def _extra_headers(self) -> list[tuple[bytes, bytes]]:
-        return [
-            (name.encode("latin-1"), value.encode("latin-1", "replace"))
-            for name, value in self._context.headers.items()
-        ]
 
-    async def _send_refusal(self, error: SlosserveError) -> None:
-        body = json.dumps(error_body(error)).encode()
-        headers = [
-            (b"content-type", b"application/json"),
-            (b"content-length", str(len(body)).encode()),
-            (b"x-slosserve-reason", error.reason.encode()),
-            *self._extra_headers(),
-        ]
-        if error.retry_after_s is not None:
-            headers.append((b"retry-after", str(max(1, round(error.retry_after_s))).encode()))
-        await self._send({"type": "http.response.start", "status": error.http_status, "headers": headers})
-        await self._send({"type": "http.response.body", "body": body})
+def _extra_headers(context: RequestContext) -> list[tuple[bytes, bytes]]:
+    return [
+        (name.encode("latin-1"), value.encode("latin-1", "replace")) for name, value in context.headers.items()
+    ]
+
+
+async def send_refusal(error: SlosserveError, context: RequestContext, send: Send) -> None:
+    """An error as a whole response: its status, its reason, and when to come back."""
+    body = json.dumps(error_body(error)).encode()
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+        (b"x-slosserve-reason", error.reason.encode()),
+        *_extra_headers(context),
+    ]
+    if error.retry_after_s is not None:
+        headers.append((b"retry-after", str(max(1, round(error.retry_after_s))).encode()))
+    await send({"type": "http.response.start", "status": error.http_status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
 
 
 def _is_stream(message: Message) -> bool:

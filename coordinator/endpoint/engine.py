@@ -135,7 +135,7 @@ class ClusterEngine(TextEngineClient):
             raise VLLMValidationError(str(error)) from error
         except SlosserveError as error:
             context.decide(error)
-            self._count_turned_away(context)
+            self.turned_away_at_door(context)
             raise _http_error(error) from error
         request = self.input_processor.process_inputs(
             request_id,
@@ -466,7 +466,8 @@ class ClusterEngine(TextEngineClient):
             self.metrics.gaps.observe(gap_s)
         self._remember(journey, flight, finished)
 
-    def _count_turned_away(self, context: RequestContext) -> None:
+    def turned_away_at_door(self, context: RequestContext) -> None:
+        """Count a request that was refused before it became one."""
         finished = turned_away(context.asked)
         self._coordinator.send(finished)
         self.metrics.count(finished, finished.verdict)
@@ -500,7 +501,7 @@ class ClusterEngine(TextEngineClient):
             self._check_room(n)
         except SlosserveError as error:
             current().decide(error)
-            self._count_turned_away(current())
+            self.turned_away_at_door(current())
             raise _http_error(error) from error
 
     def close_session(self, session: str) -> None:

@@ -91,7 +91,10 @@ async def serve(run_dir: Path, index: int) -> None:
         stuck_limit_s=config.timeouts.stuck_step_s,
     )
     engine.connect(links, await _idle_cost(coordinator))
-    await _listen(RequestContextMiddleware(app, config.slo_classes, config.endpoint.api_key), config, index)
+    most_open = config.endpoint.max_waiting
+    at_door = engine.turned_away_at_door
+    front = RequestContextMiddleware(app, config.slo_classes, config.endpoint.api_key, most_open, at_door)
+    await _listen(front, config, index)
     engine.shutdown()
     coordinator.close()
     context.destroy(linger=0)

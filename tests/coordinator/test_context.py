@@ -3,6 +3,7 @@ makes a response wait for ever."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
@@ -69,6 +70,43 @@ async def test_a_refused_stream_becomes_a_429_with_retry_after() -> None:
     assert start["status"] == 429
     assert (b"retry-after", b"3") in start["headers"]
     assert json.loads(body["body"])["error"]["code"] == "slo_unattainable"
+
+
+async def test_a_flood_is_turned_away_before_it_is_read_and_counted_by_what_its_headers_ask() -> None:
+    going, away = asyncio.Event(), []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await going.wait()
+        await send(START | {"headers": []})
+        await send(_body(b"{}", more=False))
+
+    front = RequestContextMiddleware(app, CLASSES, None, 2, away.append)
+    read = 0
+
+    async def request(headers: list[tuple[bytes, bytes]]) -> list[Any]:
+        sent: list[Any] = []
+
+        async def receive() -> Any:
+            nonlocal read
+            read += 1
+            return {"type": "http.request", "body": b"{}", "more_body": False}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        await front({"type": "http", "path": "/v1/completions", "headers": headers}, receive, send)
+        return sent
+
+    first = [asyncio.create_task(request([])) for _ in range(2)]
+    await asyncio.sleep(0)
+    start, body = await request([(b"x-llm-d-slo-ttft-ms", b"100")])
+    assert (start["status"], read) == (503, 2)
+    assert (b"retry-after", b"1") in start["headers"]
+    assert json.loads(body["body"])["error"]["code"] == "endpoint_full"
+    assert [context.asked.empty for context in away] == [False]
+    going.set()
+    assert [(await one)[0]["status"] for one in first] == [200, 200]
+    assert (await request([]))[0]["status"] == 200, "those that are over make room"
 
 
 async def test_a_route_that_speaks_before_it_asks_is_not_waited_for() -> None:
