@@ -72,9 +72,9 @@ def current() -> RequestContext:
 class RequestContextMiddleware:
     """Makes the context, and puts refusals and headers into the response.
 
-    Where there is an `api_key`, the body of a request without it is not read: the front turns it away. Nor is
-    that of one that comes while `most_open` are being answered: under a flood reading alone would hold up the
-    tokens of those. `turned_away` is told of it.
+    Where there is an `api_key`, the body of a request without it is not read: the front turns it away. One
+    that comes while `most_open` are being answered is turned away before anybody looks into its body: under a
+    flood that alone would hold up the tokens of those. `turned_away` is told of it.
     """
 
     def __init__(
@@ -100,6 +100,7 @@ class RequestContextMiddleware:
             return
         arrived_s = time.monotonic()
         if self._most_open is not None and self._open >= self._most_open:
+            await _skip_body(receive)
             await self._turn_away(RequestContext(arrived_s, self._asked(scope, b"")), send)
             return
         self._open += 1
@@ -172,6 +173,14 @@ async def _read_body(receive: Receive) -> tuple[list[Message], bytes]:
         parts.append(part)
         if message["type"] != "http.request" or not message.get("more_body") or size > MAX_PEEK_BYTES:
             return messages, b"".join(parts)
+
+
+async def _skip_body(receive: Receive) -> None:
+    """To its end: a client that is answered while it still sends may see no answer but a broken connection."""
+    while True:
+        message = await receive()
+        if message["type"] != "http.request" or not message.get("more_body"):
+            return
 
 
 def _replay(messages: list[Message], receive: Receive) -> Receive:
