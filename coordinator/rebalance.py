@@ -40,8 +40,7 @@ class Change:
 
 
 class Rebalancer:
-    """Roles of the nodes of `mirrors`. `set_role` asks a node and gives its answer; `changed` is called after
-    it.
+    """Roles of the nodes of `mirrors`. `set_role` asks a node and gives its answer, then `changed` is called.
 
     `lacked` counts requests that a pool had no room for, and is cleared at the end of each window. `wanted`:
     the role each node is to have, for when it begins anew.
@@ -108,8 +107,7 @@ class Rebalancer:
         return change
 
     def state(self) -> dict[str, Any]:
-        """What `/cluster` shows: whether pools follow the load, what was decided last, and the changes so
-        far."""
+        """What `/cluster` shows: whether pools follow the load, the last decision, and the changes so far."""
         return {
             "follow_load": self.follows,
             "says": self._policy.says if self.follows else "sizes are as they were set",

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import httpx
 
 from benchmarks.chaos.scenarios import Load
+from engine.errors import SlosserveError
 
 TIMEOUT_S = 120.0
 PROMPTS = 12  # different ones, asked again and again
@@ -62,7 +63,7 @@ class Clients:
         answers = [await self.ask(at, self._urls[0]) for at in range(PROMPTS)]
         wrong = [answer.error for answer in answers if answer.error is not None]
         if wrong:
-            raise RuntimeError(f"a request failed while nothing was broken: {wrong[0]}")
+            raise SlosserveError(f"a request failed while nothing was broken: {wrong[0]}")
         return [answer.tokens for answer in answers]
 
     def start(self) -> None:

@@ -64,6 +64,8 @@ def chaos(
     chosen = _chosen(only)
     asked = SETTINGS | {"pools.prefill": prefill, "pools.decode": decode}
     loaded = load_config(config, asked)
+    if loaded.engines == "virtual":
+        raise ConfigError("virtual nodes share a process: give a configuration with real engines")
     rows: list[Row] = []
     try:
         with show_progress(console, "starting the cluster") as progress:

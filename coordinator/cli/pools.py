@@ -74,7 +74,7 @@ def rebalance(
     wanted = {"prefill": prefill, "decode": decode, "mixed": mixed}
     before = _roles(cluster.cluster())
     answer = cluster.set_pools(prefill, decode, mixed, dry_run=dry_run)
-    state = _settled(cluster, answer, timeout_s if wait else PAUSE_TOLD_S, wait)
+    state = _settled(cluster, answer, timeout_s if wait else None)
     read_back = _roles(state)
     # A dry run must change nothing; otherwise believe the nodes, not the answer.
     matches = read_back == before if dry_run else _sizes(read_back) == wanted
@@ -97,29 +97,33 @@ def rebalance(
 
 
 def _settled(
-    cluster: ClusterClient, answer: Mapping[str, Any], timeout_s: float, wait: bool
+    cluster: ClusterClient, answer: Mapping[str, Any], drained_within_s: float | None
 ) -> Mapping[str, Any]:
-    """The cluster once nodes have told of their pause; with `wait`, once they are done with what was there."""
+    """The cluster once nodes have told of their pause, or had none to tell of soon; if they are waited for,
+    once they are done with what was there. Raises NoCapacity with what is left if that takes too long.
+    """
     changed = {flip["node"] for flip in answer.get("flips", ())}
     busy = {change["node"] for change in answer.get("changes", ()) if change["requests"]}
-    deadline_s = time.monotonic() + timeout_s
+    began_s = time.monotonic()
     while True:
         state = cluster.cluster()
         nodes = [node for node in state["nodes"] if node["name"] in changed]
+        waited_s = time.monotonic() - began_s
         untold = any(node["name"] in busy and node.get("role_pause_ms") is None for node in nodes)
-        if not untold and not (wait and any(node.get("of_former_role") for node in nodes)):
+        left = {node["name"]: node["of_former_role"] for node in nodes if node.get("of_former_role")}
+        drained = drained_within_s is None or not left
+        if drained and (not untold or waited_s > PAUSE_TOLD_S):
             return state
-        if time.monotonic() > deadline_s:
-            if not wait:
-                return state  # it had nothing to do by then that could have paused
-            left = {node["name"]: node.get("of_former_role") for node in nodes}
-            raise NoCapacity(f"after {timeout_s:g} s nodes still serve what is of their former role: {left}")
+        if drained_within_s is not None and left and waited_s > drained_within_s:
+            raise NoCapacity(
+                f"after {drained_within_s:g} s nodes still serve what is of their former role: {left}. They go"
+                " on with it; give --wait a longer --timeout-s, or look at `slosserve status`."
+            )
         time.sleep(POLL_S)
 
 
 def _pauses_ms(state: Mapping[str, Any], answer: Mapping[str, Any]) -> dict[str, float | None]:
-    """Between the batches before and after the change, of each node that changed; None where nothing went
-    on."""
+    """Between the batches around the change, of each node that changed; None where nothing went on."""
     changed = {flip["node"] for flip in answer.get("flips", ())}
     return {node["name"]: node.get("role_pause_ms") for node in state["nodes"] if node["name"] in changed}
 

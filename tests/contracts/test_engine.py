@@ -276,16 +276,9 @@ def test_a_work_that_goes_on_computes_what_was_said_behind_kv_that_did_not_come(
 ) -> None:
     item = make("whole", 90)
     whole = Drive(engine).submit(item).run().tokens["whole"]
-    drive = Drive(engine).submit(make("offer", 90, offer_kv=True))
-    while "offer" not in drive.finished:
-        drive.step()
-    offered = drive.finished["offer"].handoff
-    assert offered is not None
-    engine.cancel(["offer"])
-    drive.run()
-    assert engine.reset_prefix_cache()
+    offered = _taken_back(engine, make("offer", 90, offer_kv=True))
     rest = replace(item, work_id="rest", said_token_ids=whole[:3], pull_deadline_s=0.5)
-    drive.submit(replace(rest, handoff=_from_nowhere(offered)))
+    drive = Drive(engine).submit(replace(rest, handoff=_from_nowhere(offered)))
     while engine.has_work():
         drive.step()
     engine.kv.take_pulls()
@@ -354,22 +347,28 @@ def test_offered_kv_stays_until_it_is_released(engine: Engine, make: Callable[..
 
 def test_a_handoff_that_cannot_be_pulled_is_computed_anew(engine: Engine, make: Callable[..., Work]) -> None:
     alone = Drive(engine).submit(make("alone", 100)).run().tokens["alone"]
-    drive = Drive(engine).submit(make("a", 100, offer_kv=True))
-    while "a" not in drive.finished:
-        drive.step()
-    offered = drive.finished["a"].handoff
-    assert offered is not None
-    engine.cancel(["a"])
-    drive.run()
-    assert engine.reset_prefix_cache()
+    offered = _taken_back(engine, make("a", 100, offer_kv=True))
     gone = _from_nowhere(offered)
-    drive.submit(make("b", 100, handoff=gone, pull_deadline_s=0.5))
+    drive = Drive(engine).submit(make("b", 100, handoff=gone, pull_deadline_s=0.5))
     while engine.has_work():
         drive.step()
     assert drive.tokens["b"] == alone
     (pull,) = engine.kv.take_pulls()
     assert pull.request_id == "b"
     assert pull.outcome in (PullOutcome.FAILED, PullOutcome.LATE)
+
+
+def _taken_back(engine: Engine, work: Work) -> Handoff:
+    """An offer whose lease is over, and of which no KV is left."""
+    drive = Drive(engine).submit(work)
+    while work.work_id not in drive.finished:
+        drive.step()
+    offered = drive.finished[work.work_id].handoff
+    assert offered is not None
+    engine.cancel([work.work_id])
+    drive.run()
+    assert engine.reset_prefix_cache()
+    return offered
 
 
 def _from_nowhere(offered: Handoff) -> Handoff:
