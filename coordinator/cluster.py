@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.config import ClusterConfig
-from engine.errors import EngineStartError, NodeLost, SlosserveError
+from engine.errors import EngineStartError, NoCapacity, NodeLost, SlosserveError
 from engine.request import RoleName
 
 LOOPBACK = "127.0.0.1"
@@ -24,7 +24,7 @@ ROLES = {
     "mixed": "decode_node.role:MixedRole",
 }
 ACTOR = "engine.actor:NodeActor"
-MAX_RESTARTS = 3
+MAX_RESTARTS = -1  # however often: coordinator/revival.py decides when an engine is started again
 # start() blocks while the engine loads; log_tail() and stop() must get through.
 CONCURRENT_CALLS = 4
 
@@ -147,6 +147,22 @@ def list_nodes(config: ClusterConfig) -> list[NodeRef]:
     rows = ray.util.list_named_actors(all_namespaces=True)
     names = sorted(row["name"] for row in rows if row["namespace"] == namespace(config))
     return [node for node in (find_node(config, name) for name in names) if node is not None]
+
+
+def check_room(config: ClusterConfig, nodes: int) -> None:
+    """Raise NoCapacity if what is free in Ray is not enough for so many more nodes."""
+    import ray
+
+    free = ray.available_resources()
+    wanted = {"CPU": config.engine.num_cpus * nodes, "GPU": config.engine.num_gpus * nodes}
+    short = [f"{free.get(kind, 0):g} {kind}" for kind, count in wanted.items() if count > free.get(kind, 0)]
+    if short:
+        asked = " and ".join(f"{count:g} {kind}" for kind, count in wanted.items() if count)
+        raise NoCapacity(
+            f"Ray has {', '.join(short)} free, and {nodes} more nodes take {asked}. Join another host to it"
+            " (`ray start --address=...`), or lower engine.num_cpus.",
+            reason="no_room",
+        )
 
 
 def kill_node(node: NodeRef) -> None:

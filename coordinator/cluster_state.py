@@ -10,6 +10,8 @@ from coordinator.mirror import NodeMirror
 from engine.messages import Report
 from engine.request import RoleName, WorkKind
 
+LEAVING = "leaving"
+
 
 def node_state(mirror: NodeMirror, now_s: float) -> dict[str, Any]:
     """A node: its role and state, what it holds and does, and what its steps cost."""
@@ -17,7 +19,7 @@ def node_state(mirror: NodeMirror, now_s: float) -> dict[str, Any]:
     described: dict[str, Any] = {
         "name": mirror.name,
         "role": str(mirror.role),
-        "state": mirror.state,
+        "state": LEAVING if mirror.leaving else mirror.state,
         "address": mirror.address,
         "placed": len(mirror.placed),
     }

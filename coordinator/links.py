@@ -18,6 +18,9 @@ class KnownLinks(Protocol):
     def node_is(self, name: str, engine_id: str) -> None:
         """The engine that a node is now."""
 
+    def forget(self, name: str) -> None:
+        """A node is gone for good."""
+
     def unmeasured(self, names: Iterable[str]) -> list[Pair]:
         """Pairs of these nodes, source and target, that are still to be probed."""
 
@@ -66,6 +69,9 @@ class GivenLinks:
     def node_is(self, name: str, engine_id: str) -> None:
         """Its links are those of any other."""
 
+    def forget(self, name: str) -> None:
+        """Nothing is known of it alone."""
+
     def unmeasured(self, names: Iterable[str]) -> list[Pair]:
         """None."""
         return []
@@ -103,12 +109,17 @@ class MeasuredLinks:
 
     def node_is(self, name: str, engine_id: str) -> None:
         """The engine that a node is now."""
-        old = self._engine_of.get(name)
-        if old == engine_id:
+        if self._engine_of.get(name) == engine_id:
             return
-        if old is not None:
-            self._table.drop(old)
+        self.forget(name)
         self._engine_of[name] = engine_id
+
+    def forget(self, name: str) -> None:
+        """A node is gone for good, or is another engine now."""
+        engine_id = self._engine_of.pop(name, None)
+        if engine_id is not None:
+            self._table.drop(engine_id)
+        self._seen.pop(name, None)
         self._errors = {pair: text for pair, text in self._errors.items() if name not in pair}
         self._refresh()
 

@@ -35,7 +35,8 @@ class Placement:
 class NodeMirror:
     """One node as the coordinator sees it. Times are on the coordinator's clock.
 
-    `requests` are here or on their way here; `tightest_s` is the tightest pace promised here, without end if
+    `leaving`: it is given nothing new, and ended once it has nothing left. `requests` are here or on their way
+    here; `tightest_s` is the tightest pace promised here, without end if
     none is. Both are kept and not counted when asked for: placement looks at every node for every request.
     """
 
@@ -45,6 +46,7 @@ class NodeMirror:
     report: Report | None = None
     reported_s: float = 0.0
     state: str = "starting"
+    leaving: bool = False
     overflow_z: float = OVERFLOW_Z
     requests: int = 0
     tightest_s: float = math.inf
@@ -116,7 +118,7 @@ class NodeMirror:
     @property
     def serving(self) -> bool:
         """Whether work can be placed here."""
-        return self.state == "ready" and self.report is not None
+        return self.state == "ready" and self.report is not None and not self.leaving
 
     def welcomes_pace(self, tpot_s: float) -> bool:
         """Whether a promise at this pace tightens nothing: one as tight is kept here already, or none is."""

@@ -14,12 +14,23 @@ import json
 import logging
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import zmq.asyncio  # noqa: F401 - before uvloop takes over the event loop
 
-from coordinator.cluster import LOOPBACK, ROLES, NodeRef, connect, list_nodes, node_names, start_node
+from coordinator.cluster import (
+    LOOPBACK,
+    ROLES,
+    NodeRef,
+    check_room,
+    connect,
+    kill_node,
+    list_nodes,
+    node_names,
+    start_node,
+)
 from coordinator.config import ClusterConfig
 from coordinator.decider import Decider
 from coordinator.endpoint.links import ADDRESS_FILE
@@ -31,6 +42,8 @@ from engine.errors import SlosserveError
 from engine.request import RoleName
 
 logger = logging.getLogger(__name__)
+
+NODES_FILE = "nodes.json"  # the nodes that are wanted, once they are not those of the configuration
 
 
 def say(event: str, **details: Any) -> None:
@@ -94,7 +107,34 @@ class Nodes:
 
     def revive(self, name: str) -> str | None:
         """The address of a node that was silent: the same if it woke up, a new one if Ray restarted it."""
-        return str(self._refs[name].start(self._config.timeouts.node_start_s)["address"])
+        node = self._refs.get(name)
+        return None if node is None else str(node.start(self._config.timeouts.node_start_s)["address"])
+
+    def check_room(self, nodes: int) -> None:
+        """Raise NoCapacity, saying what is short, if Ray cannot place so many more nodes."""
+        check_room(self._config, nodes)
+
+    def end(self, name: str) -> None:
+        """End a node's process for good; one that is gone already is no error."""
+        node = self._refs.pop(name, None)
+        if node is not None:
+            kill_node(node)
+
+    def keep(self, names: Mapping[str, RoleName]) -> None:
+        """Write down the nodes that are wanted, for a coordinator that takes over."""
+        _replace(self._run_dir / NODES_FILE, {name: str(role) for name, role in names.items()})
+
+    def wanted(self) -> dict[str, RoleName]:
+        """Those that are wanted: as they were written down last, else as configured."""
+        file = self._run_dir / NODES_FILE
+        if not file.exists():
+            return node_names(self._config)
+        return {name: RoleName(role) for name, role in json.loads(file.read_text(encoding="utf-8")).items()}
+
+    @property
+    def running(self) -> list[str]:
+        """Nodes that were there before this coordinator."""
+        return list(self._refs) if self.found_running else []
 
 
 def links_of(config: ClusterConfig) -> KnownLinks:
@@ -126,16 +166,23 @@ async def serve(run_dir: Path) -> None:
             prefix_caching=config.engine.enable_prefix_caching,
         ),
         links=links_of(config),
+        fleet=nodes if isinstance(nodes, Nodes) else None,
     )
-    _write_address(run_dir, coordinator.address)
-    names = node_names(config)
-    coordinator.expect(names, follow_load=config.pools.auto)
+    _replace(run_dir / ADDRESS_FILE, {"address": coordinator.address})
+    names = nodes.wanted() if isinstance(nodes, Nodes) else node_names(config)
+    coordinator.expect(names)
+    coordinator.follow_load(config.pools.auto)
     serving = asyncio.create_task(coordinator.run())
     await asyncio.gather(asyncio.to_thread(warm_up), asyncio.to_thread(nodes.connect))
     if isinstance(nodes, VirtualNodes):
         await _start_hosts(nodes, coordinator)
     else:
-        await asyncio.gather(*(_start(nodes, coordinator, name, role) for name, role in names.items()))
+        leaving = {name: RoleName.MIXED for name in nodes.running if name not in names}
+        coordinator.expect(leaving)
+        starting = [_start(nodes, coordinator, name, role) for name, role in {**names, **leaving}.items()]
+        await asyncio.gather(*starting)
+        for name in leaving:
+            coordinator.send_away(name)
     say("links", state="measuring")
     while not coordinator.ready:
         await asyncio.sleep(0.05)
@@ -179,10 +226,11 @@ async def _start(nodes: Nodes, coordinator: Coordinator, name: str, role: RoleNa
     say("node", name=name, state="ready", detail=f"pid {node['pid']}", role=node["role"])
 
 
-def _write_address(run_dir: Path, address: str) -> None:
-    temporary = run_dir / (ADDRESS_FILE + ".new")
-    temporary.write_text(json.dumps({"address": address}), encoding="utf-8")
-    temporary.replace(run_dir / ADDRESS_FILE)
+def _replace(file: Path, content: Mapping[str, str]) -> None:
+    """Write a file in one step: a reader sees the old one or the new one."""
+    temporary = file.with_name(file.name + ".new")
+    temporary.write_text(json.dumps(content), encoding="utf-8")
+    temporary.replace(file)
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -24,11 +24,13 @@ from coordinator.links import KnownLinks, MeasuredLinks
 from coordinator.mirror import NodeMirror
 from coordinator.pools import sizes
 from coordinator.rebalance import Rebalancer
+from coordinator.revival import Revival
+from coordinator.scaling import Fleet, Scaling
 from coordinator.scorecard import Scorecard
 from coordinator.session_lists import SessionLists
 from coordinator.trunk import Links, NodeLink
 from engine.cost import StepCost
-from engine.errors import ProtocolError, SlosserveError
+from engine.errors import ProtocolError, RequestError, SlosserveError
 from engine.messages import (
     Alive,
     Answer,
@@ -63,11 +65,14 @@ CALL_TIMEOUT_S = 10.0
 RETRY_LINKS_EVERY_S = 30.0
 ENDPOINT_FORGOTTEN_S = 5.0
 NODES_TOLD_A_TURN = 256  # to endpoints: a larger cluster is told of less often
+DRAIN_S = 600.0  # for what a leaving node serves
 MOST_TURNS_UNTOLD = 5  # an endpoint takes a view for stale after a second
 
 
 class Coordinator:
-    """Runs in one event loop. `revive` brings a lost node back (by Ray) and returns its new address."""
+    """Runs in one event loop. `revive` brings a lost node back (by Ray) and returns its new address; `fleet`
+    starts and ends nodes, None where there are as many as were configured for ever.
+    """
 
     def __init__(
         self,
@@ -80,11 +85,11 @@ class Coordinator:
         revive: Callable[[str], Coroutine[Any, Any, str | None]],
         decider: Decider,
         links: KnownLinks | None = None,
+        fleet: Fleet | None = None,
     ) -> None:
         self._model = model
         self._stuck_step_s = stuck_step_s
         self._place_s = place_s
-        self._revive = revive
         self._decider = decider
         self._context = zmq.asyncio.Context()
         self._router = self._context.socket(zmq.ROUTER)
@@ -103,25 +108,29 @@ class Coordinator:
         self._calls = itertools.count()
         self._answers: dict[int, asyncio.Future[Any]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._reviving: set[str] = set()
+        self._revival = Revival(revive, self._back)
         self._session_lists = SessionLists(decider.sessions, lambda name: self._call(name, ListSessions))
         self._rebalancer = Rebalancer(self._mirrors, self._set_role, self._tell_endpoints, decider.lacked)
+        wanted = self._rebalancer.wanted
+        self._scaling = fleet and Scaling(fleet, self, self._mirrors, wanted, self._spawn, self._tell_endpoints)
         self._reviewing: asyncio.Task[None] | None = None
         self._endpoints: dict[bytes, float] = {}
         self._probing: asyncio.Task[None] | None = None
         self._retry_links_s = time.monotonic() + RETRY_LINKS_EVERY_S
-        self._expected = 0
+        self._began = False  # everything was ready once: from then on it serves with what there is
         self._untold_turns = 0
 
     # ---- nodes -------------------------------------------------------------------------------------------
 
-    def expect(self, names: Mapping[str, RoleName], *, follow_load: bool = False) -> None:
+    def expect(self, names: Mapping[str, RoleName]) -> None:
         """Nodes that are being started, so that `/cluster` shows them from the beginning."""
-        self._rebalancer.follow(follow_load)
         for name, role in names.items():
             self._mirrors.setdefault(name, NodeMirror(name, "", role))
             self._rebalancer.wanted[name] = role
-        self._expected = len(self._mirrors)
+
+    def follow_load(self, on: bool) -> None:
+        """Let pools follow the load, or not."""
+        self._rebalancer.follow(on)
 
     def add_node(self, name: str, address: str) -> None:
         """Link to a node that is up. Its role and promises come with its first report."""
@@ -140,11 +149,33 @@ class Coordinator:
         """A node that could not be started."""
         self._mirrors[name].state = f"failed: {reason}"
 
+    def remove_node(self, name: str) -> None:
+        """Forget a node: from now on its silence is no loss."""
+        peer = self._peers.pop(name, None)
+        if peer is not None:
+            peer.close()
+        self._boot_ids.pop(name, None)
+        self._mirrors.pop(name, None)
+        self._rebalancer.wanted.pop(name, None)
+        self._decider.forget_node(name)
+        self._session_lists.forget(name)
+        self._links.forget(name)
+        self._revival.forget(name)
+        self._tell_endpoints()
+
+    def send_away(self, name: str) -> None:
+        """A node that is there and is not wanted leaves, as an earlier coordinator had told it to."""
+        if self._scaling:
+            self._scaling.send_away(name, DRAIN_S)
+
     @property
     def ready(self) -> bool:
-        """Every node that could be started serves, and every link between them is measured."""
+        """Every node that could be started serves, and every link between them is measured; or it was so once,
+        and some serve: nodes that come later are none to wait for.
+        """
         starting = any(mirror.state == "starting" for mirror in self._mirrors.values())
-        return not starting and self._any_serving and not self._unprobed()
+        self._began = self._began or (not starting and self._any_serving and not self._unprobed())
+        return self._began and self._any_serving
 
     @property
     def _any_serving(self) -> bool:
@@ -291,22 +322,14 @@ class Coordinator:
                 logger.warning("%s %s", name, "is stuck in a step" if stuck else "fell silent")
                 mirror.lose()
                 any_lost = True
-            if mirror.state == "lost" and name not in self._reviving:
-                self._reviving.add(name)
-                self._spawn(self._bring_back(name))
+            if mirror.state == "lost" and not mirror.leaving:
+                self._revival.lost(name)
         return any_lost
 
-    async def _bring_back(self, name: str) -> None:
-        try:
-            address = await self._revive(name)
-            if address is not None and self._mirrors[name].state == "lost":
-                self.add_node(name, address)  # a link that was cut is made anew, also to the same address
-            await asyncio.sleep(1.0)
-        except Exception:
-            logger.exception("bringing %s back", name)
-            await asyncio.sleep(1.0)
-        finally:
-            self._reviving.discard(name)
+    def _back(self, name: str, address: str) -> None:
+        mirror = self._mirrors.get(name)
+        if mirror is not None and mirror.state == "lost" and not mirror.leaving:
+            self.add_node(name, address)  # a link that was cut is made anew, also to the same address
 
     # ---- endpoints ---------------------------------------------------------------------------------------
 
@@ -400,6 +423,7 @@ class Coordinator:
             "ready": self._ready,
             "idle_cost": self._idle,
             "set_pools": self._set_pools,
+            "set_nodes": self._set_nodes,
             "explain": self._explain,
             "session": self._session,
             "close_session": self._close_session,
@@ -486,6 +510,19 @@ class Coordinator:
             return {"auto": auto, "pools": sizes(self._rebalancer.nodes()), **self._rebalancer.state()}
         want = {RoleName.PREFILL: prefill or 0, RoleName.DECODE: decode or 0, RoleName.MIXED: mixed}
         return await self._rebalancer.set_sizes(want, dry_run=dry_run)
+
+    async def _set_nodes(
+        self,
+        nodes: int | None = None,
+        role: str | None = None,
+        remove: Sequence[str] = (),
+        dry_run: bool = False,
+        drain_s: float = DRAIN_S,
+    ) -> dict[str, Any]:
+        if not self._scaling:
+            raise RequestError("virtual nodes are as many as the configuration says: change its pools")
+        named = None if role is None else RoleName(role)
+        return await self._scaling.set_nodes(nodes, role=named, remove=remove, dry_run=dry_run, drain_s=drain_s)
 
     async def _set_role(self, name: str, role: RoleName) -> RoleSet:
         answer: RoleSet = await self._call(name, lambda call_id: SetRole(call_id, role))

@@ -32,6 +32,11 @@ class SessionLists:
         """A call of a session has ended there: whether the node keeps it, its list tells in a while."""
         self._again_s.setdefault(node, now_s + UNLISTED_GRACE_S)
 
+    def forget(self, node: str) -> None:
+        """A node is gone for good."""
+        for known in (self._known, self._again_s, self._not_before_s):
+            known.pop(node, None)
+
     def due(self, mirrors: Mapping[str, NodeMirror], now_s: float) -> Iterator[str]:
         """Nodes whose list is to be fetched now."""
         for name, mirror in mirrors.items():

@@ -7,7 +7,7 @@ import contextlib
 import random
 import signal
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,13 +32,18 @@ MOMENTS: dict[str, Callable[[Node], bool]] = {
 
 
 class Chaos:
-    """Puts faults into a cluster. `lease_s`: after so long no KV may be left in use."""
+    """Puts faults into a cluster. `lease_s`: after so long no KV may be left in use. `spared`: nodes that are
+    not killed.
+    """
 
-    def __init__(self, cluster: Cluster, model: str, seed: int, lease_s: float) -> None:
+    def __init__(
+        self, cluster: Cluster, model: str, seed: int, lease_s: float, spared: Collection[str] = ()
+    ) -> None:
         self._cluster = cluster
         self._model = model
         self._seed = seed
         self._lease_s = lease_s
+        self._spared = spared
         self._alone: dict[Load, list[list[int]]] = {}
         self._gone: set[str] = set()  # endpoints that were killed
 
@@ -53,16 +58,14 @@ class Chaos:
             await clients.close()
 
     async def _run(self, scenario: Scenario, clients: Clients) -> Row:
-        if scenario.load not in self._alone:
-            self._alone[scenario.load] = await clients.alone()
-            clients.answers.clear()
+        await self.learn(scenario.load, clients)
         blocks_before = await self._cluster.idle(self._lease_s)
         watched = Watched()
         watching = asyncio.create_task(self._cluster.watch(watched))
         clients.start()
         await asyncio.sleep(WARM_S)
         try:
-            victim, struck_s, under_way = await self._strike(scenario, clients)
+            victim, struck_s, under_way = await self.strike(scenario, clients)
             await asyncio.sleep(AFTER_S)
             well_s = await self._cluster.well()
         finally:
@@ -79,7 +82,7 @@ class Chaos:
             "struck_at_s": round(time.time() - (time.monotonic() - struck_s), 3),
             "in_flight": under_way,
             "requests": len(answers),
-            **self._judged(scenario, answers),
+            **self.judged(scenario.load, answers, scenario.allowed),
             **await self._gaps(answers),
             "detection_s": None if detected_s is None else round(detected_s - struck_s, 3),
             "well_again_s": round(well_s, 1),
@@ -90,11 +93,17 @@ class Chaos:
 
     # ---- what is told ------------------------------------------------------------------------------------
 
-    def _judged(self, scenario: Scenario, answers: Sequence[Answer]) -> Row:
-        """Answers against what the same prompts got while nothing was broken."""
-        alone = self._alone[scenario.load]
+    async def learn(self, load: Load, clients: Clients) -> None:
+        """What the prompts of a load are answered while nothing is broken, unless that is known."""
+        if load not in self._alone:
+            self._alone[load] = await clients.alone()
+            clients.answers.clear()
+
+    def judged(self, load: Load, answers: Sequence[Answer], allowed: Collection[int]) -> Row:
+        """Answers against what the same prompts got while nothing was broken. `allowed`: HTTP statuses."""
+        alone = self._alone[load]
         failed = [answer for answer in answers if answer.error is not None]
-        turned_away = [one for one in failed if one.status in scenario.allowed and one.retry_after is not None]
+        turned_away = [one for one in failed if one.status in allowed and one.retry_after is not None]
         cut_off = [one for one in failed if one.url in self._gone]
         errors = [one for one in failed if one not in turned_away and one not in cut_off]
         wrong = sum(
@@ -125,7 +134,7 @@ class Chaos:
 
     # ---- what is done ------------------------------------------------------------------------------------
 
-    async def _strike(self, scenario: Scenario, clients: Clients) -> tuple[str, float, int]:
+    async def strike(self, scenario: Scenario, clients: Clients) -> tuple[str, float, int]:
         """The fault: who was struck, when, and how many requests were under way then."""
         actions: dict[str, Callable[[Scenario, Clients], Awaitable[tuple[str, float, int]]]] = {
             "kill": self._signal,
@@ -140,7 +149,11 @@ class Chaos:
         return await actions[scenario.action](scenario, clients)
 
     async def _victim(self, scenario: Scenario) -> Node:
-        return await self._cluster.strike(scenario.role, MOMENTS[scenario.moment])
+        spared = self._spared if scenario.action == "kill" else ()
+        suits = MOMENTS[scenario.moment]
+        return await self._cluster.strike(
+            scenario.role, lambda node: node["name"] not in spared and suits(node)
+        )
 
     async def _signal(self, scenario: Scenario, clients: Clients) -> tuple[str, float, int]:
         node = await self._victim(scenario)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
@@ -40,6 +41,19 @@ class ClusterClient:
     def follow_load(self, on: bool) -> dict[str, Any]:
         """POST /cluster/pools with `auto`. Raises as `cluster`."""
         return self._ask("POST", "/cluster/pools", {"auto": on}, ANSWER_S)
+
+    def set_nodes(
+        self, nodes: int | None, role: str | None, remove: Sequence[str], *, dry_run: bool, drain_s: float
+    ) -> dict[str, Any]:
+        """POST /cluster/nodes. Raises as `cluster`."""
+        wanted = {
+            "nodes": nodes,
+            "role": role,
+            "remove": list(remove),
+            "dry_run": dry_run,
+            "drain_s": drain_s,
+        }
+        return self._ask("POST", "/cluster/nodes", wanted, ANSWER_S)
 
     def _ask(self, method: str, path: str, body: dict[str, Any] | None, timeout_s: float) -> dict[str, Any]:
         headers = {"Authorization": f"Bearer {self.admin_key}"} if self.admin_key else {}

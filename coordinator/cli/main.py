@@ -20,6 +20,7 @@ VERBS = {
     "explain": ("coordinator.cli.explain:explain", "Say why a request was slow, deferred or refused."),
     "pools": ("coordinator.cli.pools:pools", "Show how many nodes prefill, decode, or do both."),
     "rebalance": ("coordinator.cli.pools:rebalance", "Change what nodes do while they serve."),
+    "scale": ("coordinator.cli.scale:scale", "Add nodes, or let some leave, while they serve."),
     "plan": ("coordinator.cli.plan:plan", "Ask whom a replica could promise, and in what batches."),
     "profile": ("coordinator.cli.profile:app", "Measure what steps cost, and fit a model to it."),
     "model": ("coordinator.cli.model:app", "Make the models that tests, demo and benchmarks use."),
@@ -32,7 +33,9 @@ PLUGIN_HELP = {
     "bench-endpoint": "Measure what our endpoint costs beside vLLM's own server.",
     "chaos": "Break parts of a cluster under load, and see what clients see.",
     "demo": "Serve mixed traffic on this machine and report which promises were kept.",
+    "fuzz": "Send the endpoint all that its description allows, and much that it does not.",
     "simulate": "Serve a scenario or a trace in simulated time, and score every request.",
+    "soak": "Serve for long with a fault a minute, and see what is left of it.",
     "traces": "List and fetch public traces.",
 }
 EXIT_FAILED = 1

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from coordinator.cli.client import ClusterClient, find_cluster
+from coordinator.cluster_state import LEAVING
 from engine.errors import NoCapacity
 
 PAUSE_TOLD_S = 1.0
@@ -129,7 +130,8 @@ def _pauses_ms(state: Mapping[str, Any], answer: Mapping[str, Any]) -> dict[str,
 
 
 def _roles(state: Mapping[str, Any]) -> dict[str, str]:
-    return {node["name"]: str(node["role"]) for node in state["nodes"]}
+    """Of those that stay."""
+    return {node["name"]: str(node["role"]) for node in state["nodes"] if node.get("state") != LEAVING}
 
 
 def _sizes(roles: Mapping[str, str]) -> dict[str, int]:

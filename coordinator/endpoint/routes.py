@@ -14,8 +14,12 @@ from coordinator.endpoint.engine import REMEMBERED_REQUESTS, ClusterEngine
 from coordinator.endpoint.explain import explain as explained
 from coordinator.endpoint.links import AnswerError, CoordinatorLink
 from engine.errors import SlosserveError
+from engine.request import RoleName
 
 router = APIRouter()
+MOST_NODES = 10_000
+# Of vLLM's server, and nothing here serves them: they would answer with an error of the server's.
+NOT_SERVED = {"/v1/systemone", "/scale_elastic_ep", "/is_scaling_elastic_ep", "/kv_event_sources"}
 
 
 class PoolSizes(BaseModel):
@@ -37,10 +41,33 @@ class PoolSizes(BaseModel):
         return self
 
 
+class NodeCount(BaseModel):
+    """How many nodes there are to be, or the names of those that leave. `role`: of those that come or leave,
+    else pools keep their shares.
+
+    `drain_s`: what a leaving node still serves after so long goes on elsewhere.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    nodes: Annotated[int | None, Field(ge=1, le=MOST_NODES)] = None
+    role: RoleName | None = None
+    remove: list[str] = Field(default_factory=list)
+    dry_run: bool = False
+    drain_s: Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)] = 600.0
+
+    @model_validator(mode="after")
+    def _count_or_names(self) -> NodeCount:
+        if (self.nodes is None) != bool(self.remove) or (self.remove and self.role is not None):
+            raise ValueError("give either nodes (and role), or the names of those to remove")
+        return self
+
+
 def add_routes(
     app: FastAPI, engine: ClusterEngine, coordinator: CoordinatorLink, admin_key: str | None
 ) -> None:
-    """Put the routes into vLLM's application."""
+    """Put the routes into vLLM's application, and take out those that no node here serves."""
+    app.router.routes[:] = [one for one in app.router.routes if getattr(one, "path", "") not in NOT_SERVED]
     app.state.cluster_engine = engine
     app.state.coordinator = coordinator
     app.state.admin_key = admin_key
@@ -62,19 +89,16 @@ async def ready(request: Request) -> JSONResponse:
 @router.post("/cluster/pools")
 async def set_pools(request: Request, pools: Annotated[PoolSizes, Body()]) -> JSONResponse:
     """Change pool sizes; roles are read back from the nodes. Needs the admin key where one is configured."""
-    admin_key = request.app.state.admin_key
-    given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
-    if admin_key and not hmac.compare_digest(given.encode(), admin_key.encode()):
-        return JSONResponse(
-            {
-                "error": {
-                    "message": "this call needs the admin key: Authorization: Bearer KEY",
-                    "code": "admin_key",
-                }
-            },
-            status_code=401,
-        )
-    return await _answer(request, "set_pools", **pools.model_dump())
+    return _without_key(request) or await _answer(request, "set_pools", **pools.model_dump())
+
+
+@router.post("/cluster/nodes")
+async def set_nodes(request: Request, nodes: Annotated[NodeCount, Body()]) -> JSONResponse:
+    """Add nodes, or let some leave once they have nothing left. Answers at once; `/cluster` shows the rest.
+
+    Needs the admin key where one is configured.
+    """
+    return _without_key(request) or await _answer(request, "set_nodes", **nodes.model_dump(mode="json"))
 
 
 @router.get("/requests/{request_id}")
@@ -117,6 +141,16 @@ async def close_session(request: Request, session_id: str) -> JSONResponse:
     engine: ClusterEngine = request.app.state.cluster_engine
     engine.close_session(session_id[:MOST_SESSION_ID])
     return await _answer(request, "close_session", session=session_id[:MOST_SESSION_ID])
+
+
+def _without_key(request: Request) -> JSONResponse | None:
+    """The refusal of a call that needs the admin key and has none; None if it may go on."""
+    admin_key = request.app.state.admin_key
+    given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
+    if not admin_key or hmac.compare_digest(given.encode(), admin_key.encode()):
+        return None
+    message = "this call needs the admin key: Authorization: Bearer KEY"
+    return JSONResponse({"error": {"message": message, "code": "admin_key"}}, status_code=401)
 
 
 def _unknown(request_id: str) -> JSONResponse:

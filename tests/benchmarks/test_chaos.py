@@ -27,7 +27,7 @@ def judged(one: Any, *answers: Answer, gone: str = "") -> dict[str, Any]:
     breaking = Chaos(cast("Cluster", None), "m", 1, 4.0)
     breaking._alone[one.load] = ALONE
     breaking._gone = {gone}
-    return breaking._judged(one, answers)
+    return breaking.judged(one.load, answers, one.allowed)
 
 
 def answer(prompt: int, tokens: list[int], **more: Any) -> Answer:

@@ -1,0 +1,43 @@
+"""The soak: memory that grows is told from memory that does not, and a killed process from its successor."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from benchmarks.chaos.memory import LEAST_S, WARM_S, MemoryWatch
+
+
+def watched(mib_per_min: float, seconds: float = WARM_S + LEAST_S + 60, pid: int = 1) -> MemoryWatch:
+    numbers, memory = random.Random(1), MemoryWatch()
+    for at in range(0, int(seconds), 10):
+        warming = 50.0 * min(at / WARM_S, 1.0)
+        memory.note("node", pid, at, 400.0 + warming + mib_per_min * at / 60 + numbers.uniform(-1, 1))
+    return memory
+
+
+@pytest.mark.parametrize(("mib_per_min", "flat"), [(0.0, True), (-3.0, True), (5.0, False)])
+def test_growth_is_told_from_noise_and_from_what_fills_at_the_start(mib_per_min: float, flat: bool) -> None:
+    (trend,) = watched(mib_per_min).trends()
+    assert trend.mib_per_min == pytest.approx(mib_per_min, abs=0.3)
+    assert trend.flat is flat
+
+
+def test_a_process_that_was_seen_for_too_short_has_no_slope() -> None:
+    assert watched(9.0, seconds=WARM_S + LEAST_S - 30).trends() == []
+
+
+def test_a_process_that_was_started_again_is_another() -> None:
+    memory = MemoryWatch()
+    for pid, mib in ((1, 400.0), (2, 300.0)):
+        for at in range(0, int(WARM_S + LEAST_S + 60), 10):
+            memory.note("node", pid, at, mib)
+    assert [(trend.pid, trend.mib, trend.mib_per_min) for trend in memory.trends()] == [
+        (1, 400.0, pytest.approx(0.0, abs=1e-9)),
+        (2, 300.0, pytest.approx(0.0, abs=1e-9)),
+    ]
+
+
+def test_processes_that_are_gone_are_passed_over() -> None:
+    MemoryWatch().sample({"gone": 2**22 + 1})

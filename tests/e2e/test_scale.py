@@ -1,0 +1,99 @@
+"""Nodes that come and go while others serve: streams go on, and the next coordinator knows who belongs here."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import psutil
+import pytest
+
+from coordinator.cluster_process import ClusterProcess
+from tests.e2e.conftest import Client
+
+NEW = "decode-1"
+
+
+def _scale(cluster: Client, *arguments: str) -> str:
+    """What `slosserve scale` says."""
+    command = [sys.executable, "-c", "from coordinator.cli import main; main()", "scale"]
+    where = ["--url", cluster.base_url, "--admin-key", cluster.admin_key or ""]
+    done = subprocess.run([*command, *arguments, *where], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_a_node_comes_serves_and_leaves_and_no_stream_notices(
+    cluster: Client, cluster_process: ClusterProcess
+) -> None:
+    prompts = ["a long story", "another one"]
+    asked: dict[str, Any] = {"max_tokens": 800, "ignore_eos": True}
+    alone = [cluster.complete(prompt, **asked).json()["choices"][0]["text"] for prompt in prompts]
+    cluster.wait_idle()
+
+    assert f"{NEW} (decode)" in _scale(cluster, "--nodes", "3", "--role", "decode", "--dry-run")
+    assert NEW not in cluster.nodes()
+    assert f"{NEW}: ready" in _scale(cluster, "--nodes", "3", "--role", "decode")
+    pid = cluster.nodes()[NEW]["pid"]
+
+    os.kill(cluster_process.pids["coordinator"], signal.SIGKILL)
+    cluster_process.restart_coordinator()
+    assert cluster.nodes()[NEW]["pid"] == pid, "the next coordinator finds it, and starts no other"
+
+    with ThreadPoolExecutor(2) as pool:
+        streams = []
+        for number, prompt in enumerate(prompts, 1):  # one after another: each node gets one
+            streams.append(pool.submit(cluster.complete, prompt, **asked))
+            deadline_s = time.monotonic() + 20
+            while sum(node["decoding"] for node in cluster.nodes().values()) < number:
+                assert time.monotonic() < deadline_s, cluster.nodes()
+                time.sleep(0.02)
+        assert cluster.nodes()[NEW]["decoding"], "the new node was given nothing"
+        told = _scale(cluster, "--remove", NEW)
+        responses = [stream.result() for stream in streams]
+    assert f"{NEW}: gone" in told
+    assert [response.json()["choices"][0]["text"] for response in responses] == alone
+    placed = {response.headers["x-slosserve-placement"].rpartition(">")[2] for response in responses}
+    assert NEW in placed
+    assert list(cluster.nodes()) == ["prefill-0", "decode-0"]
+    deadline_s = time.monotonic() + 10
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline_s, "its process is still there"
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ({"remove": ["decode-7"]}, "no node decode-7; there are"),
+        ({"remove": ["decode-0"]}, "could serve nothing"),
+        ({"nodes": 1, "role": "decode"}, "no decode can leave"),
+        ({"nodes": 3, "remove": ["decode-0"]}, "give either nodes"),
+        ({}, "give either nodes"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_what_to_do(cluster: Client, body: dict[str, Any], told: str) -> None:
+    response = cluster.post(
+        "/cluster/nodes", json=body, headers={"authorization": f"Bearer {cluster.admin_key}"}
+    )
+    assert response.status_code in (400, 422), response.text
+    assert told in response.text
+    assert list(cluster.nodes()) == ["prefill-0", "decode-0"]
+
+
+def test_more_than_ray_has_room_for_is_refused_with_what_is_short(cluster: Client) -> None:
+    response = cluster.post(
+        "/cluster/nodes", json={"nodes": 99}, headers={"authorization": f"Bearer {cluster.admin_key}"}
+    )
+    assert response.status_code == 503
+    assert "CPU free, and 97 more nodes take 48.5 CPU" in response.text
+
+
+def test_without_the_admin_key_no_node_comes_or_goes(cluster: Client) -> None:
+    assert cluster.post("/cluster/nodes", json={"nodes": 3}).status_code == 401
+    assert len(cluster.nodes()) == 2
