@@ -51,6 +51,11 @@ class Cluster:
         response = await self._http.get(f"{url}/requests/{request_id}")
         return response.json() if response.status_code == httpx.codes.OK else None
 
+    async def role_changes(self) -> list[dict[str, Any]]:
+        """Nodes that took another role, as the coordinator remembers them, first to last."""
+        state = (await self._http.get(f"{self.urls[0]}/cluster")).raise_for_status().json()
+        return list(state["rebalancing"]["changes"])
+
     async def set_pools(self, **sizes: int) -> None:
         """Roles as asked for. Raises SlosserveError if they are refused."""
         key = self.process.admin_key

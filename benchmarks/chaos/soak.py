@@ -8,7 +8,7 @@ import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import cycle
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,7 +36,7 @@ CHAT = Load(clients=3)
 DOCUMENTS = Load(clients=2, prompt_tokens=1500, output_tokens=32)
 ALLOWED = (429, 503)  # with Retry-After: there are floods, and a coordinator that dies
 ENDPOINTS_STAY = "endpoint-dies"  # nobody starts one again, so it is no fault to be soaked in
-NONE_OF = ("client_errors", "wrong_tokens", "blocks_leaked", "processes_left", "not_well")
+NONE_OF = ("client_errors", "wrong_tokens", "blocks_leaked", "processes_left", "not_well", "swings")
 FAULT_EVERY_S = 60.0
 SAMPLED_EVERY_S = 10.0
 LEAVES_AFTER_S = 1.0  # on average
@@ -47,6 +47,8 @@ def soak(
     config: Annotated[str, typer.Option(help="Configuration of the cluster: a name or a file.")] = "laptop",
     prefill: Annotated[int, typer.Option(min=2, help="Nodes that prefill.")] = 2,
     decode: Annotated[int, typer.Option(min=2, help="Nodes that decode.")] = 2,
+    faults: Annotated[bool, typer.Option(help="A fault a minute; else nothing but load.")] = True,
+    auto: Annotated[bool, typer.Option("--auto", help="Pools follow the load; a swing is an error.")] = False,
     seed: Annotated[int, typer.Option(help="Of prompts, faults, and when clients leave.")] = 1,
     out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("out/bench/soak.json"),
 ) -> None:
@@ -55,19 +57,20 @@ def soak(
     Every token is compared with an unbroken run. The memory of each process is sampled, and its slope told;
     one node of each pool is never killed, so that theirs is seen over the whole time. Exits 1 if a client saw
     an error that the failure contract does not allow, a token was wrong, a KV block or a process was left, or
-    the memory of a process grew.
+    the memory of a process grew; with --auto, if a change of roles was undone by the next.
 
-    Example: slosserve soak --minutes 5
+    Example: slosserve soak --minutes 10 --no-faults --auto
     """
     console = Console()
-    loaded = load_config(config, SETTINGS | {"name": "soak", "pools.prefill": prefill, "pools.decode": decode})
+    asked = {"name": "soak", "pools.prefill": prefill, "pools.decode": decode, "pools.auto": auto}
+    loaded = load_config(config, SETTINGS | asked)
     if loaded.engines == "virtual":
         raise ConfigError("virtual nodes share a process: give a configuration with real engines")
     with show_progress(console, "starting the cluster") as progress:
         process = ClusterProcess.start(loaded, progress=progress)
     with process:
         model = loaded.served_model_name or loaded.model
-        found = asyncio.run(_soak(process, model, minutes * 60, seed, console))
+        found = asyncio.run(_soak(process, model, minutes * 60, seed, console, faults=faults))
     found["processes_left"] = len(processes_of(process.state.run_id, process.state.processes.values()))
     write(out, {**found, "provenance": provenance(seed)})
     console.print(_table(found["memory"]))
@@ -79,9 +82,13 @@ def soak(
         raise SlosserveError(f"not as promised: {', '.join(wrong)}")
 
 
-async def _soak(process: ClusterProcess, model: str, seconds: float, seed: int, console: Console) -> Row:
+async def _soak(
+    process: ClusterProcess, model: str, seconds: float, seed: int, console: Console, *, faults: bool
+) -> Row:
     cluster = Cluster(process)
     nodes = await cluster.nodes()
+    kinds = [replace(one, load=CHAT) for one in SCENARIOS if one.name != ENDPOINTS_STAY] if faults else []
+    random.Random(seed).shuffle(kinds)
     spared = {role: name for name, node in reversed(nodes.items()) if (role := str(node["role"]))}
     breaking = Chaos(cluster, model, seed, LEASE_S, spared.values())
     loads = {load: Clients(cluster.urls, model, load, seed) for load in (CHAT, DOCUMENTS)}
@@ -97,7 +104,7 @@ async def _soak(process: ClusterProcess, model: str, seconds: float, seed: int, 
             asyncio.create_task(_leave(loads[CHAT], cluster.urls, seed)),
         ]
         try:
-            faults = await _faults(breaking, cluster, loads[CHAT], seconds, seed, console)
+            struck = await _faults(breaking, cluster, loads[CHAT], seconds, kinds, console)
         finally:
             for task in beside:
                 task.cancel()
@@ -105,6 +112,7 @@ async def _soak(process: ClusterProcess, model: str, seconds: float, seed: int, 
                     await task
             answers = {load: await clients.stop() for load, clients in loads.items()}
         judged = [breaking.judged(load, told, ALLOWED) for load, told in answers.items()]
+        changes = await cluster.role_changes()
         blocks_after = await cluster.idle(LEASE_S + 5.0)
         counted = ("client_errors", "turned_away", "wrong_tokens", "tokens")
         return {
@@ -115,8 +123,10 @@ async def _soak(process: ClusterProcess, model: str, seconds: float, seed: int, 
             "blocks_before": blocks_before,
             "blocks_after": blocks_after,
             "blocks_leaked": blocks_after - blocks_before,
-            "faults": faults,
-            "not_well": sum("not_well" in row for row in faults),
+            "faults": struck,
+            "not_well": sum("not_well" in row for row in struck),
+            "role_changes": changes,
+            "swings": swings(changes) if process.config.pools.auto else 0,
             "memory": [_row(trend) for trend in memory.trends()],
         }
     finally:
@@ -126,11 +136,14 @@ async def _soak(process: ClusterProcess, model: str, seconds: float, seed: int, 
 
 
 async def _faults(
-    breaking: Chaos, cluster: Cluster, clients: Clients, seconds: float, seed: int, console: Console
+    breaking: Chaos,
+    cluster: Cluster,
+    clients: Clients,
+    seconds: float,
+    kinds: Sequence[Scenario],
+    console: Console,
 ) -> list[Row]:
-    """A fault a minute, each kind in turn, in an order that the seed draws; the last minute is quiet."""
-    kinds = [replace(one, load=CHAT) for one in SCENARIOS if one.name != ENDPOINTS_STAY]
-    random.Random(seed).shuffle(kinds)
+    """A fault a minute, each kind in turn; the last minute is quiet."""
     began_s, rows = time.monotonic(), list[Row]()
     for number, kind in enumerate(cycle(kinds), 1):
         due_s = number * FAULT_EVERY_S
@@ -145,6 +158,14 @@ async def _faults(
     with console.status("the last of the load"):
         await asyncio.sleep(max(began_s + seconds - time.monotonic(), 0.0))
     return rows
+
+
+def swings(changes: Sequence[Mapping[str, Any]]) -> int:
+    """Changes of role that undo the one before them, whichever nodes they were of."""
+    return sum(
+        (one["before"], one["after"]) == (next_one["after"], next_one["before"])
+        for one, next_one in pairwise(changes)
+    )
 
 
 async def _fault(breaking: Chaos, cluster: Cluster, clients: Clients, kind: Scenario, row: Row) -> str:

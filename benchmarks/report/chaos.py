@@ -26,6 +26,35 @@ def chaos(file: Row, _: Path) -> list[str]:
     return [text, table(headings, [_row(row) for row in file["rows"]]), processes]
 
 
+def soak(file: Row, _: Path) -> list[str]:
+    """What clients saw over a long time, and what has grown."""
+    faults = [row for row in file["faults"] if "victim" in row]
+    text = (
+        f"{file['seconds'] / 60:g} minutes of mixed load, clients that go away, and {len(faults)} faults: "
+        f"{file['requests']} requests and {file['tokens']} tokens compared with an unbroken run; "
+        f"{file['client_errors']} errors outside the contract, {file['turned_away']} turned away with "
+        f"Retry-After, {file['wrong_tokens']} wrong tokens, {file['blocks_leaked']} KV blocks and "
+        f"{file['processes_left']} processes left. Memory that a process has to itself, after its "
+        "first two minutes:"
+    )
+    rows = []
+    for row in file["memory"]:
+        figures = [f"{row['minutes']:g}", f"{row['mib']:.0f}", f"{row['mib_per_min']:+.2f}"]
+        rows.append([row["process"], *figures, "yes" if row["flat"] else "**no**"])
+    return [text, table(["", "minutes", "MiB at the end", "MiB a minute", "flat"], rows)]
+
+
+def fuzz(file: Row, _: Path) -> list[str]:
+    """What came of requests that were made from the endpoint's description."""
+    after = "answers" if file["answers"] else "does **not** answer"
+    return [
+        f"schemathesis, for {file['minutes']:g} minutes from the endpoint's own OpenAPI description: "
+        f"{file['requests']} requests to {file['operations']} operations, {file['failures']} answered with an "
+        f"error of the server's, {file['errors']} not answered. The cluster {after} afterwards, with "
+        f"{file['blocks_in_use']} KV blocks in use."
+    ]
+
+
 def _row(row: Row) -> list[str]:
     counts = [str(row[key]) for key in ("in_flight", "client_errors", "turned_away", "cut_off", "wrong_tokens")]
     return [

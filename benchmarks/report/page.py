@@ -23,7 +23,7 @@ from benchmarks.report.capacity import (
     tuning_table,
 )
 from benchmarks.report.capacity_view import HEAD_SHARE, Row, View, views
-from benchmarks.report.chaos import chaos
+from benchmarks.report.chaos import chaos, fuzz, soak
 from benchmarks.report.limits import bursty, elsewhere, limits, targets
 from benchmarks.report.markdown import NOTHING, command_of, machine, origin, source, table
 from benchmarks.report.real import agents, real, same_goodput, same_tokens
@@ -68,6 +68,8 @@ STUDIES = (
     ),
     Study("agents", "Loops of tool calls", "slosserve bench agents", agents),
     Study("chaos", "What breaks, and what clients see", "slosserve chaos", chaos),
+    Study("soak", "Half an hour with a fault a minute", "slosserve soak", soak),
+    Study("fuzz", "Requests that nobody would send", "slosserve fuzz", fuzz),
     Study("tokens", "The same tokens as stock vLLM", "slosserve bench tokens", same_tokens),
     Study("goodput", "The same goodput by vLLM's own client", "slosserve bench goodput", same_goodput),
     Study("demo", "The demo", "slosserve demo", studies.demo),
