@@ -138,8 +138,10 @@ def place(
     if price is not None:
         price.note(cost_s, now_s, fitted=bool(feasible), dear=False)
     if feasible:
-        home = knowledge.sessions.home(request.session)
-        chosen = min(feasible, key=lambda candidate: _preference(candidate, home))
+        short = knowledge.price is None or knowledge.price.short(now_s)
+        chosen = (
+            _best_by_loss(feasible, request, knowledge) if short else _fastest(feasible, request, knowledge)
+        )
         return _accept(request, chosen, "admitted", judged, now_s), candidates
     return _turn_away(request, _fallback(candidates, request, knowledge), judged, now_s), candidates
 
@@ -215,12 +217,30 @@ def _within_reach(request: Place, nodes: Sequence[NodeMirror], knowledge: Knowle
     return cost.predict(max(request.prompt_tokens - cached, 1)) <= request.first_token_left_s
 
 
-def _preference(candidate: Candidate, home: str | None) -> tuple[int, int, bool]:
-    """The least loss, then the least load, then no KV to move. `home`: where the history of its session is."""
-    stays = candidate.prefill is None and candidate.decode.name == home
-    loss_s = candidate.loss_s / HOME_WORTH if stays else candidate.loss_s
-    loss = math.ceil(math.log(max(loss_s, 1e-6), SAME_LOSS))
-    return loss, candidate.load, candidate.prefill is not None
+def _best_by_loss(feasible: Sequence[Candidate], request: Place, knowledge: Knowledge) -> Candidate:
+    """The least loss, then the least load, then no KV to move: what others may want is kept for them."""
+    home = knowledge.sessions.home(request.session)
+
+    def preference(candidate: Candidate) -> tuple[int, int, bool]:
+        stays = candidate.prefill is None and candidate.decode.name == home
+        loss_s = candidate.loss_s / HOME_WORTH if stays else candidate.loss_s
+        loss = math.ceil(math.log(max(loss_s, 1e-6), SAME_LOSS))
+        return loss, candidate.load, candidate.prefill is not None
+
+    return min(feasible, key=preference)
+
+
+def _fastest(feasible: Sequence[Candidate], request: Place, knowledge: Knowledge) -> Candidate:
+    """While there is room for everybody: where its history is, if that is not much busier than others; else the
+    least load, so that its steps are short and those of others stay so; then the least loss."""
+    bound = min(candidate.load for candidate in feasible) + HOME_LOAD
+
+    def preference(candidate: Candidate) -> tuple[bool, int, float]:
+        first = candidate.decode if candidate.prefill is None else candidate.prefill
+        knows = candidate.load <= bound and _has_most(first, request, knowledge)
+        return not knows, candidate.load, candidate.loss_s
+
+    return min(feasible, key=preference)
 
 
 def _no_capacity(request: Place) -> Placed:

@@ -1,4 +1,4 @@
-"""`slosserve bench agents`: loops of tool calls on real engines, with sessions, without, and on stock vLLM.
+"""`slosserve bench agents`: loops of tool calls, with sessions, without, and on stock vLLM.
 
 The same loops for all: as many calls, as long, at the same times. Ours with sessions keeps the history of a
 loop while its tools run, and places the next call where it is; without, a call is a stranger whose prefix may
@@ -22,6 +22,8 @@ from rich.table import Table
 from benchmarks.agents.client import AgentsJob, SeenLoop
 from benchmarks.agents.load import Loop, busy_s, draw_loops
 from benchmarks.agents.measure import Row, add_up, loop_seconds
+from benchmarks.agents.simulated import LOADS as SIMULATED_LOADS
+from benchmarks.agents.simulated import SIMULATED_ON, SimulatedAgents
 from benchmarks.fidelity.own_profile import Here, profile_here
 from benchmarks.hardware import Hardware, hardware
 from benchmarks.provenance import commit, provenance
@@ -76,6 +78,15 @@ class Agents:
     say: Callable[[str], None]
     seen: dict[tuple[str, float, int], list[float | None]] = field(default_factory=dict)
 
+    @property
+    def device(self) -> str:
+        """What it is measured on."""
+        return self.site.devices()[0]
+
+    def most_per_s(self) -> float:
+        """Loops a second that the engines could compute, were no history computed twice."""
+        return self.engines / busy_s(self.hardware, draw_loops(self.hardware, SAMPLE_RATE, SAMPLE_S, seed=0))
+
     def windows(
         self, loads: Sequence[tuple[float, float]], seeds: Sequence[int], keep: Callable[[Row], None]
     ) -> None:
@@ -127,6 +138,9 @@ def bench_agents(
     seeds: Annotated[int, typer.Option(min=1, help="Windows at each load.")] = 3,
     seconds: Annotated[float, typer.Option(min=5, help="In which loops begin, of a window.")] = SECONDS,
     quick: Annotated[bool, typer.Option("--quick", help="One short window at one load: a look.")] = False,
+    simulated: Annotated[bool, typer.Option("--simulated", help="In simulated time, on GPUs.")] = False,
+    on: Annotated[str, typer.Option(help="Hardware of --simulated.")] = SIMULATED_ON,
+    replicas: Annotated[int, typer.Option(min=1, help="Of --simulated.")] = 4,
     model: Annotated[str, typer.Option(help="Of `slosserve model make`.")] = CPU.model,
     step_profile: Annotated[
         str | None, typer.Option(help="Of the model here; else one that fits, or measured first.")
@@ -138,10 +152,14 @@ def bench_agents(
 ) -> None:
     """Measure loops of 2 to 8 tool calls: how long they take, what is computed twice, and what is kept.
 
+    On real engines, or, with --simulated, on replicas of a GPU's profile, where prompts and outputs are eight
+    times as long.
+
     Example: slosserve bench agents --engines 1 --rate 0.2 --seeds 1
     """
     console = Console(width=110, highlight=False)
-    out = out or Path("out/bench") / f"agents{'-quick' if quick else ''}.json"
+    kind = ("-simulated" if simulated else "") + ("-quick" if quick else "")
+    out = out or Path("out/bench") / f"agents{kind}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
     columns = (TextColumn("[progress.description]{task.description}"), BarColumn(), TimeElapsedColumn())
@@ -152,10 +170,15 @@ def bench_agents(
             def say(text: str) -> None:
                 progress.update(bar, description=text)
 
-            agents = _agents(model, engines, step_profile, profile_minutes, out.parent, say)
+            agents: Agents | SimulatedAgents
+            if simulated:
+                agents = SimulatedAgents(hardware(on), on, replicas, seconds, say)
+            else:
+                agents = _agents(model, engines, step_profile, profile_minutes, out.parent, say)
+            of = SIMULATED_LOADS if simulated else LOADS
             agents.seconds = QUICK_SECONDS if quick else seconds
             chosen = tuple(range(1, (1 if quick else seeds) + 1))
-            loads = _loads(agents, rate, LOADS[:1] if quick else LOADS)
+            loads = _loads(agents, rate, of[:1] if quick else of)
             progress.update(bar, total=len(WAYS) * len(loads) * len(chosen))
 
             def keep(row: Row) -> None:
@@ -174,7 +197,7 @@ def bench_agents(
     console.print(f"figures in {out}", soft_wrap=True)
 
 
-def told(rows: Sequence[Row], agents: Agents) -> Row:
+def told(rows: Sequence[Row], agents: Agents | SimulatedAgents) -> Row:
     """The file of figures. What is compared stands at the top, once there is something to compare."""
     at = compared_at(rows)
     return {
@@ -184,8 +207,9 @@ def told(rows: Sequence[Row], agents: Agents) -> Row:
         "targets": {"prompt_tokens_reused_share": REUSE_TARGET, "loop_p99_ratio_vs_stock": RATIO_TARGET},
         "ways": {way.name: way.label for way in WAYS},
         "engines": agents.engines,
+        "simulated": isinstance(agents, SimulatedAgents),
         "measured_on": {
-            "device": agents.site.devices()[0],
+            "device": agents.device,
             "commit": commit(),
             "date": datetime.now(UTC).date().isoformat(),
         },
@@ -278,10 +302,11 @@ def _agents(
     return Agents(site, model, engines, known, profile, folder, SECONDS, say)
 
 
-def _loads(agents: Agents, rates: Sequence[float] | None, loads: Sequence[float]) -> list[tuple[float, float]]:
+def _loads(
+    agents: Agents | SimulatedAgents, rates: Sequence[float] | None, loads: Sequence[float]
+) -> list[tuple[float, float]]:
     """(load, loops a second): loads are shares of what the engines can compute."""
-    sample = draw_loops(agents.hardware, SAMPLE_RATE, SAMPLE_S, seed=0)
-    most_per_s = agents.engines / busy_s(agents.hardware, sample)
+    most_per_s = agents.most_per_s()
     if rates:
         return [(round(rate / most_per_s, 3), rate) for rate in rates]
     return [(load, load * most_per_s) for load in loads]

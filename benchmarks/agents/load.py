@@ -51,14 +51,16 @@ class Loop(msgspec.Struct, frozen=True):
         return sum(call.tool_s for call in self.calls[:-1])
 
 
-def draw_loops(hardware: Hardware, rate_per_s: float, seconds: float, seed: int) -> list[Loop]:
-    """Loops that come for `seconds`, `rate_per_s` of them on average (Poisson).
+def draw_loops(hardware: Hardware, rate_per_s: float, seconds: float, seed: int, times: int = 1) -> list[Loop]:
+    """Loops that come for `seconds`, `rate_per_s` of them on average (Poisson); prompts and outputs `times` as
+    long as those that suit a small model on a CPU.
 
     Deadlines are multiples of what a prompt takes alone, all of it computed: nobody is told what is cached.
     """
     rng = np.random.default_rng(seed)
     return [
-        Loop(float(at_s), _calls(hardware, rng)) for at_s in arrival_times(rate_per_s, seconds, rng).tolist()
+        Loop(float(at_s), _calls(hardware, rng, times))
+        for at_s in arrival_times(rate_per_s, seconds, rng).tolist()
     ]
 
 
@@ -72,12 +74,12 @@ def busy_s(hardware: Hardware, loops: Sequence[Loop]) -> float:
     return seconds / len(loops)
 
 
-def _calls(hardware: Hardware, rng: np.random.Generator) -> list[Call]:
+def _calls(hardware: Hardware, rng: np.random.Generator, times: int) -> list[Call]:
     count, known, calls = int(rng.integers(FEWEST_CALLS, MOST_CALLS + 1)), 0, []
     for number in range(count):
         last = number == count - 1
-        new = int(rng.integers(*(FIRST_TOKENS if number == 0 else RESULT_TOKENS), endpoint=True))
-        output = int(rng.integers(*(ANSWER_TOKENS if last else CALL_TOKENS), endpoint=True))
+        new = times * int(rng.integers(*(FIRST_TOKENS if number == 0 else RESULT_TOKENS), endpoint=True))
+        output = times * int(rng.integers(*(ANSWER_TOKENS if last else CALL_TOKENS), endpoint=True))
         tool_s = min(max(MEDIAN_TOOL_S * float(rng.lognormal(0.0, TOOL_SIGMA)), LEAST_TOOL_S), MOST_TOOL_S)
         prompt = known + new
         alone_s = hardware.cost.prefill_alone_s(prompt, hardware.max_batch_tokens)

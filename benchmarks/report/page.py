@@ -67,6 +67,7 @@ STUDIES = (
         studies.endpoint,
     ),
     Study("agents", "Loops of tool calls", "slosserve bench agents", agents),
+    Study("agents-simulated", "Agent loops, simulated", "slosserve bench agents --simulated", agents),
     Study("chaos", "What breaks, and what clients see", "slosserve chaos", chaos),
     Study("soak", "Half an hour with a fault a minute", "slosserve soak", soak),
     Study("fuzz", "Requests that nobody would send", "slosserve fuzz", fuzz),

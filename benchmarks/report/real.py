@@ -57,8 +57,9 @@ def agents(file: Row, plots: Path) -> list[str]:
     at, found = file["compared_at_load"], file["slower_than_without_sessions"]
     reused, p99 = file["prompt_tokens_reused_share"], file["loop_p99_ratio_vs_stock"]
     aims = file["targets"]
+    where = f"simulated replicas ({file['measured_on']['device']})" if file.get("simulated") else "real engines"
     text = (
-        f"Loops of 2 to 8 calls with tools of 0.2 to 5 s between them, on {file['engines']} real engines; the "
+        f"Loops of 2 to 8 calls with tools of 0.2 to 5 s between them, on {file['engines']} {where}; the "
         "seconds of a loop are without those of its tools. Reused: of the prompt tokens that had been computed "
         "before, in whole blocks, those that no engine computed again."
     )

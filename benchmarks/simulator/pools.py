@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,11 +23,21 @@ class _Quiet:
 
 
 class Colocated(_Quiet):
-    """Every replica serves whole requests; a new one goes where the fewest are outstanding."""
+    """Every replica serves whole requests; a new one goes where the fewest are outstanding.
+
+    `sticky`: to the replica that the hash of its chain says, so that it finds its history there.
+    """
+
+    def __init__(self, *, sticky: bool = False) -> None:
+        self._sticky = sticky
 
     def arrive(self, world: World, request: int) -> None:
-        """To the least loaded."""
-        world.submit(request, int(np.argmin(world.outstanding)))
+        """To the least loaded, or to its own."""
+        if self._sticky:
+            name = str(world.chain[request]).encode()
+            world.submit(request, zlib.crc32(name) % len(world.specs))
+        else:
+            world.submit(request, int(np.argmin(world.outstanding)))
 
     def offered(self, world: World, request: int, replica: int) -> None:
         """Nobody offers."""

@@ -83,7 +83,8 @@ def run(
     slos = promises(workload, deployment.hardware) if slos is None else slos
     links = SharedLinks(len(specs), network.latency_s, network.bytes_per_s)
     ours = isinstance(system, Slosserve)
-    world = World(workload, slos, specs, links, kv_bytes, system, seed=seed, reports=ours)
+    keeping = deployment.keeping
+    world = World(workload, slos, specs, links, kv_bytes, system, seed=seed, reports=ours, keeping=keeping)
     scores: list[Score | None] = [None] * len(workload)
     scored, failed = np.zeros((2, len(workload)), dtype=np.bool_)
     ttft_s = np.array([slo.ttft_s for slo in slos])

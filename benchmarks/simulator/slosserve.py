@@ -21,6 +21,7 @@ from coordinator.mirror import NodeMirror
 from coordinator.pool_loads import PoolLoads
 from coordinator.pool_policy import Move, PoolPolicy
 from coordinator.pools import PoolNode, plan_flips
+from coordinator.session_lists import LIST_EVERY_S
 from engine.base import EngineInfo, Usage
 from engine.drafting import Drafted, Drafting
 from engine.messages import Finished, Place, Placed, Report, WorkState
@@ -55,7 +56,8 @@ class Resize:
 
 class Slosserve:
     """The cluster: a decider, and what it knows of each replica. `resizes` come in order of time; with
-    `follows_load` the pools change as `slosserve rebalance --auto` has them change."""
+    `follows_load` the pools change as `slosserve rebalance --auto` has them change. With `sessions` each chain
+    of calls says that it is one."""
 
     def __init__(
         self,
@@ -67,9 +69,12 @@ class Slosserve:
         variant: Variant = FULL,
         resizes: Sequence[Resize] = (),
         follows_load: bool = False,
+        sessions: bool = False,
     ) -> None:
         self._one_node = one_node
         self._variant = variant
+        self._sessions = sessions
+        self._listed_s = [-math.inf] * len(roles)
         self._resizes = list(resizes)
         self._policy = PoolPolicy() if follows_load else None
         self._loads: PoolLoads | None = None
@@ -137,8 +142,11 @@ class Slosserve:
             if _in_chain(world, request)
             else [],
             ended_itself=output < int(self._max_tokens[request]),
+            session=self._session(world, request),
         )
-        self._decider.finished(finished, self._mirrors)
+        left = self._decider.finished(finished, self._mirrors, world.now_s)
+        if left is not None:
+            world.prefixes[_index(left)].close(int(world.chain[request]))
 
     def turn(self, world: World) -> None:
         """Deferred requests are asked about again."""
@@ -238,6 +246,7 @@ class Slosserve:
             may_defer=self._variant.defers and not slo.refuse,
             avoid=avoid,
             prefix_hashes=_hashes(int(world.chain[request]), int(world.workload.prefix_tokens[request])),
+            session=self._session(world, request),
         )
         placed = self._decider.place(question, ENDPOINT, asked, self._links, world.now_s)
         self._ask_again_later(world)
@@ -269,6 +278,9 @@ class Slosserve:
             row["first_due_s"] -= placed.handoff_s
             row["due_s"] = row["first_due_s"]
         world.submit(request, replica, offers=placed.prefill is not None)
+
+    def _session(self, world: World, request: int) -> str | None:
+        return str(world.chain[request]) if self._sessions else None
 
     def _ask_again_later(self, world: World) -> None:
         if not self._turn_is_set and len(self._decider.deferred):
@@ -307,6 +319,9 @@ class Slosserve:
                 self._reported[replica] = reported_s, told_of_s
                 report = self._report(world, replica, reported_s, told_of_s)
                 self._mirrors[_node(replica)].take_report(report, world.now_s)
+            if self._sessions and world.now_s - self._listed_s[replica] >= LIST_EVERY_S:
+                self._listed_s[replica] = world.now_s
+                self._decider.sessions.listed(_node(replica), world.prefixes[replica].held, world.now_s)
 
     def _report(self, world: World, replica: int, made_s: float, at_s: float) -> Report:
         """The account that a replica made at `made_s` of how it will be at `at_s`."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks.hardware import Hardware
 from benchmarks.simulator.pools import Colocated, Disaggregated
+from benchmarks.simulator.prefixes import Keeping
 from benchmarks.simulator.slosserve import Resize, Slosserve
 from benchmarks.simulator.steps import CHUNKED, DECODE_ALL, EDF, OURS, PREFILL_FIRST, WHOLE_PROMPTS, Settings
 from benchmarks.simulator.variants import variant
@@ -105,7 +106,8 @@ class Deployment:
 
     `acceptance`: chance that a draft is right; None runs without speculation. `one_node`: ours serves every
     request on one replica. `variant`: ours without one of its parts. `resizes`: its pools over time, or with
-    `follows_load` as the load asks for.
+    `follows_load` as the load asks for. `keeping`: whose KV stays between calls; with sessions, ours is told of
+    them. `sticky`: of the baselines that serve on one replica, a chain keeps to its own.
     """
 
     system: str
@@ -119,6 +121,8 @@ class Deployment:
     variant: str = ""
     resizes: tuple[Resize, ...] = ()
     follows_load: bool = False
+    keeping: Keeping = Keeping.NEXT_CALLS
+    sticky: bool = False
 
     @property
     def gpus(self) -> int:
@@ -179,6 +183,7 @@ class Deployment:
                 variant=parts,
                 resizes=self.resizes,
                 follows_load=self.follows_load,
+                sessions=self.keeping is Keeping.SESSIONS,
             )
         if chosen.disaggregated:
             prefill = [i for i, role in enumerate(self.roles) if role is RoleName.PREFILL]
@@ -186,7 +191,7 @@ class Deployment:
             if not prefill or not decode:
                 raise ConfigError(f"{chosen.name} needs prefill and decode nodes: give --prefill and --decode")
             return Disaggregated(prefill, decode)
-        return Colocated()
+        return Colocated(sticky=self.sticky)
 
 
 def roles_for(mode: str, replicas: int, prefill: int = 0, decode: int = 0) -> tuple[RoleName, ...]:

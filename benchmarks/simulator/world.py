@@ -17,12 +17,13 @@ from typing import Protocol
 import numpy as np
 
 from benchmarks.simulator.links import SharedLinks
-from benchmarks.simulator.prefixes import PrefixMemory
+from benchmarks.simulator.prefixes import Keeping, PrefixMemory
 from benchmarks.simulator.steps import CLOCK_S, EVENTS, IDLE, OFFERED, Settings, Station, advance, begin_pulls
 from benchmarks.workload import Workload
 from engine.cost import StepCost
 from engine.request import Slo
 from engine.rows import NO_PULL, PULL_WAITS, ROW, CostArrays
+from engine.sessions import KV_SHARE, TTL_S, Sessions
 from engine.virtual_kernel import BLOCK_TOKENS, FREE_BLOCKS, Replica, enqueue, pulled
 
 NOBODY = -1
@@ -91,6 +92,7 @@ class World:
         *,
         seed: int = 0,
         reports: bool = False,
+        keeping: Keeping = Keeping.NEXT_CALLS,
     ) -> None:
         count = len(workload)
         self.workload, self.slos, self.specs, self.links = workload, slos, specs, links
@@ -106,7 +108,9 @@ class World:
         self.decoded_on = np.full(count, NOBODY, dtype=np.int64)
         self.chain = _chains(workload)
         self.stations = [_station(spec, count) for spec in specs]
-        self.prefixes = [PrefixMemory() for _ in specs]
+        self.keeping = keeping
+        self.prefixes = [_prefixes(spec, keeping) for spec in specs]
+        self.reused_tokens = np.zeros(count, dtype=np.int64)
         self.outstanding = np.zeros(len(specs), dtype=np.int64)
         self.leases: list[dict[int, int]] = [{} for _ in specs]  # request -> blocks that its KV holds there
         self.over = 0
@@ -128,7 +132,8 @@ class World:
         """A request goes to a replica, whole; with `offers`, for its prefill alone."""
         row = self.rows[request]
         row["offers"] = offers
-        row["cached_tokens"] = self.cached_tokens(request, replica)
+        self.prefixes[replica].called(int(self.chain[request]), self.now_s)
+        row["cached_tokens"] = self.reused_tokens[request] = self.cached_tokens(request, replica)
         self.outstanding[replica] += 1
         if offers:
             self.prefilled_on[request] = replica
@@ -257,8 +262,8 @@ class World:
             case Kind.ENDED:
                 self.outstanding[replica] -= 1
                 known = int(self.workload.prompt_tokens[request] + self.workload.output_tokens[request])
-                if request in self._next_of:
-                    self.prefixes[replica].keep(int(self.chain[request]), known)
+                if request in self._next_of or self.keeping is not Keeping.NEXT_CALLS:
+                    self.prefixes[replica].keep(int(self.chain[request]), known, self.now_s)
                 self._system.ended(self, request, replica)
                 self.end(request)
             case Kind.OFFERED:
@@ -299,6 +304,12 @@ def _station(spec: ReplicaSpec, most_rows: int) -> Station:
     blocks = spec.kv_tokens // spec.block_tokens
     replica = Replica.empty(most_rows, blocks, spec.block_tokens, spec.max_seqs, spec.max_batch_tokens)
     return Station.of(replica, CostArrays.of(spec.cost))
+
+
+def _prefixes(spec: ReplicaSpec, keeping: Keeping) -> PrefixMemory:
+    if keeping is not Keeping.SESSIONS:
+        return PrefixMemory()
+    return PrefixMemory(Sessions(TTL_S, int(KV_SHARE * spec.kv_tokens)))
 
 
 def _rows(workload: Workload, slos: Sequence[Slo], seed: int) -> np.ndarray:

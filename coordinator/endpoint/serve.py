@@ -27,6 +27,7 @@ from engine.cost import StepCost
 from engine.errors import SlosserveError
 
 READY_POLL_S = 0.2
+KEEP_ALIVE_S = 75  # longer than clients do: one that sends as we hang up sees a broken connection
 
 
 def front_arguments(config: ClusterConfig, model: str, port: int) -> list[str]:
@@ -131,7 +132,13 @@ async def _idle_cost(coordinator: Any) -> StepCost:
 async def _listen(app: Any, config: ClusterConfig, index: int) -> None:
     host, port = config.endpoint.host, config.endpoint.port + index
     settings = uvicorn.Config(
-        app, host=host, port=port, log_level="warning", access_log=False, timeout_graceful_shutdown=3
+        app,
+        host=host,
+        port=port,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=3,
+        timeout_keep_alive=KEEP_ALIVE_S,
     )
     server = uvicorn.Server(settings)
     serving = asyncio.create_task(server.serve())

@@ -18,6 +18,7 @@ STEP = 0.06  # by which one request that does not fit moves the share
 AIM = 0.5  # of those turned away, about this part for want of room and the others for being dear
 FORGET_S = 20.0  # until 1/e of the share is left when nothing is asked
 MOST_SHARE = 0.5
+LEAST_SHARE = 0.01  # below it everybody has fitted for a while
 
 
 class RoomPrice:
@@ -36,6 +37,11 @@ class RoomPrice:
             return False
         rank = bisect_left(self._sorted, cost_s) / len(self._sorted)
         return rank >= 1 - self._share
+
+    def short(self, now_s: float) -> bool:
+        """Whether somebody did not fit lately: what is taken now, another may want."""
+        self._fade(now_s)
+        return self._share > LEAST_SHARE
 
     def note(self, cost_s: float, now_s: float, *, fitted: bool, dear: bool) -> None:
         """A request has been decided on: it fitted or not, or was found too dear without being asked about."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from benchmarks.agents import simulated
 from benchmarks.agents.client import SeenCall, SeenLoop
 from benchmarks.agents.command import WAYS, bench_agents, compared_at, headline, slower, table
 from benchmarks.agents.load import (
@@ -22,8 +24,13 @@ from benchmarks.agents.load import (
     draw_loops,
 )
 from benchmarks.agents.measure import add_up, loop_seconds
+from benchmarks.agents.simulated import SIMULATED_ON, SimulatedAgents
 from benchmarks.hardware import hardware
 from benchmarks.real.systems import SYSTEMS
+from benchmarks.simulator.prefixes import PrefixMemory
+from benchmarks.simulator.run import run
+from benchmarks.simulator.systems import Deployment, design, roles_for
+from engine.sessions import Sessions
 
 SCALE = hardware("scale")
 BLOCK = 32
@@ -126,3 +133,43 @@ def test_help_shows_an_example() -> None:
     shown = CliRunner().invoke(app, ["--help"])
     assert shown.exit_code == 0
     assert "Example: slosserve bench agents" in shown.output
+
+
+def test_simulated_loops_come_back_as_clients_see_them_and_find_their_history() -> None:
+    machine = hardware(SIMULATED_ON)
+    agents = SimulatedAgents(machine, SIMULATED_ON, 2, 30.0, lambda said: None)
+    rows: list[dict[str, Any]] = []
+    agents.windows([(0.3, 0.3)], [1], rows.append)
+    assert [row["way"] for row in rows] == list(simulated.WAYS)
+    for row in rows:
+        assert row["ended"] == row["loops"] >= 5
+        assert row["reused_share"] > 0.95, "nothing else wants the memory"
+        assert row["errors"] == 0
+        assert 0 < row["loop_s"]["p50"] <= row["loop_s"]["p99"]
+    assert len({row["calls"] for row in rows}) == 1, "all are asked the same"
+    assert set(agents.seen) == {(way, 0.3, 1) for way in simulated.WAYS}
+
+
+def test_a_loop_that_did_not_end_is_seen_as_far_as_it_went() -> None:
+    machine = hardware(SIMULATED_ON)
+    loops = draw_loops(machine, 0.5, 30.0, 1, simulated.TIMES)
+    deployment = Deployment("vllm", machine, roles_for("colocated", 1), design("vllm").defaults)
+    out = run(simulated.as_workload(loops, 30.0), deployment, slos=simulated.slos_of(loops))
+    out.world.ended_s[-1] = math.nan
+    *_, last = simulated.as_seen(loops, out, ours=False)
+    assert last.seconds is None
+    assert last.calls[-1].error == "it did not end"
+
+
+def test_sessions_hold_their_history_before_strangers_do() -> None:
+    def kept(keeping: PrefixMemory) -> list[int]:
+        for chain in (1, 2):
+            keeping.called(chain, 0.0)
+            keeping.keep(chain, 100, 0.0)
+        keeping.close(2)
+        keeping.called(3, 1.0)
+        keeping.keep(3, 100, 1.0)
+        return [keeping.cached_tokens(chain, 100, free_tokens=200) for chain in (1, 2, 3)]
+
+    assert kept(PrefixMemory(Sessions(300.0, 1000))) == [100, 0, 100], "the one that was closed goes first"
+    assert kept(PrefixMemory()) == [0, 100, 100], "the oldest goes first"

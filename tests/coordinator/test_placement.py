@@ -417,3 +417,27 @@ def test_the_reserve_of_memory_follows_what_was_late_for_want_of_it() -> None:
     assert node.overflow_z == before, "who was preempted may be in time all the same"
     node.take_report(replace(report, promises_preempted=5, promises_starved=1), now_s=3.0)
     assert node.overflow_z > started
+
+
+def test_while_there_is_room_for_everybody_requests_spread_and_once_it_is_short_they_gather() -> None:
+    """An idle node loses the most by a tight request, and nobody wants what it loses."""
+    busy, idle = _node("busy", RoleName.MIXED, _decoding(0.02, 2)), _node("idle", RoleName.MIXED, [])
+    ask = replace(ASK, tpot_s=0.02, first_token_left_s=2.0)
+    for lacked, wanted in ((0, "idle"), (2, "busy")):
+        price = RoomPrice()
+        for _ in range(lacked):
+            price.note(1.0, 0.0, fitted=False, dear=False)
+        placed, _ = place_and_explain(ask, [busy, idle], Knowledge(LearnedLengths(), {}, price=price), 0.0)
+        assert placed.decode is not None
+        assert placed.decode.node == wanted
+        for node in (busy, idle):
+            node.forget(ask.request_id, 1)
+
+
+def test_a_history_is_not_left_for_a_node_that_is_only_a_bit_less_loaded() -> None:
+    home, other = _node("home", RoleName.MIXED, _decoding(0.1, 3)), _node("other", RoleName.MIXED, [])
+    knowledge = replace(_at_home("home", HISTORY), price=RoomPrice())
+    ask = replace(NEXT, prompt_tokens=500, first_token_left_s=2.0)
+    placed, _ = place_and_explain(ask, [home, other], knowledge, 0.0)
+    assert placed.decode is not None
+    assert placed.decode.node == "home"
