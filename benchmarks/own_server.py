@@ -66,7 +66,9 @@ def arguments(config: ClusterConfig, port: int) -> list[str]:
     ]
     transfer = config.transfer
     device = "cuda" if on_gpu else "cpu"
-    connector = kv_transfer_config(transfer.lease_s, transfer.pull_deadline_s, "own-server", device)
+    connector = kv_transfer_config(
+        transfer.lease_s, transfer.pull_deadline_s, "own-server", device, transfer.checksum
+    )
     asked.append(f"--kv-transfer-config={json.dumps(connector)}")
     if engine.speculative is not None:
         asked.append(f"--speculative-config={json.dumps(engine.speculative)}")

@@ -45,6 +45,7 @@ def node_state(mirror: NodeMirror, now_s: float) -> dict[str, Any]:
             "promises_preempted": report.promises_preempted,
             "promises_starved": report.promises_starved,
             "local_prefills": report.local_prefills,
+            "corrupt_pulls": report.corrupt_pulls,
             "sessions": report.sessions,
             "session_tokens": report.session_tokens,
             "age_s": now_s - mirror.reported_s,

@@ -126,10 +126,15 @@ class VirtualConfig(Section):
 
 
 class TransferConfig(Section):
-    """How long KV is held for a pull, and how long a pull may take before the prompt is recomputed."""
+    """How long KV is held for a pull, and how long a pull may take before the prompt is recomputed.
+
+    `checksum`: the prefill node sends a checksum of each block with the handoff, and what does not match after
+    the pull is recomputed too. Virtual engines move no bytes, and it means nothing to them.
+    """
 
     lease_s: Seconds = 30.0
     pull_deadline_s: Seconds = 10.0
+    checksum: bool = True
 
 
 class SessionsConfig(Section):

@@ -79,6 +79,7 @@ def node_spec(config: ClusterConfig, name: str, run_dir: Path) -> dict[str, Any]
             "async_scheduling": engine.async_scheduling,
             "lease_s": config.transfer.lease_s,
             "pull_deadline_s": config.transfer.pull_deadline_s,
+            "checksum": config.transfer.checksum,
         },
     }
 

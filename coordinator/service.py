@@ -493,6 +493,7 @@ class Coordinator:
             "outcomes": dict(self._scorecard.outcomes),
             "deferred": len(self._decider.deferred),
             "local_prefills": sum(report.local_prefills for report in reports),
+            "corrupt_pulls": sum(report.corrupt_pulls for report in reports),
         }
 
     # ---- pools -------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from engine.request import Pace, RoleName, WorkKind
 from engine.tally import Tally
 from kv_transfer.base import Handoff, Lease, Link, PeerAddress, Pull
 
-VERSION = 8
+VERSION = 9
 TELL_EVERY_S = 0.02  # a node tells of batches as they begin; of one that lasts longer, always
 
 
@@ -246,6 +246,7 @@ class Report:
     step_s: float
     stuck_s: float
     local_prefills: int
+    corrupt_pulls: int  # of the local prefills, those for KV that came and was not what was offered
     pid: int
     in_flight_s: float = 0.0
     age_s: float = 0.0  # since it was made; set when it is sent

@@ -115,6 +115,7 @@ class Node:
         self._step_s: float | None = None
         self._tally = Tally()
         self._local_prefills = 0
+        self._corrupt_pulls = 0
         self._promises_preempted = 0
         self._promises_starved = 0
         self._ended_s: float | None = None  # the last step, if this turn followed it at once
@@ -407,6 +408,7 @@ class Node:
         promise.pull = pull
         if pull.outcome not in (PullOutcome.PULLED, PullOutcome.CACHED):
             self._local_prefills += 1
+            self._corrupt_pulls += pull.outcome is PullOutcome.CORRUPT
             logger.warning(
                 "%s: KV of %s not used (%s): %s", self.name, pull.request_id, pull.outcome, pull.detail
             )
@@ -529,6 +531,7 @@ class Node:
             step_s=self._step_s or 0.0,
             stuck_s=0.0,
             local_prefills=self._local_prefills,
+            corrupt_pulls=self._corrupt_pulls,
             pid=os.getpid(),
             in_flight_s=in_flight_s,
             tally=copy(self._tally),

@@ -84,6 +84,7 @@ class VllmEngineConfig:
     """How an engine is started.
 
     `kv_cache_bytes` and `num_blocks` size the KV cache (the second wins; vLLM decides if both are None).
+    `checksum`: KV that is pulled is compared with what was offered; the same on all engines.
     `side_channel_host` and `side_channel_port` are where peers ask for this engine's NIXL metadata.
     `enforce_eager` None: eager on a CPU, graphs on a GPU. `extra_args` go to vLLM's EngineArgs as they
     are, and win; `env` goes to the environment.
@@ -102,6 +103,7 @@ class VllmEngineConfig:
     speculative: dict[str, Any] | None = None
     lease_s: float = 30.0
     pull_deadline_s: float = 10.0
+    checksum: bool = True
     side_channel_host: str = "127.0.0.1"
     side_channel_port: int = 5600
     structured_outputs_backend: str = "xgrammar"
@@ -457,7 +459,7 @@ def _engine_args(config: VllmEngineConfig, platform: Any) -> dict[str, Any]:
             "disable_any_whitespace": True,
         },
         "kv_transfer_config": kv_transfer_config(
-            config.lease_s, config.pull_deadline_s, config.engine_id, platform.device_type
+            config.lease_s, config.pull_deadline_s, config.engine_id, platform.device_type, config.checksum
         ),
         **{name: value for name, value in sized.items() if value is not None},
         **config.extra_args,

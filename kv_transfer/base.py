@@ -7,6 +7,8 @@ the source, and the lease ends. A lease also ends when it runs out or when it is
 Failure contract.
 - KV is used only if the lease still stood AFTER the last byte was read. Otherwise the pull fails: a pull
   that raced the end of a lease is never served as if nothing had happened.
+- KV is used only if every block that was read has the checksum that it had when it was offered, and as many
+  bytes came as were asked for. (Checksums are the default; both ends of a transfer must have the same setting.)
 - A pull has a deadline. One that is late fails; the blocks that it was to fill are kept apart while bytes may
   still arrive (`held_blocks`), and the prompt is recomputed into others.
 - A failed pull is an outcome, not an exception: the target recomputes the prompt from its tokens.
@@ -57,6 +59,7 @@ class PullOutcome(StrEnum):
     FAILED = "failed"  # transport error, the source is gone, or the request was cancelled
     LATE = "late"  # the deadline passed first
     LEASE_LOST = "lease_lost"  # the lease had ended when the bytes were in
+    CORRUPT = "corrupt"  # what came is not what was offered, or not all of it
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,19 +1,21 @@
 """A KV transfer in memory, with the failure contract of the real one and faults to order.
 
 Blocks are bytes that really are reused after they are free, and a pull really copies them one after the other
-while time passes: a pull that races the end of a lease would return wrong bytes here as well, were it not for
-the check. Used by tests and by virtual engines. Time comes from a clock that is passed in.
+while time passes: a pull that races the end of a lease, or of which bytes get lost, would return wrong ones
+here as well, were it not for the checks. Used by tests and by virtual engines. Time comes from a clock that is
+passed in.
 """
 
 from __future__ import annotations
 
 import itertools
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from kv_transfer.base import Handoff, KvPort, Lease, Link, PeerAddress, Pull, PullOutcome, TransferError
 from kv_transfer.lease import LeaseTable
-from kv_transfer.pulls import OpenPull, PullLedger
+from kv_transfer.pulls import OpenPull, PullLedger, difference
 
 Clock = Callable[[], float]
 
@@ -37,13 +39,16 @@ class Faults:
     """What is wrong with a source. The default is nothing.
 
     `fail_at`: its pulls fail when they have moved this share of their blocks. `delay_s`: more latency.
-    `corrupt`: its leases end while they are being read. `source_dead`: it is gone, as after a SIGKILL.
+    `lease_ends`: its leases end while they are being read. `corrupt`: a bit of every block that it sends flips.
+    `short`: the last block of every transfer does not come. `source_dead`: it is gone, as after a SIGKILL.
     `stalled`: it neither answers nor sends, as after a SIGSTOP.
     """
 
     fail_at: float | None = None
     delay_s: float = 0.0
+    lease_ends: bool = False
     corrupt: bool = False
+    short: bool = False
     source_dead: bool = False
     stalled: bool = False
 
@@ -179,8 +184,12 @@ class FakePort(KvPort):
             num_tokens=tokens,
             kv_bytes=tokens * self._bytes_per_token,
             lease_s=self._lease_s,
-            params={"nonce": offer.nonce},
+            params={"nonce": offer.nonce, "checksums": [[_checksum(self.blocks[block]) for block in blocks]]},
         )
+
+    def offered(self, request_id: str) -> list[int]:
+        """The blocks that an offer holds. Raises KeyError if it is over."""
+        return self._offers[request_id].blocks
 
     def stands(self, request_id: str, nonce: int) -> bool:
         """The lease word: whether this very offer still holds its blocks."""
@@ -212,7 +221,8 @@ class FakePort(KvPort):
     def start_pull(self, request_id: str, handoff: Handoff, deadline_s: float, cached_blocks: int = 0) -> bool:
         """Begin to pull what lies behind `cached_blocks`. False if the pull is over already, and failed."""
         now_s = self._fabric.clock()
-        self._pulls.begin(OpenPull(request_id, handoff.source, now_s, now_s + deadline_s))
+        checksums = handoff.params.get("checksums")
+        self._pulls.begin(OpenPull(request_id, handoff.source, now_s, now_s + deadline_s, checksums=checksums))
         source = self._fabric.find(handoff.source)
         if source is None:
             return not self._pulls.end(request_id, PullOutcome.FAILED, now_s, f"{handoff.source} is gone")
@@ -275,12 +285,24 @@ class FakePort(KvPort):
         if failure is not None:
             self._fail(transfer, PullOutcome.FAILED, failure)
         elif transfer.copied == len(transfer.pairs):
-            if transfer.source.stands(transfer.offer_id, transfer.nonce):
+            if not transfer.source.stands(transfer.offer_id, transfer.nonce):
+                self._fail(transfer, PullOutcome.LEASE_LOST, "the lease had ended when the bytes were in")
+            elif wrong := self._differs(transfer):
+                self._fail(transfer, PullOutcome.CORRUPT, wrong)
+            else:
                 transfer.source.notify(transfer.offer_id, transfer.nonce)
                 del self._transfers[transfer.request_id]
                 self._pulls.end(transfer.request_id, PullOutcome.PULLED, now_s)
-            else:
-                self._fail(transfer, PullOutcome.LEASE_LOST, "the lease had ended when the bytes were in")
+
+    def _differs(self, transfer: _Transfer) -> str:
+        """What is wrong with the bytes that have come; empty if nothing is."""
+        pull = self._pulls.get(transfer.request_id)
+        assert pull is not None
+        wanted = len(transfer.pairs) * self._block_tokens * self._bytes_per_token
+        if pull.kv_bytes < wanted:
+            return f"{pull.kv_bytes} of {wanted} bytes came"
+        arrived = [[_checksum(self.blocks[here]) for _, here in transfer.pairs]]
+        return difference(pull.checksums or [[]], arrived)
 
     def _copy(self, transfer: _Transfer, now_s: float) -> str | None:
         """Copy the blocks whose time has come. What went wrong, None if nothing did."""
@@ -293,13 +315,16 @@ class FakePort(KvPort):
         block_bytes = self._block_tokens * self._bytes_per_token
         moving_s = transfer.progress_s - transfer.link.latency_s - faults.delay_s
         due = int(max(moving_s, 0.0) * transfer.link.bytes_per_s / block_bytes + 1e-9)
-        if faults.corrupt and due:
+        if faults.lease_ends and due:
             transfer.source.release(transfer.offer_id)
         for there, here in transfer.pairs[transfer.copied : due]:
             if faults.fail_at is not None and transfer.copied >= faults.fail_at * len(transfer.pairs):
                 return "the transport failed"
-            self.blocks[here] = transfer.source.blocks[there]
             transfer.copied += 1
+            if faults.short and transfer.copied == len(transfer.pairs):
+                continue
+            content = transfer.source.blocks[there]
+            self.blocks[here] = _flipped(content) if faults.corrupt else content
             self._pulls.moved(transfer.request_id, block_bytes)
         return None
 
@@ -319,3 +344,11 @@ class FakePort(KvPort):
         if gone or orphan.copied == len(orphan.pairs):
             self._orphans.remove(orphan)
             self._free.extend(here for _, here in orphan.pairs)
+
+
+def _checksum(block: bytes) -> int:
+    return zlib.crc32(block)
+
+
+def _flipped(block: bytes) -> bytes:
+    return bytes([block[0] ^ 1]) + block[1:] if block else b"?"

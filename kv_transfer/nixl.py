@@ -34,12 +34,13 @@ PROBE_TIMEOUT_S = 10.0
 
 
 class SlosNixlConnector(NixlPullConnector):  # type: ignore[misc]
-    """vLLM's pull connector with leases that are checked after the read, and pulls that have a deadline."""
+    """vLLM's pull connector. Leases and bytes are checked after the read, and pulls have a deadline."""
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         # Not NixlPullConnector's own, which would make a second NIXL agent.
         super(NixlPullConnector, self).__init__(vllm_config, role, kv_cache_config)
         exchange = exchange_of(self.engine_id)
+        exchange.checksum = bool(vllm_config.kv_transfer_config.get_from_extra_config("checksum", True))
         if role == KVConnectorRole.SCHEDULER:
             self.connector_scheduler = exchange.scheduler = SlosPullScheduler(
                 vllm_config, self.engine_id, kv_cache_config, exchange

@@ -22,7 +22,7 @@ class HeldPull:
 
 
 class Exchange:
-    """State of one engine's end of the transfer."""
+    """State of one engine's end of the transfer. `checksum`: its blocks are summed up and compared."""
 
     def __init__(self, engine_id: str) -> None:
         self.engine_id = engine_id
@@ -30,6 +30,7 @@ class Exchange:
         self.offers = Offers(self.memory.words)
         self.pulls = PullLedger()
         self.held: dict[str, HeldPull] = {}
+        self.checksum = True
         self.scheduler: Any = None
         self.worker: Any = None
 

@@ -1,7 +1,8 @@
-"""The worker's half: reads KV with a deadline, checks the lease word, then tells the source.
+"""The worker's half: reads KV with a deadline, checks the lease word and the bytes, then tells the source.
 
 Order of a pull: read the KV, without a notification; when all of it is in, read the lease word; only if it
-holds the number of the offer is the pull complete and the source notified.
+holds the number of the offer, and the blocks have the checksums that they had there, is the pull complete and
+the source notified.
 """
 
 from __future__ import annotations
@@ -14,14 +15,21 @@ from vllm.distributed import nixl_utils
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker import NixlPullConnectorWorker
 
 from kv_transfer.base import PeerAddress, PullOutcome, TransferError
+from kv_transfer.checksum import BlockSums, Plane, plane
 from kv_transfer.nixl_agent import WatchedAgent, is_under_way, resting_progress
 from kv_transfer.nixl_checks import Verdict, WordChecks
 from kv_transfer.nixl_exchange import Exchange, HeldPull
 from kv_transfer.nixl_greeting import ask_peer, whereabouts, with_memory
 from kv_transfer.nixl_memory import PeerMemory
 from kv_transfer.params import DEFAULT_LEASE_S
+from kv_transfer.pulls import difference
 
 HANDSHAKE_TIMEOUT_S = 2.0
+_OUTCOMES = {
+    Verdict.STANDS: PullOutcome.PULLED,
+    Verdict.LOST: PullOutcome.LEASE_LOST,
+    Verdict.FAILED: PullOutcome.FAILED,
+}
 
 
 class SlosPullWorker(NixlPullConnectorWorker):  # type: ignore[misc]
@@ -47,6 +55,7 @@ class SlosPullWorker(NixlPullConnectorWorker):  # type: ignore[misc]
         self.xfer_handshake_metadata: Any = None
         self._peers: dict[str, PeerMemory] = {}
         self._why: dict[str, tuple[PullOutcome, str]] = {}
+        self._sums: BlockSums | None = None
 
     # Start-up and handshake.
 
@@ -54,6 +63,9 @@ class SlosPullWorker(NixlPullConnectorWorker):  # type: ignore[misc]
         """Register lease words and probe area first, so that the handshake metadata cover them."""
         self._registered_descs.append(self._exchange.memory.register(self.nixl_wrapper, self.nixl_backends))
         super().register_kv_caches(kv_caches)
+        if self._exchange.checksum:
+            self._sums = BlockSums(self._planes())
+            self._sums.of([[0]])  # compiles it, which is not for the first handoff to wait for
         self.xfer_handshake_metadata = with_memory(
             self.xfer_handshake_metadata, self._exchange.memory.as_peer()
         )
@@ -66,6 +78,37 @@ class SlosPullWorker(NixlPullConnectorWorker):  # type: ignore[misc]
             blocks = block_ids[group] if group >= 0 else [block for ids in block_ids for block in ids]
             total += len(blocks) * per_logical * self.block_len_per_layer[region]
         return total
+
+    def checksums(self, block_ids: Any) -> list[list[int]]:
+        """The checksums of these blocks, by cache group."""
+        assert self._sums is not None
+        return self._sums.of(block_ids)
+
+    def _planes(self) -> list[Plane]:
+        """Where the words of a block lie, in the order of vLLM's regions, which is that of the layers."""
+        if self._has_mamba:
+            raise NotImplementedError(
+                "checksums cover attention only, and this model has state-space layers: "
+                "set transfer.checksum to false"
+            )
+        caches = self.host_xfer_buffers or self.device_kv_caches
+        per_logical = self._physical_blocks_per_logical_kv_block
+        planes = []
+        for region, address in enumerate(self.kv_caches_base_addr[self.engine_id][self.tp_rank]):
+            block, stride = self.block_len_per_layer[region], self.block_stride_per_layer[region]
+            # A block of the scheduler may be several of the kernel's: each has its own place in the sum.
+            planes += [
+                plane(
+                    caches[self.region_names[region]],
+                    address + part * stride,
+                    self.region_num_blocks[region] // per_logical,
+                    block,
+                    stride * per_logical,
+                    self.region_group_ids[region],
+                )
+                for part in range(per_logical)
+            ]
+        return planes
 
     def _nixl_handshake(
         self, host: str, port: int, remote_tp_size: int, expected_engine_id: str, *rest: Any
@@ -140,8 +183,10 @@ class SlosPullWorker(NixlPullConnectorWorker):  # type: ignore[misc]
                     failed.add(key)
         for key, (verdict, detail) in self._checks.poll().items():
             done.add(key)
-            if verdict is not Verdict.STANDS:
-                outcome = PullOutcome.LEASE_LOST if verdict is Verdict.LOST else PullOutcome.FAILED
+            outcome = _OUTCOMES[verdict]
+            if verdict is Verdict.STANDS and (detail := self._differs(key)):
+                outcome = PullOutcome.CORRUPT
+            if outcome is not PullOutcome.PULLED:
                 self._why[key] = outcome, detail
                 failed.add(key)
         self._give_up_late(transfers, done)
@@ -159,6 +204,15 @@ class SlosPullWorker(NixlPullConnectorWorker):  # type: ignore[misc]
             self._why[key] = PullOutcome.FAILED, f"the lease word could not be read: {error}"
             return False
         return True
+
+    def _differs(self, key: str) -> str:
+        """What is wrong with the bytes that a pull has brought; empty if nothing is."""
+        pull, blocks = self._exchange.pulls.get(key), self._recving_metadata[key].local_block_ids
+        if pull is None:
+            return "nobody waits for it"
+        if pull.kv_bytes < (wanted := self.kv_bytes(blocks)):
+            return f"{pull.kv_bytes} of {wanted} bytes came"
+        return "" if pull.checksums is None else difference(pull.checksums, self.checksums(blocks))
 
     def _give_up_late(self, transfers: dict[str, list[Any]], done: set[str]) -> None:
         """Fail what is past its deadline. Reads under way cannot be recalled: their blocks are set aside.

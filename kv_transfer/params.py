@@ -2,7 +2,8 @@
 
 What `SlosNixlConnector` adds to the params of vLLM's own connector: `kv_bytes`, `lease_s` (time left, set by
 the source when it offers), `lease_slot` and `lease_nonce` (which lease word to check, and what it must hold),
-and on the way in `pull_deadline_s` and `lease_left_s`.
+`checksums` (of every block, by cache group, where they are computed), and on the way in `pull_deadline_s` and
+`lease_left_s`.
 """
 
 from __future__ import annotations
@@ -31,11 +32,16 @@ _NEEDED = (
 
 
 def kv_transfer_config(
-    lease_s: float, pull_deadline_s: float, engine_id: str, buffer_device: str = "cpu"
+    lease_s: float,
+    pull_deadline_s: float,
+    engine_id: str,
+    buffer_device: str = "cpu",
+    checksum: bool = True,
 ) -> dict[str, Any]:
     """The value of vLLM's `kv_transfer_config` for an engine that offers and pulls through us.
 
     `lease_s` may be a fraction of a second. `buffer_device` is where the KV cache lies ("cpu" or "cuda").
+    `checksum`: blocks are compared with what was offered; the same on all engines that pull from each other.
     """
     if lease_s <= 0 or pull_deadline_s <= 0:
         raise ValueError(f"lease_s and pull_deadline_s must be positive, not {lease_s} and {pull_deadline_s}")
@@ -49,6 +55,7 @@ def kv_transfer_config(
         "kv_connector_extra_config": {
             "kv_lease_duration": lease_s,
             "pull_deadline_s": pull_deadline_s,
+            "checksum": checksum,
         },
     }
 

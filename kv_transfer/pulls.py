@@ -6,6 +6,7 @@ need not know of each other.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kv_transfer.base import Pull, PullOutcome
@@ -13,7 +14,10 @@ from kv_transfer.base import Pull, PullOutcome
 
 @dataclass(slots=True)
 class OpenPull:
-    """A pull that has not ended. Times are readings of this host's clock, in seconds."""
+    """A pull that has not ended. Times are readings of this host's clock, in seconds.
+
+    `checksums`: of the blocks on offer, by cache group; None: they are not compared.
+    """
 
     request_id: str
     source: str
@@ -22,6 +26,25 @@ class OpenPull:
     lease_slot: int = 0
     lease_nonce: int = 0
     kv_bytes: int = 0
+    checksums: Sequence[Sequence[int]] | None = None
+
+
+def difference(offered: Sequence[Sequence[int]], arrived: Sequence[Sequence[int]]) -> str:
+    """What is wrong with blocks that arrived, by the checksums of each cache group; empty if nothing is.
+
+    Only the last blocks of an offer are pulled, where the first ones were in the target's own cache.
+    """
+    wanted = sum(map(len, arrived))
+    if len(offered) != len(arrived) or any(
+        len(group) < len(here) for group, here in zip(offered, arrived, strict=True)
+    ):
+        return f"{wanted} blocks are needed, and {sum(map(len, offered))} were on offer"
+    wrong = sum(
+        there != here
+        for group, blocks in zip(offered, arrived, strict=True)
+        for there, here in zip(group[len(group) - len(blocks) :], blocks, strict=True)
+    )
+    return f"{wrong} of {wanted} blocks are not what was offered" if wrong else ""
 
 
 class PullLedger:

@@ -1,8 +1,9 @@
 """KV transfers that take time and move nothing: for engines whose blocks are counted and hold no bytes.
 
-The failure contract is that of every transport (kv_transfer/base.py). All ports of a fabric live in one process
-and are used from one thread, so a lease is checked by looking at it. A source of another process is not found:
-such a pull fails, and its prompt is recomputed.
+The failure contract is that of every transport (kv_transfer/base.py). There are no bytes to sum up: a source is
+told when what it sends shall be wrong. All ports of a fabric live in one process and are used from one thread,
+so a lease is checked by looking at it. A source of another process is not found: such a pull fails, and its
+prompt is recomputed.
 """
 
 from __future__ import annotations
@@ -78,10 +79,16 @@ class VirtualFabric:
 
 
 class VirtualPort(KvPort):
-    """One engine's end. `stalled`: as after a SIGSTOP. `stirred` is called when another engine ends a lease."""
+    """One engine's end. `stirred` is called when another engine ends a lease.
+
+    Its faults: `stalled`: as after a SIGSTOP. `corrupt`: offers whose blocks are no longer what they were.
+    `short`: what is read from here does not come whole.
+    """
 
     def __init__(self, fabric: VirtualFabric, address: PeerAddress, lease_s: float) -> None:
         self.stalled = False
+        self.corrupt: set[str] = set()
+        self.short = False
         self.stirred: Callable[[], None] = lambda: None
         self._fabric = fabric
         self._address = address
@@ -130,15 +137,18 @@ class VirtualPort(KvPort):
         """End a lease; the blocks are free after the next step."""
         if not self._leases.release(request_id):
             return False
-        del self._nonces[request_id]
-        self._settled.over.append(request_id)
+        self._over(request_id)
         return True
 
     def _expire(self) -> None:
         if len(self._leases):
             for request_id in self._leases.expire(self._fabric.clock()):
-                del self._nonces[request_id]
-                self._settled.over.append(request_id)
+                self._over(request_id)
+
+    def _over(self, request_id: str) -> None:
+        del self._nonces[request_id]
+        self.corrupt.discard(request_id)
+        self._settled.over.append(request_id)
 
     # ---- pulls -------------------------------------------------------------------------------------------
 
@@ -230,12 +240,14 @@ class VirtualPort(KvPort):
             self._end(transfer.request_id, PullOutcome.FAILED, "the source has gone")
         elif now_s >= transfer.ends_s and not transfer.source.stalled:
             self._pulls.moved(transfer.request_id, transfer.kv_bytes)
-            if transfer.source.stands(transfer.offer):
-                transfer.source.notify(transfer.offer)
-                self._end(transfer.request_id, PullOutcome.PULLED)
-            else:
+            if not transfer.source.stands(transfer.offer):
                 lost = "the lease had ended when the bytes were in"
                 self._end(transfer.request_id, PullOutcome.LEASE_LOST, lost)
+            elif transfer.source.short or transfer.offer[0] in transfer.source.corrupt:
+                self._end(transfer.request_id, PullOutcome.CORRUPT, "the blocks are not what was offered")
+            else:
+                transfer.source.notify(transfer.offer)
+                self._end(transfer.request_id, PullOutcome.PULLED)
 
     def _is_gone(self, transfer: _Transfer) -> bool:
         return self._fabric.find(transfer.source.address().engine_id) is not transfer.source

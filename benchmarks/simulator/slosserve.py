@@ -348,6 +348,7 @@ class Slosserve:
             step_s=float(station.times[STEP_S]),
             stuck_s=0.0,
             local_prefills=0,
+            corrupt_pulls=0,
             pid=0,
             in_flight_s=at_s - made_s,
             age_s=world.now_s - made_s,

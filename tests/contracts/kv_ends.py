@@ -61,6 +61,14 @@ class Ends(ABC):
         """Let the source free what it may, and write into every free block."""
 
     @abstractmethod
+    def flip_a_bit(self, handoff: Handoff) -> None:
+        """Let a bit of what the source has on offer flip."""
+
+    @abstractmethod
+    def shorten_transfers(self, short: bool) -> None:
+        """Let the last block of every transfer not come, or come again."""
+
+    @abstractmethod
     def wait(self, seconds: float) -> None:
         """Let time pass."""
 
@@ -161,6 +169,14 @@ class FakeEnds(Ends):
         free = len(self._source.blocks) - self._source.used_blocks
         self._source.compute("other", [b"other"] * free)
         self._source.free("other")
+
+    def flip_a_bit(self, handoff: Handoff) -> None:
+        block = self._source.offered(handoff.request_id)[-1]
+        content = self._source.blocks[block]
+        self._source.blocks[block] = content[:-1] + bytes([content[-1] ^ 1])
+
+    def shorten_transfers(self, short: bool) -> None:
+        self._source.faults = Faults(short=short)
 
     def wait(self, seconds: float) -> None:
         self._clock.advance(seconds)
@@ -273,6 +289,12 @@ class NixlEnds(Ends):
         for _ in range(3):
             self._alive.call("step")
         self._alive.call("overwrite_free_blocks")
+
+    def flip_a_bit(self, handoff: Handoff) -> None:
+        self._alive.call("flip_a_bit", handoff.params["remote_block_ids"][0][-1])
+
+    def shorten_transfers(self, short: bool) -> None:
+        self._target.call("shorten_reads", short)
 
     def wait(self, seconds: float) -> None:
         time.sleep(seconds)
@@ -389,6 +411,12 @@ class VirtualEnds(Ends):
 
     def reuse_source_blocks(self) -> None:
         self._alive.step(lambda _: UNPLANNED)
+
+    def flip_a_bit(self, handoff: Handoff) -> None:
+        self._alive.kv.corrupt.add(handoff.request_id)
+
+    def shorten_transfers(self, short: bool) -> None:
+        self._alive.kv.short = short
 
     def wait(self, seconds: float) -> None:
         self._stage.clock.advance(seconds)

@@ -49,6 +49,7 @@ class PagedEngine:
         )
         from kv_transfer.nixl import nixl_port
 
+        self._engine_id = config.engine_id
         self._vllm_config = _vllm_config(config)
         self._kv_config = _kv_cache_config()
         self._caches = _kv_caches()
@@ -168,6 +169,28 @@ class PagedEngine:
         free = [block.block_id for block in pool.free_block_queue.get_all_free_blocks()]
         for cache in self._caches.values():
             cache[free] = -1.0
+
+    # What may go wrong.
+
+    def flip_a_bit(self, block: int) -> None:
+        """In one word of one layer."""
+        import torch
+
+        self._caches["layers.2"][block].view(torch.int16)[1, 5, 7] ^= 1
+
+    def shorten_reads(self, short: bool) -> None:
+        """Let the last piece of every read be left out, or not any more."""
+        from kv_transfer.nixl_exchange import find_exchange
+
+        agent = find_exchange(self._engine_id).worker.nixl_wrapper
+        agent.__dict__.pop("make_prepped_xfer", None)
+        if short:
+            whole = agent.make_prepped_xfer
+
+            def shortened(operation: str, here: Any, ours: Any, there: Any, theirs: Any, **more: Any) -> Any:
+                return whole(operation, here, ours[:-1], there, theirs[:-1], **more)
+
+            agent.make_prepped_xfer = shortened
 
     # What a node asks its port.
 

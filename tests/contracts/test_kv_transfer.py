@@ -146,6 +146,31 @@ def test_another_offer_in_the_same_place_does_not_pass_for_the_first(ends: Ends)
     assert ends.is_right(second)
 
 
+@pytest.mark.parametrize("num_tokens", [20, 2000])
+def test_kv_that_changed_after_it_was_offered_is_never_used(ends: Ends, name: str, num_tokens: int) -> None:
+    handoff = ends.offer(name, num_tokens)
+    ends.flip_a_bit(handoff)
+    pull = ends.pull(name, handoff)
+    assert pull.outcome is PullOutcome.CORRUPT, pull
+    assert pull.detail
+    assert ends.is_right(name)
+    ends.release(name)
+
+
+def test_kv_that_did_not_come_whole_is_never_used(ends: Ends, name: str) -> None:
+    ends.shorten_transfers(True)
+    try:
+        pull = ends.pull(name, ends.offer(name))
+    finally:
+        ends.shorten_transfers(False)
+    assert pull.outcome is PullOutcome.CORRUPT, pull
+    assert ends.is_right(name)
+    ends.release(name)
+    again = next(_NAMES)
+    assert ends.pull(again, ends.offer(again)).outcome is PullOutcome.PULLED
+    assert ends.is_right(again)
+
+
 def test_a_handoff_pulled_twice_is_used_once(ends: Ends, name: str) -> None:
     handoff = ends.offer(name)
     assert ends.pull(name, handoff).outcome is PullOutcome.PULLED

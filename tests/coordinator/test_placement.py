@@ -57,6 +57,7 @@ def _node(name: str, role: RoleName, works: list[WorkState] | None = None) -> No
         step_s=0.0,
         stuck_s=0.0,
         local_prefills=0,
+        corrupt_pulls=0,
         pid=1,
     )
     mirror = NodeMirror(name, f"tcp://{name}", role)

@@ -32,7 +32,7 @@ def report(name: str, role: RoleName, *, used_blocks: int = 0, prompts: int = 0)
         node=name, boot_id="b", role=role, info=INFO, kv=PeerAddress(name, "127.0.0.1", 1),
         usage=Usage(used_blocks, 1000, 0, 0), works=works, leases=[], pulls=[], cost=line, idle_cost=line,
         promises_preempted=0, promises_starved=0, cost_margin=0.0, steps=0, step_s=0.0, stuck_s=0.0,
-        local_prefills=0, pid=1,
+        local_prefills=0, corrupt_pulls=0, pid=1,
     )  # fmt: skip
 
 

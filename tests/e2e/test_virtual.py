@@ -57,7 +57,8 @@ def test_a_prompt_gets_the_same_tokens_wherever_it_is_served(virtual: Client) ->
     assert {response.headers["x-slosserve-verdict"] for response in responses} == {"admitted"}
     for node in virtual.nodes().values():
         assert node["state"] == "ready"
-    assert virtual.get("/cluster")["local_prefills"] == 0
+    cluster = virtual.get("/cluster")
+    assert (cluster["local_prefills"], cluster["corrupt_pulls"]) == (0, 0)
 
 
 def test_a_pair_hands_its_kv_over(virtual: Client) -> None:

@@ -148,6 +148,20 @@ def test_a_decode_pulls_its_prompt_and_says_how(serve: Serve) -> None:
     assert coordinator.report(is_idle).local_prefills == 0
 
 
+def test_a_prompt_whose_kv_came_corrupt_is_computed_and_counted(serve: Serve) -> None:
+    served = serve(RoleName.DECODE)
+    client, coordinator = served.client("endpoint"), served.coordinator()
+    ask = pulling(served, Faults(corrupt=True))
+    client.send(ask)
+    assert client.stream("r") == expected(ask)
+    timing = client.deltas("r")[0].timing
+    assert timing is not None
+    assert timing.pull_outcome == "corrupt"
+    report = coordinator.report(lambda report: report.local_prefills == 1)
+    assert report.corrupt_pulls == 1
+    assert "blocks are not what was offered" in report.pulls[-1].detail
+
+
 def test_a_prompt_whose_pull_failed_is_computed_and_counted(serve: Serve) -> None:
     served = serve(RoleName.DECODE)
     served.engine.step_s = 0.3
@@ -156,6 +170,7 @@ def test_a_prompt_whose_pull_failed_is_computed_and_counted(serve: Serve) -> Non
     client.send(ask)
     report = coordinator.report(lambda report: report.local_prefills == 1)
     assert report.pulls[-1].outcome == "failed"
+    assert report.corrupt_pulls == 0
     left = coordinator.report(lambda report: the_work(report).prefill_left_tokens > 0)
     assert the_work(left).prefill_left_tokens < 150
     served.engine.step_s = STEP_S

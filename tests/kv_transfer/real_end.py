@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from kv_transfer.base import Handoff, Lease, Link, PeerAddress, Pull
+from kv_transfer.nixl_exchange import find_exchange
 from tests.engine.replica import Drive, prompt, running_engine, work
 
 LEASE_S = 3.0
@@ -15,6 +17,7 @@ class RealEnd:
     """A vLLM engine with our connector, stepped by hand."""
 
     def __init__(self, engine_id: str, side_channel_port: int) -> None:
+        self._engine_id = engine_id
         self._running = running_engine(
             engine_id, num_blocks=NUM_BLOCKS, lease_s=LEASE_S, side_channel_port=side_channel_port
         )
@@ -48,6 +51,25 @@ class RealEnd:
             while f"other-{seed}" not in self._drive.finished:
                 self._drive.step()
 
+    @property
+    def _worker(self) -> Any:
+        exchange = find_exchange(self._engine_id)
+        assert exchange is not None
+        return exchange.worker
+
+    def flip_a_bit(self, block: int) -> None:
+        """In one word of one layer of the KV of a block."""
+        import torch
+
+        last = list(self._worker.device_kv_caches.values())[-1]
+        words = last[block].view(torch.int32)
+        words[(0,) * (words.ndim - 1)][7] ^= 1 << 23
+
+    def scramble(self, blocks: Sequence[int]) -> None:
+        """Let each of these blocks hold what the next one held, as if ids were mixed up."""
+        for cache in self._worker.device_kv_caches.values():
+            cache[list(blocks)] = cache[[*blocks[1:], blocks[0]]]
+
     def forget(self) -> bool:
         """Forget cached prefixes."""
         return self._engine.reset_prefix_cache()
@@ -60,6 +82,9 @@ class RealEnd:
 
     def leases(self) -> list[Lease]:
         return self._engine.kv.leases()
+
+    def release(self, work_id: str) -> bool:
+        return self._engine.kv.release(work_id)
 
     def address(self) -> PeerAddress:
         return self._engine.kv.address()

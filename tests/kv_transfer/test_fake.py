@@ -33,7 +33,9 @@ def _offer(port: FakePort, name: str, blocks: int = 4) -> Handoff:
         (Faults(delay_s=0.5), PullOutcome.PULLED),
         (Faults(delay_s=2.0), PullOutcome.LATE),
         (Faults(fail_at=0.5), PullOutcome.FAILED),
-        (Faults(corrupt=True), PullOutcome.LEASE_LOST),
+        (Faults(lease_ends=True), PullOutcome.LEASE_LOST),
+        (Faults(corrupt=True), PullOutcome.CORRUPT),
+        (Faults(short=True), PullOutcome.CORRUPT),
         (Faults(source_dead=True), PullOutcome.FAILED),
         (Faults(stalled=True), PullOutcome.LATE),
     ],
@@ -82,6 +84,16 @@ def test_cached_blocks_are_not_moved() -> None:
     assert source.used_blocks == 0
 
 
+def test_only_blocks_that_are_moved_are_compared() -> None:
+    clock, source, target = _pair()
+    handoff = _offer(source, "a")
+    source.blocks[0] = b"what the target has of it"
+    target.start_pull("a", handoff, deadline_s=1, cached_blocks=1)
+    clock.advance(0.1)
+    target.step()
+    assert target.take_pulls()[0].outcome is PullOutcome.PULLED
+
+
 def test_a_dead_peer_cannot_be_probed() -> None:
     _, source, target = _pair()
     assert target.probe(source.address()).bytes_per_s == 1e9
@@ -128,9 +140,11 @@ class Ends(RuleBasedStateMachine):
         if self.pulled:
             self.target.free(data.draw(st.sampled_from(sorted(self.pulled))))
 
-    @rule(stalled=st.booleans(), corrupt=st.booleans())
-    def fault(self, stalled: bool, corrupt: bool) -> None:
-        self.source.faults = Faults(stalled=stalled, corrupt=corrupt)
+    @rule(
+        faults=st.builds(Faults, **dict.fromkeys(("stalled", "lease_ends", "corrupt", "short"), st.booleans()))
+    )
+    def fault(self, faults: Faults) -> None:
+        self.source.faults = faults
 
     @rule(seconds=st.floats(0.0, 1.0))
     def run(self, seconds: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -97,6 +98,82 @@ def test_a_lease_that_ran_out_gives_the_right_tokens(pair: Pair) -> None:
     late, (pull,) = target.call("generate", "after", tokens, TOKENS, handoff)
     assert pull.outcome is PullOutcome.LEASE_LOST, pull
     assert late == alone
+
+
+def test_kv_that_changed_before_the_pull_gives_the_right_tokens(pair: Pair) -> None:
+    source, target = pair
+    tokens = prompt(300, seed=5)
+    alone, _ = target.call("generate", "whole", tokens, TOKENS)
+    assert target.call("forget")
+    handoff = source.call("offer", "changes", tokens)
+    (blocks,) = handoff.params["remote_block_ids"]
+    source.call("scramble", blocks)
+    paired, (pull,) = target.call("generate", "changed", tokens, TOKENS, handoff)
+    assert pull.outcome is PullOutcome.CORRUPT, pull
+    assert pull.kv_bytes == handoff.kv_bytes
+    assert paired == alone
+    source.call("release", "changes")
+
+
+def test_one_flipped_bit_behind_a_cached_prefix_gives_the_right_tokens(pair: Pair) -> None:
+    source, target = pair
+    tokens = prompt(400, seed=6)
+    alone, _ = target.call("generate", "knows-it", tokens, TOKENS)  # its full blocks stay in the cache
+    handoff = source.call("offer", "flips", tokens)
+    (blocks,) = handoff.params["remote_block_ids"]
+    source.call("flip_a_bit", blocks[-1])
+    paired, (pull,) = target.call("generate", "flipped", tokens, TOKENS, handoff)
+    assert pull.outcome is PullOutcome.CORRUPT, pull
+    assert pull.detail == "1 of 1 blocks are not what was offered"
+    assert paired == alone
+    source.call("release", "flips")
+
+
+def test_a_block_that_is_not_pulled_is_not_compared(pair: Pair) -> None:
+    source, target = pair
+    tokens = prompt(400, seed=7)
+    alone, _ = target.call("generate", "has-it", tokens, TOKENS)
+    handoff = source.call("offer", "flips-first", tokens)
+    (blocks,) = handoff.params["remote_block_ids"]
+    source.call("flip_a_bit", blocks[0])
+    paired, (pull,) = target.call("generate", "pulls-last", tokens, TOKENS, handoff)
+    assert pull.outcome is PullOutcome.PULLED, pull
+    assert paired == alone
+
+
+@pytest.mark.parametrize("lacks", ["tokens", "blocks"])
+def test_an_offer_of_less_than_the_prompt_is_not_pulled(pair: Pair, lacks: str) -> None:
+    source, target = pair
+    tokens = prompt(300, seed=8)
+    alone, _ = target.call("generate", f"all-{lacks}", tokens, TOKENS)
+    assert target.call("forget")
+    handoff = source.call("offer", f"offers-{lacks}", tokens)
+    params = handoff.params
+    if lacks == "tokens":
+        short = {"remote_num_tokens": params["remote_num_tokens"] - 1}
+    else:
+        short = {key: [params[key][0][:-1]] for key in ("remote_block_ids", "checksums")}
+    paired, (pull,) = target.call(
+        "generate", f"lacks-{lacks}", tokens, TOKENS, replace(handoff, params={**params, **short})
+    )
+    assert pull.outcome is PullOutcome.CORRUPT, pull
+    assert f"{lacks} are on offer" in pull.detail
+    assert paired == alone
+    source.call("release", f"offers-{lacks}")
+
+
+def test_a_source_without_checksums_is_not_trusted(pair: Pair) -> None:
+    source, target = pair
+    tokens = prompt(300, seed=9)
+    alone, _ = target.call("generate", "trusted", tokens, TOKENS)
+    assert target.call("forget")
+    handoff = source.call("offer", "unchecked", tokens)
+    params = {key: value for key, value in handoff.params.items() if key != "checksums"}
+    paired, (pull,) = target.call("generate", "unsure", tokens, TOKENS, replace(handoff, params=params))
+    assert pull.outcome is PullOutcome.FAILED, pull
+    assert "transfer.checksum" in pull.detail
+    assert paired == alone
+    source.call("release", "unchecked")
 
 
 def test_a_source_that_is_gone_gives_the_right_tokens(both: Pair) -> None:

@@ -28,6 +28,7 @@ OFFERED: dict[str, Any] = {
     "lease_s": 30.0,
     "lease_slot": 7,
     "lease_nonce": 12345,
+    "checksums": [[17, -4]],
 }
 
 
@@ -68,7 +69,11 @@ def test_an_offer_of_another_connector_names_what_it_lacks() -> None:
 def test_the_config_recomputes_what_cannot_be_loaded() -> None:
     config = kv_transfer_config(lease_s=0.5, pull_deadline_s=2.0, engine_id="n1")
     assert config["kv_load_failure_policy"] == "recompute"
-    assert config["kv_connector_extra_config"] == {"kv_lease_duration": 0.5, "pull_deadline_s": 2.0}
+    assert config["kv_connector_extra_config"] == {
+        "kv_lease_duration": 0.5,
+        "pull_deadline_s": 2.0,
+        "checksum": True,
+    }
     assert config["engine_id"] == "n1"
     assert params_for_prefill() == {"do_remote_decode": True, "do_remote_prefill": False}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kv_transfer.base import Pull, PullOutcome
-from kv_transfer.pulls import OpenPull, PullLedger
+from kv_transfer.pulls import OpenPull, PullLedger, difference
 
 
 def _open(ledger: PullLedger, name: str = "a", begun_s: float = 10.0, deadline_s: float = 15.0) -> None:
@@ -56,3 +56,21 @@ def test_what_never_began_is_ignored() -> None:
     ledger.started("x", 1.0)
     assert ledger.get("x") is None
     assert not ledger.end("x", PullOutcome.PULLED, now_s=1.0)
+
+
+@pytest.mark.parametrize(
+    ("arrived", "wrong"),
+    [
+        ([[1, 2, 3], [7]], ""),
+        ([[2, 3], [7]], ""),  # the first one was here
+        ([[], []], ""),
+        ([[1, 3, 2], [7]], "2 of 4 blocks"),
+        ([[2, 3], [8]], "1 of 3 blocks"),
+        ([[0, 1, 2, 3], [7]], "5 blocks are needed, and 4 were on offer"),
+        ([[1, 2, 3]], "3 blocks are needed"),
+    ],
+)
+def test_each_block_that_came_must_be_the_one_on_offer(arrived: list[list[int]], wrong: str) -> None:
+    found = difference([[1, 2, 3], [7]], arrived)
+    assert found.startswith(wrong)
+    assert bool(found) == bool(wrong)
