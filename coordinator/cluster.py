@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,9 @@ from engine.errors import EngineStartError, NodeLost, SlosserveError
 from engine.request import RoleName
 
 LOOPBACK = "127.0.0.1"
+# Else Ray 2.60 replaces a loopback address by that of the machine, and listens on every interface. The variable
+# is that of systems where it has no clusters, and keeps to loopback therefore.
+LOOPBACK_ENVIRONMENT = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 ROLES = {
     "prefill": "prefill_node.role:PrefillRole",
     "decode": "decode_node.role:DecodeRole",
@@ -25,6 +29,7 @@ ROLES = {
 }
 ACTOR = "engine.actor:NodeActor"
 MAX_RESTARTS = 3
+SPREAD = "SPREAD"  # Ray's strategy: on the host that has the least of them
 # start() blocks while the engine loads; log_tail() and stop() must get through.
 CONCURRENT_CALLS = 4
 
@@ -69,8 +74,15 @@ def namespace(config: ClusterConfig) -> str:
     return f"slosserve-{config.name}"
 
 
+def on_loopback(config: ClusterConfig) -> bool:
+    """Whether the cluster is on this machine alone, and nobody else reaches it."""
+    return (config.ray.address or "").startswith(LOOPBACK)
+
+
 def connect(config: ClusterConfig) -> None:
     """Join the Ray of `config.ray.address`. Raises NodeLost if nothing answers there."""
+    if on_loopback(config):
+        os.environ.update(LOOPBACK_ENVIRONMENT)
     import ray
 
     try:
@@ -103,12 +115,18 @@ def node_environment(config: ClusterConfig) -> dict[str, str]:
 
 
 def start_node(
-    config: ClusterConfig, name: str, role: str, spec: Mapping[str, Any], *, actor_class: str = ACTOR
+    config: ClusterConfig,
+    name: str,
+    role: str,
+    spec: Mapping[str, Any],
+    *,
+    actor_class: str = ACTOR,
+    strategy: Any = SPREAD,
 ) -> NodeRef:
     """Create the actor of a node; returns before its process is up. Call `start` on what is returned.
 
-    `spec` goes to the actor's constructor with `name` and `role` added. Raises EngineStartError if a node of
-    that name exists.
+    `spec` goes to the actor's constructor with `name` and `role` added. `strategy` is Ray's, for the host it
+    goes to. Raises EngineStartError if a node of that name exists.
     """
     import ray
 
@@ -121,6 +139,7 @@ def start_node(
         "num_cpus": config.engine.num_cpus,
         "num_gpus": config.engine.num_gpus,
         "runtime_env": {"env_vars": node_environment(config)},
+        "scheduling_strategy": strategy,
     }
     module, _, class_name = actor_class.partition(":")
     remote_class = ray.remote(getattr(importlib.import_module(module), class_name))
@@ -154,15 +173,3 @@ def kill_node(node: NodeRef) -> None:
     import ray
 
     ray.kill(node.actor, no_restart=True)
-
-
-def kill_nodes(config: ClusterConfig) -> list[str]:
-    """End every node of the cluster, from a process that is not connected. Returns their names."""
-    connect(config)
-    try:
-        nodes = list_nodes(config)
-        for node in nodes:
-            kill_node(node)
-        return [node.name for node in nodes]
-    finally:
-        disconnect()

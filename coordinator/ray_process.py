@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from coordinator.cluster import LOOPBACK_ENVIRONMENT
 from coordinator.config import ClusterConfig
 from coordinator.process_tree import ProcessId, end_family, spawn
 
@@ -55,7 +56,7 @@ def start_ray(
     log = logs / "ray.log"
     process = spawn(
         _command(config, folder, port, client_port),
-        environment={**environment, **RAY_ENVIRONMENT},
+        environment={**environment, **RAY_ENVIRONMENT, **LOOPBACK_ENVIRONMENT},
         output=log,
         errors=log,
         die_with_parent=die_with_parent,

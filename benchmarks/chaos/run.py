@@ -8,12 +8,14 @@ import random
 import signal
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from benchmarks.chaos.clients import Answer, Clients
 from benchmarks.chaos.cluster import Cluster, Node, Watched, send
+from benchmarks.chaos.hosts import Host
 from benchmarks.chaos.scenarios import Load, Scenario
 from engine.errors import SlosserveError
 
@@ -31,11 +33,24 @@ MOMENTS: dict[str, Callable[[Node], bool]] = {
 }
 
 
-class Chaos:
-    """Puts faults into a cluster. `lease_s`: after so long no KV may be left in use."""
+@dataclass(frozen=True, slots=True)
+class Strike:
+    """A fault: whom it struck, when, and how many requests were under way. `nodes`: those it takes away."""
 
-    def __init__(self, cluster: Cluster, model: str, seed: int, lease_s: float) -> None:
+    victim: str
+    struck_s: float
+    under_way: int
+    nodes: Sequence[str] = ()
+
+
+class Chaos:
+    """Puts faults into a cluster. `lease_s`: after so long no KV may be left in use. `hosts`: what it is on."""
+
+    def __init__(
+        self, cluster: Cluster, model: str, seed: int, lease_s: float, hosts: Sequence[Host] = ()
+    ) -> None:
         self._cluster = cluster
+        self._hosts = hosts
         self._model = model
         self._seed = seed
         self._lease_s = lease_s
@@ -62,7 +77,7 @@ class Chaos:
         clients.start()
         await asyncio.sleep(WARM_S)
         try:
-            victim, struck_s, under_way = await self._strike(scenario, clients)
+            strike = await self._strike(scenario, clients)
             await asyncio.sleep(AFTER_S)
             well_s = await self._cluster.well()
         finally:
@@ -71,13 +86,15 @@ class Chaos:
             with contextlib.suppress(asyncio.CancelledError):
                 await watching
         blocks_after = await self._cluster.idle(self._lease_s + 5.0)
-        detected_s = watched.lost_s.get(victim)
+        struck_s = strike.struck_s
+        lost_s = [watched.lost_s.get(node) for node in strike.nodes]
+        detected_s = None if not lost_s or None in lost_s else max(at for at in lost_s if at is not None)
         return {
             "name": scenario.name,
             "contract": scenario.contract,
-            "victim": victim,
+            "victim": strike.victim,
             "struck_at_s": round(time.time() - (time.monotonic() - struck_s), 3),
-            "in_flight": under_way,
+            "in_flight": strike.under_way,
             "requests": len(answers),
             **self._judged(scenario, answers),
             **await self._gaps(answers),
@@ -125,9 +142,9 @@ class Chaos:
 
     # ---- what is done ------------------------------------------------------------------------------------
 
-    async def _strike(self, scenario: Scenario, clients: Clients) -> tuple[str, float, int]:
-        """The fault: who was struck, when, and how many requests were under way then."""
-        actions: dict[str, Callable[[Scenario, Clients], Awaitable[tuple[str, float, int]]]] = {
+    async def _strike(self, scenario: Scenario, clients: Clients) -> Strike:
+        """The fault."""
+        actions: dict[str, Callable[[Scenario, Clients], Awaitable[Strike]]] = {
             "kill": self._signal,
             "stop": self._signal,
             "slow": self._slow,
@@ -136,13 +153,14 @@ class Chaos:
             "kill endpoint": self._kill_endpoint,
             "flood": self._flood,
             "rebalance": self._rebalance,
+            "cut": self._cut,
         }
         return await actions[scenario.action](scenario, clients)
 
     async def _victim(self, scenario: Scenario) -> Node:
         return await self._cluster.strike(scenario.role, MOMENTS[scenario.moment])
 
-    async def _signal(self, scenario: Scenario, clients: Clients) -> tuple[str, float, int]:
+    async def _signal(self, scenario: Scenario, clients: Clients) -> Strike:
         node = await self._victim(scenario)
         number = signal.SIGKILL if scenario.action == "kill" else signal.SIGSTOP
         send(node["pid"], number)
@@ -150,9 +168,9 @@ class Chaos:
         if scenario.action == "stop":
             await asyncio.sleep(scenario.seconds)
             send(node["pid"], signal.SIGCONT)
-        return node["name"], struck_s, under_way
+        return Strike(node["name"], struck_s, under_way, [node["name"]])
 
-    async def _slow(self, scenario: Scenario, clients: Clients) -> tuple[str, float, int]:
+    async def _slow(self, scenario: Scenario, clients: Clients) -> Strike:
         node = await self._victim(scenario)
         struck_s, under_way = time.monotonic(), clients.under_way()
         while time.monotonic() - struck_s < scenario.seconds:
@@ -160,9 +178,9 @@ class Chaos:
             await asyncio.sleep(SLOW_S)
             send(node["pid"], signal.SIGCONT)
             await asyncio.sleep(SLOW_S)
-        return node["name"], struck_s, under_way
+        return Strike(node["name"], struck_s, under_way, [node["name"]])
 
-    async def _hang_up(self, scenario: Scenario, clients: Clients) -> tuple[str, float, int]:
+    async def _hang_up(self, scenario: Scenario, clients: Clients) -> Strike:
         struck_s, under_way, numbers = time.monotonic(), clients.under_way(), random.Random(self._seed)
         while time.monotonic() - struck_s < scenario.seconds:
             url = numbers.choice([url for url in self._cluster.urls if url not in self._gone])
@@ -171,30 +189,30 @@ class Chaos:
                 for _ in range(LEAVERS)
             ]
             await asyncio.gather(*leaving)
-        return "clients", struck_s, under_way
+        return Strike("clients", struck_s, under_way)
 
-    async def _kill_coordinator(self, scenario: Scenario, clients: Clients) -> tuple[str, float, int]:
+    async def _kill_coordinator(self, scenario: Scenario, clients: Clients) -> Strike:
         process = self._cluster.process
         send(process.pids["coordinator"], signal.SIGKILL)
         struck_s, under_way = time.monotonic(), clients.under_way()
         await asyncio.to_thread(process.restart_coordinator)
-        return "coordinator", struck_s, under_way
+        return Strike("coordinator", struck_s, under_way)
 
-    async def _kill_endpoint(self, scenario: Scenario, clients: Clients) -> tuple[str, float, int]:
+    async def _kill_endpoint(self, scenario: Scenario, clients: Clients) -> Strike:
         if len(self._cluster.urls) - len(self._gone) < 2:
             raise SlosserveError("one endpoint must be left: give endpoint.count 2 or more")
         label = f"endpoint-{len(self._cluster.urls) - 1}"
         self._gone.add(self._cluster.urls[-1])
         send(self._cluster.process.pids[label], signal.SIGKILL)
-        return label, time.monotonic(), clients.under_way()
+        return Strike(label, time.monotonic(), clients.under_way())
 
-    async def _flood(self, scenario: Scenario, clients: Clients) -> tuple[str, float, int]:
+    async def _flood(self, scenario: Scenario, clients: Clients) -> Strike:
         struck_s, under_way = time.monotonic(), clients.under_way()
         asked = [clients.ask(n % len(self._alone[scenario.load]), self._cluster.urls[0]) for n in range(FLOOD)]
         await asyncio.gather(*asked)
-        return "cluster", struck_s, under_way
+        return Strike("cluster", struck_s, under_way)
 
-    async def _rebalance(self, scenario: Scenario, clients: Clients) -> tuple[str, float, int]:
+    async def _rebalance(self, scenario: Scenario, clients: Clients) -> Strike:
         struck_s, under_way = time.monotonic(), clients.under_way()
         nodes = (await self._cluster.nodes()).values()
         sizes = {role: sum(node["role"] == role for node in nodes) for role in ("prefill", "decode", "mixed")}
@@ -206,4 +224,17 @@ class Chaos:
             turn += 1
             await asyncio.sleep(0.7)
         await self._cluster.set_pools(**sizes)
-        return "roles", struck_s, under_way
+        return Strike("roles", struck_s, under_way)
+
+    async def _cut(self, scenario: Scenario, clients: Clients) -> Strike:
+        host = self._hosts[-1]
+        await self._victim(scenario)
+        nodes = await self._cluster.nodes()
+        away = [name for name, node in nodes.items() if f"//{host.address}:" in node["address"]]
+        host.cut()
+        struck_s, under_way = time.monotonic(), clients.under_way()
+        try:
+            await asyncio.sleep(scenario.seconds)
+        finally:
+            host.mend()
+        return Strike(host.address, struck_s, under_way, away)
