@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.config import ClusterConfig
+from coordinator.ray_head import PATIENCE
 from engine.errors import EngineStartError, NodeLost, SlosserveError
 from engine.request import RoleName
 
@@ -81,8 +82,7 @@ def on_loopback(config: ClusterConfig) -> bool:
 
 def connect(config: ClusterConfig) -> None:
     """Join the Ray of `config.ray.address`. Raises NodeLost if nothing answers there."""
-    if on_loopback(config):
-        os.environ.update(LOOPBACK_ENVIRONMENT)
+    os.environ.update(PATIENCE | (LOOPBACK_ENVIRONMENT if on_loopback(config) else {}))
     import ray
 
     try:
@@ -94,6 +94,13 @@ def connect(config: ClusterConfig) -> None:
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise NodeLost(f"no Ray at {config.ray.address}: {error}") from None
+
+
+def head_address() -> str:
+    """Where the head of the Ray that was joined listens."""
+    import ray
+
+    return str(ray.get_runtime_context().gcs_address)
 
 
 def disconnect() -> None:
@@ -109,6 +116,7 @@ def node_environment(config: ClusterConfig) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         # The step loop runs inside the node's process, next to its sockets.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        **PATIENCE,
     }
     offline = {"HF_HUB_OFFLINE": "1"} if Path(config.model).is_dir() else {}
     return {**fixed, **offline, **config.engine.env}

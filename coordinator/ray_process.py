@@ -18,6 +18,7 @@ from pathlib import Path
 from coordinator.cluster import LOOPBACK_ENVIRONMENT
 from coordinator.config import ClusterConfig
 from coordinator.process_tree import ProcessId, end_family, spawn
+from coordinator.ray_head import PATIENCE
 
 RAY_ENVIRONMENT = {
     # Ray would run its workers at nice 15, and our engines are workers: whatever else runs would starve them.
@@ -25,6 +26,7 @@ RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # Workers are started for our nodes and no others: two cores have better to do.
     "RAY_enable_worker_prestart": "0",
+    **PATIENCE,
 }
 # Workers go within half a second of SIGTERM; a raylet that had detached actors sits there for ten.
 GRACE_S = 2.0

@@ -25,6 +25,7 @@ from coordinator.cluster import (
     SPREAD,
     NodeRef,
     connect,
+    head_address,
     list_nodes,
     node_names,
     on_loopback,
@@ -35,6 +36,7 @@ from coordinator.decider import Decider
 from coordinator.endpoint.links import ADDRESS_FILE
 from coordinator.links import GivenLinks, KnownLinks, MeasuredLinks
 from coordinator.planner.admission import warm_up
+from coordinator.ray_head import RayHead
 from coordinator.service import Coordinator
 from coordinator.spread import spread
 from coordinator.virtual_nodes import VirtualNodes
@@ -147,6 +149,7 @@ async def serve(run_dir: Path) -> None:
     coordinator.expect(names, follow_load=config.pools.auto)
     serving = asyncio.create_task(coordinator.run())
     await asyncio.gather(asyncio.to_thread(warm_up), asyncio.to_thread(nodes.connect))
+    coordinator.watch_ray(RayHead(head_address()))
     if isinstance(nodes, VirtualNodes):
         await _start_hosts(nodes, coordinator)
     else:

@@ -8,7 +8,6 @@ strategy, which looks at what is free then, suits one node as well.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,21 +26,12 @@ def spread(config: ClusterConfig) -> dict[str, Any]:
     if on_loopback(config) or len(_hosts()) < 2 or not needs:
         return {}
     names = node_names(config)
-    pools = {role: [name for name, of in names.items() if of is role] for role in RoleName}
     strategies: dict[str, Any] = {}
-    made: dict[RoleName, Any] = {}
-    for role, nodes in pools.items():
+    for role in RoleName:
+        nodes = [name for name, of in names.items() if of is role]
         if nodes:
-            group = _find(role)
-            if group is None:
-                group = made[role] = _make(role, [needs] * len(nodes))
+            group = _find(role) or _made(config, role, [needs] * len(nodes))
             strategies |= {name: _place(group, at) for at, name in enumerate(nodes)}
-    deadline_s = time.monotonic() + config.timeouts.ray_start_s
-    for role, group in made.items():
-        if not group.wait(max(deadline_s - time.monotonic(), 0.1)):
-            words = lacking(f"{len(pools[role])} {role} nodes", needs, _free())
-            remove()
-            raise EngineStartError(words)
     return strategies
 
 
@@ -99,10 +89,16 @@ def _find(role: RoleName) -> Any:
         return None
 
 
-def _make(role: RoleName, bundles: list[dict[str, float]]) -> Any:
+def _made(config: ClusterConfig, role: RoleName, bundles: list[dict[str, float]]) -> Any:
+    """A group whose places are there. Made one after another: the next sees what the last has left where."""
     import ray
 
-    return ray.util.placement_group(bundles, SPREAD, name=str(role), lifetime="detached")
+    group = ray.util.placement_group(bundles, SPREAD, name=str(role), lifetime="detached")
+    if not group.wait(config.timeouts.ray_start_s):
+        words = lacking(f"{len(bundles)} {role} nodes", bundles[0], _free())
+        remove()
+        raise EngineStartError(words)
+    return group
 
 
 def _place(group: Any, at: int) -> Any:

@@ -73,10 +73,11 @@ class Host:
 
 
 @contextmanager
-def hosts(count: int) -> Iterator[list[Host]]:
+def hosts(count: int, mbit_per_s: int | None = None) -> Iterator[list[Host]]:
     """So many hosts, 10.77.0.1 and up; with the block ends whatever runs on them, and they.
 
-    Raises ConfigError where the machine cannot have them.
+    `mbit_per_s`: of their links, so that a transfer lasts; None: as fast as memory. Raises ConfigError where
+    the machine cannot have them.
     """
     check_possible()
     if count > MOST_HOSTS:
@@ -93,6 +94,8 @@ def hosts(count: int) -> Iterator[list[Host]]:
             _namespace(stack, host.name)
             stack.callback(_end_all, host.name)
             _join(host)
+            if mbit_per_s is not None:
+                _slow(host, mbit_per_s)
         yield made
 
 
@@ -117,6 +120,12 @@ def _join(host: Host) -> None:
     _run(["ip", "-n", host.name, "addr", "add", f"{host.address}/24", "dev", "eth0"])
     for device in ("lo", "eth0"):
         _run(["ip", "-n", host.name, "link", "set", device, "up"])
+
+
+def _slow(host: Host, mbit_per_s: int) -> None:
+    bucket = ["tbf", "rate", f"{mbit_per_s}mbit", "burst", "256kb", "latency", "50ms"]
+    for namespace, device in ((host.lan, host.port), (host.name, "eth0")):
+        _run(["tc", "-n", namespace, "qdisc", "replace", "dev", device, "root", *bucket])
 
 
 def _end_all(name: str) -> None:

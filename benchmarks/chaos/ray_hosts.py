@@ -40,8 +40,8 @@ class RayHosts:
 
 
 @contextmanager
-def ray_hosts(count: int, cpus: int | None = None) -> Iterator[RayHosts]:
-    """So many hosts with a Ray on them, each with `cpus` to give away; this thread is on the head's.
+def ray_hosts(count: int, mbit_per_s: int | None = None) -> Iterator[RayHosts]:
+    """So many hosts with a Ray on them, each with the cores of the machine; this thread is on the head's.
 
     One is this machine as it is. Raises ConfigError where the machine cannot have more.
     """
@@ -50,16 +50,16 @@ def ray_hosts(count: int, cpus: int | None = None) -> Iterator[RayHosts]:
         return
     folder = Path(tempfile.mkdtemp(prefix="slr-", dir="/tmp"))
     try:
-        with hosts(count) as made:
+        with hosts(count, mbit_per_s) as made:
             for at, host in enumerate(made):
-                _start_ray(host, made[0], folder / str(at), cpus or os.cpu_count() or 1)
+                _start_ray(host, made[0], folder / str(at))
             with made[0].entered():
                 yield RayHosts(made)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _start_ray(host: Host, head: Host, folder: Path, cpus: int) -> None:
+def _start_ray(host: Host, head: Host, folder: Path) -> None:
     joins = [f"--address={head.address}:{PORT}"]
     heads = ["--head", f"--port={PORT}", "--include-dashboard=false", "--include-log-monitor=false"]
     command = [
@@ -70,7 +70,7 @@ def _start_ray(host: Host, head: Host, folder: Path, cpus: int) -> None:
         f"--temp-dir={folder}",
         "--disable-usage-stats",
         f"--object-store-memory={100 * 2**20}",
-        f"--num-cpus={cpus}",
+        f"--num-cpus={os.cpu_count() or 1}",
         "--num-gpus=0",
     ]
     host.run(command, RAY_ENVIRONMENT)

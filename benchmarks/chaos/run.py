@@ -24,6 +24,7 @@ WARM_S = 2.0  # of load before the fault
 AFTER_S = 3.0  # of load after it, at least
 SLOW_S = 0.1  # by turns stopped and going
 FLOOD = 400
+KV_UNUSED = "KV not used"  # in an event of a request whose prompt was computed again
 LEAVERS = 6  # clients that go away, at a time
 MOMENTS: dict[str, Callable[[Node], bool]] = {
     "any": lambda node: True,
@@ -97,7 +98,7 @@ class Chaos:
             "in_flight": strike.under_way,
             "requests": len(answers),
             **self._judged(scenario, answers),
-            **await self._gaps(answers),
+            **await self._recorded(answers),
             "detection_s": None if detected_s is None else round(detected_s - struck_s, 3),
             "well_again_s": round(well_s, 1),
             "blocks_before": blocks_before,
@@ -128,17 +129,25 @@ class Chaos:
             "tokens": sum(len(answer.tokens) for answer in answers),
         }
 
-    async def _gaps(self, answers: Sequence[Answer]) -> Row:
-        """Between two tokens of a stream that went on elsewhere, by the endpoints' own records."""
-        gaps_s: list[float] = []
-        for answer in answers:
-            if answer.request_id is not None and answer.url not in self._gone:
-                record = await self._cluster.record(answer.url, answer.request_id)
-                gaps_s += (record or {}).get("gaps_s") or []
+    async def _recorded(self, answers: Sequence[Answer]) -> Row:
+        """By the endpoints' own records: gaps of streams that went on elsewhere, and pulls that took long."""
+        records = [
+            await self._cluster.record(answer.url, answer.request_id) or {}
+            for answer in answers
+            if answer.request_id is not None and answer.url not in self._gone
+        ]
+        gaps_s = [gap_s for record in records for gap_s in record.get("gaps_s") or []]
+        pulls_s = [pull["pull_s"] or 0.0 for record in records if (pull := record.get("decode"))]
+        unused = [event for record in records for event in record.get("events") or [] if KV_UNUSED in event]
         quantiles = np.quantile(gaps_s, (0.5, 0.99)) if gaps_s else (None, None)
         names = ("resume_gap_p50_s", "resume_gap_p99_s")
         rounded = (None if quantile is None else round(float(quantile), 3) for quantile in quantiles)
-        return {"resumed": len(gaps_s), **dict(zip(names, rounded, strict=True))}
+        return {
+            "resumed": len(gaps_s),
+            **dict(zip(names, rounded, strict=True)),
+            "longest_pull_s": round(max(pulls_s, default=0.0), 3),
+            "kv_not_used": len(unused),
+        }
 
     # ---- what is done ------------------------------------------------------------------------------------
 
@@ -228,9 +237,14 @@ class Chaos:
 
     async def _cut(self, scenario: Scenario, clients: Clients) -> Strike:
         host = self._hosts[-1]
-        await self._victim(scenario)
-        nodes = await self._cluster.nodes()
-        away = [name for name, node in nodes.items() if f"//{host.address}:" in node["address"]]
+
+        def is_there(node: Node) -> bool:
+            return f"//{host.address}:" in node["address"]
+
+        # A transfer within a host is over at once: an offer that is seen passes the link, most likely.
+        suits = MOMENTS[scenario.moment]
+        await self._cluster.strike(scenario.role, lambda node: is_there(node) and suits(node))
+        away = [name for name, node in (await self._cluster.nodes()).items() if is_there(node)]
         host.cut()
         struck_s, under_way = time.monotonic(), clients.under_way()
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Action = Literal[
@@ -95,7 +95,7 @@ SCENARIOS = (
         "prefill",
         "offering",
         seconds=5.0,
-        load=LONG_PROMPTS,
+        load=replace(LONG_PROMPTS, clients=4),
         detected=True,
         hosts=2,
     ),
