@@ -31,7 +31,7 @@ SETTINGS: dict[str, Any] = {
 }
 CUT_S = 2.5
 PATIENCE_S = 30.0
-LONG = 1200  # tokens of a stream that is still going on when the link is mended
+LONG = 500  # tokens of a stream that is under way when something breaks
 
 
 @pytest.fixture(scope="module")
@@ -113,18 +113,18 @@ def test_without_the_key_of_the_endpoint_nothing_is_served(hosted: Client) -> No
 
 
 def test_a_link_that_is_cut_costs_no_token_and_its_host_comes_back(hosted: Client, on: RayHosts) -> None:
-    prompts = [list(range(start, start + 40)) for start in (100, 200, 300, 400)]
+    prompts = [list(range(start, start + 40)) for start in (100, 200, 300)]
     alone = [_ask(hosted, prompt, LONG) for prompt in prompts]
     told: list[list[int]] = [[] for _ in prompts]
     asking = [
         threading.Thread(target=_ask, args=(hosted, prompt, LONG, said))
         for prompt, said in zip(prompts, told, strict=True)
     ]
+    away = next(name for name, node in hosted.nodes().items() if on.hosts[1].address in node["address"])
     for thread in asking:
         thread.start()
-    _wait_for(lambda: all(len(said) > 10 for said in told))
-    away = next(name for name, node in hosted.nodes().items() if on.hosts[1].address in node["address"])
-    assert hosted.nodes()[away]["requests"] > 0
+        time.sleep(0.3)  # placed by the load of the nodes, which is told ten times a second
+    _wait_for(lambda: hosted.nodes()[away]["requests"] > 0, 5)
     on.hosts[1].cut()
     try:
         _wait_for(lambda: _states(hosted)[away] == "lost", 5)
