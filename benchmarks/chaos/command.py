@@ -29,7 +29,6 @@ from engine.errors import ConfigError, SlosserveError
 DETECTION_S = 1.0
 LOOKED_S = 0.1  # the cluster is asked every 0.05 s, and answers a bit later
 LEASE_S = 4.0
-LINK_MBIT_PER_S = 250  # 6 MB, the KV of a long prompt of `tiny`, take a fifth of a second
 SETTINGS: dict[str, Any] = {
     "name": "chaos",
     "dtype": "float32",  # ties in bfloat16 flip with the shape of a batch: tokens are compared
@@ -74,7 +73,7 @@ def chaos(
         raise ConfigError("virtual nodes share a process: give a configuration with real engines")
     rows: list[Row] = []
     try:
-        with ray_hosts(hosts, LINK_MBIT_PER_S) as on:
+        with ray_hosts(hosts) as on:
             loaded = load_config(config, asked | on.settings)
             with show_progress(console, "starting the cluster") as progress:
                 process = ClusterProcess.start(loaded, progress=progress)

@@ -57,6 +57,22 @@ class Host:
         """The link is there again."""
         _run(["ip", "-n", self.lan, "link", "set", self.port, "up"])
 
+    def slow(self, mbit_per_s: int) -> None:
+        """The link carries so much each way from now on, so that a transfer lasts. It was as fast as memory."""
+        bucket = ["tbf", "rate", f"{mbit_per_s}mbit", "burst", "256kb", "latency", "50ms"]
+        for namespace, device in self._ends:
+            _run(["tc", "-n", namespace, "qdisc", "replace", "dev", device, "root", *bucket])
+
+    def quicken(self) -> None:
+        """As fast as before `slow`."""
+        for namespace, device in self._ends:
+            _run(["tc", "-n", namespace, "qdisc", "del", "dev", device, "root"])
+
+    @property
+    def _ends(self) -> tuple[tuple[str, str], ...]:
+        """The two ends of the link, each with its namespace."""
+        return (self.lan, self.port), (self.name, "eth0")
+
     def processes(self) -> list[psutil.Process]:
         """What runs here, but for this process."""
         return _processes_in(self.name)
@@ -73,11 +89,10 @@ class Host:
 
 
 @contextmanager
-def hosts(count: int, mbit_per_s: int | None = None) -> Iterator[list[Host]]:
+def hosts(count: int) -> Iterator[list[Host]]:
     """So many hosts, 10.77.0.1 and up; with the block ends whatever runs on them, and they.
 
-    `mbit_per_s`: of their links, so that a transfer lasts; None: as fast as memory. Raises ConfigError where
-    the machine cannot have them.
+    Raises ConfigError where the machine cannot have them.
     """
     check_possible()
     if count > MOST_HOSTS:
@@ -94,8 +109,6 @@ def hosts(count: int, mbit_per_s: int | None = None) -> Iterator[list[Host]]:
             _namespace(stack, host.name)
             stack.callback(_end_all, host.name)
             _join(host)
-            if mbit_per_s is not None:
-                _slow(host, mbit_per_s)
         yield made
 
 
@@ -120,12 +133,6 @@ def _join(host: Host) -> None:
     _run(["ip", "-n", host.name, "addr", "add", f"{host.address}/24", "dev", "eth0"])
     for device in ("lo", "eth0"):
         _run(["ip", "-n", host.name, "link", "set", device, "up"])
-
-
-def _slow(host: Host, mbit_per_s: int) -> None:
-    bucket = ["tbf", "rate", f"{mbit_per_s}mbit", "burst", "256kb", "latency", "50ms"]
-    for namespace, device in ((host.lan, host.port), (host.name, "eth0")):
-        _run(["tc", "-n", namespace, "qdisc", "replace", "dev", device, "root", *bucket])
 
 
 def _end_all(name: str) -> None:

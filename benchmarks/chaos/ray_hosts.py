@@ -40,7 +40,7 @@ class RayHosts:
 
 
 @contextmanager
-def ray_hosts(count: int, mbit_per_s: int | None = None) -> Iterator[RayHosts]:
+def ray_hosts(count: int) -> Iterator[RayHosts]:
     """So many hosts with a Ray on them, each with the cores of the machine; this thread is on the head's.
 
     One is this machine as it is. Raises ConfigError where the machine cannot have more.
@@ -50,7 +50,7 @@ def ray_hosts(count: int, mbit_per_s: int | None = None) -> Iterator[RayHosts]:
         return
     folder = Path(tempfile.mkdtemp(prefix="slr-", dir="/tmp"))
     try:
-        with hosts(count, mbit_per_s) as made:
+        with hosts(count) as made:
             for at, host in enumerate(made):
                 _start_ray(host, made[0], folder / str(at))
             with made[0].entered():

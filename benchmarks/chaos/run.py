@@ -24,6 +24,7 @@ WARM_S = 2.0  # of load before the fault
 AFTER_S = 3.0  # of load after it, at least
 SLOW_S = 0.1  # by turns stopped and going
 FLOOD = 400
+SLOW_MBIT_PER_S = 40  # 6 MB, the KV of a long prompt of `tiny`, take more than a second
 KV_UNUSED = "KV not used"  # in an event of a request whose prompt was computed again
 LEAVERS = 6  # clients that go away, at a time
 MOMENTS: dict[str, Callable[[Node], bool]] = {
@@ -241,14 +242,16 @@ class Chaos:
         def is_there(node: Node) -> bool:
             return f"//{host.address}:" in node["address"]
 
-        # A transfer within a host is over at once: an offer that is seen passes the link, most likely.
-        suits = MOMENTS[scenario.moment]
-        await self._cluster.strike(scenario.role, lambda node: is_there(node) and suits(node))
         away = [name for name, node in (await self._cluster.nodes()).items() if is_there(node)]
-        host.cut()
-        struck_s, under_way = time.monotonic(), clients.under_way()
+        suits = MOMENTS[scenario.moment]
+        # A transfer within a host is over at once: an offer that is seen now is on its way over the link.
+        host.slow(SLOW_MBIT_PER_S)
         try:
+            await self._cluster.strike(scenario.role, lambda node: is_there(node) and suits(node))
+            host.cut()
+            struck_s, under_way = time.monotonic(), clients.under_way()
             await asyncio.sleep(scenario.seconds)
         finally:
             host.mend()
+            host.quicken()
         return Strike(host.address, struck_s, under_way, away)
