@@ -80,4 +80,4 @@ def _kill_nodes_in_joined_ray(config: ClusterConfig, address: str) -> None:
         finally:
             disconnect()
     except SlosserveError as error:
-        print(f"nodes could not be ended: {error}", file=sys.stderr)
+        print(f"nodes could not be ended: {error}. `ray stop` on every host ends them.", file=sys.stderr)
