@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,12 +17,13 @@ from rich.markup import escape
 
 from benchmarks import cluster_facts, traffic
 from benchmarks.board import live_view, report
+from benchmarks.chaos.ray_hosts import ray_hosts
 from benchmarks.demo_run import DemoRun, Workload
 from benchmarks.prompts import MOONCAKE_BLOCK_TOKENS
 from benchmarks.provenance import provenance
 from benchmarks.startup import show_progress
 from benchmarks.traces import Arrival, data_directory, read_trace
-from engine.errors import SlosserveError
+from engine.errors import ConfigError, SlosserveError
 
 LENGTH_DIVISOR = 6.0
 LINE_EVERY_S = 15.0
@@ -41,6 +42,10 @@ def demo(
     api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="Key of the endpoint.")] = None,
     config: Annotated[str, typer.Option(help="Configuration of the cluster: a name or a file.")] = "laptop",
     model: Annotated[str | None, typer.Option(help="tiny, scale, a folder or a Hugging Face name.")] = None,
+    address: Annotated[str | None, typer.Option(help="Start nodes in this running Ray (HOST:PORT).")] = None,
+    hosts: Annotated[
+        int, typer.Option(min=1, help="Or on so many hosts, network namespaces made for it (as root).")
+    ] = 1,
 ) -> None:
     """Start a cluster, send it chat, code, summaries and three tool-calling agents, and report promises kept.
 
@@ -51,12 +56,16 @@ def demo(
         arrivals, source = _arrivals(trace, rate, duration_s, seed, length_divisor)
         block_tokens = max(1, round(MOONCAKE_BLOCK_TOKENS / length_divisor))
         workload = Workload(arrivals, duration_s, seed, block_tokens)
-        with _endpoint(url, config, model, console) as (base_url, key):
+        if hosts > 1 and (url or address):
+            raise ConfigError("--hosts starts a cluster on hosts of its own: leave out --url and --address")
+        given = {key: value for key, value in {"model": model, "ray.address": address}.items() if value}
+        with ray_hosts(hosts) as on, _endpoint(url, config, given | on.settings, console) as (base_url, key):
             summary = _run(base_url, workload, api_key or key, console)
     except SlosserveError as error:
         Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False)
         raise typer.Exit(2) from error
     summary["workload"] = {
+        "hosts": hosts,
         "duration_s": duration_s,
         "rate_per_s": rate,
         "length_divisor": length_divisor,
@@ -89,7 +98,7 @@ def _arrivals(
 
 @contextmanager
 def _endpoint(
-    url: str | None, config: str, model: str | None, console: Console
+    url: str | None, config: str, given: Mapping[str, Any], console: Console
 ) -> Iterator[tuple[str, str | None]]:
     """(base URL, API key) of the endpoint given, or of a cluster that ends with the block."""
     if url is not None:
@@ -97,9 +106,7 @@ def _endpoint(
         return
     from coordinator.cluster_process import ClusterProcess
 
-    overrides: dict[str, Any] = {"name": "demo", "endpoint.port": 0}
-    if model is not None:
-        overrides["model"] = model
+    overrides = {"name": "demo", "endpoint.port": 0, **given}
     with show_progress(console, "starting the cluster") as progress:
         cluster = ClusterProcess.start(config, overrides, progress)
     with cluster:

@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from coordinator.config import ClusterConfig
-from engine.errors import EngineStartError, NoCapacity, NodeLost, SlosserveError
+from coordinator.ray_head import PATIENCE
+from engine.errors import EngineStartError, NodeLost, SlosserveError
 from engine.request import RoleName
 
 LOOPBACK = "127.0.0.1"
+# Else Ray 2.60 replaces a loopback address by that of the machine, and listens on every interface. The variable
+# is that of systems where it has no clusters, and keeps to loopback therefore.
+LOOPBACK_ENVIRONMENT = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 ROLES = {
     "prefill": "prefill_node.role:PrefillRole",
     "decode": "decode_node.role:DecodeRole",
@@ -25,6 +30,7 @@ ROLES = {
 }
 ACTOR = "engine.actor:NodeActor"
 MAX_RESTARTS = -1  # however often: coordinator/revival.py decides when an engine is started again
+SPREAD = "SPREAD"  # Ray's strategy: on the host that has the least of them
 # start() blocks while the engine loads; log_tail() and stop() must get through.
 CONCURRENT_CALLS = 4
 
@@ -69,8 +75,14 @@ def namespace(config: ClusterConfig) -> str:
     return f"slosserve-{config.name}"
 
 
+def on_loopback(config: ClusterConfig) -> bool:
+    """Whether the cluster is on this machine alone, and nobody else reaches it."""
+    return (config.ray.address or "").startswith(LOOPBACK)
+
+
 def connect(config: ClusterConfig) -> None:
     """Join the Ray of `config.ray.address`. Raises NodeLost if nothing answers there."""
+    os.environ.update(PATIENCE | (LOOPBACK_ENVIRONMENT if on_loopback(config) else {}))
     import ray
 
     try:
@@ -82,6 +94,13 @@ def connect(config: ClusterConfig) -> None:
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise NodeLost(f"no Ray at {config.ray.address}: {error}") from None
+
+
+def head_address() -> str:
+    """Where the head of the Ray that was joined listens."""
+    import ray
+
+    return str(ray.get_runtime_context().gcs_address)
 
 
 def disconnect() -> None:
@@ -97,18 +116,25 @@ def node_environment(config: ClusterConfig) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         # The step loop runs inside the node's process, next to its sockets.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        **PATIENCE,
     }
     offline = {"HF_HUB_OFFLINE": "1"} if Path(config.model).is_dir() else {}
     return {**fixed, **offline, **config.engine.env}
 
 
 def start_node(
-    config: ClusterConfig, name: str, role: str, spec: Mapping[str, Any], *, actor_class: str = ACTOR
+    config: ClusterConfig,
+    name: str,
+    role: str,
+    spec: Mapping[str, Any],
+    *,
+    actor_class: str = ACTOR,
+    strategy: Any = SPREAD,
 ) -> NodeRef:
     """Create the actor of a node; returns before its process is up. Call `start` on what is returned.
 
-    `spec` goes to the actor's constructor with `name` and `role` added. Raises EngineStartError if a node of
-    that name exists.
+    `spec` goes to the actor's constructor with `name` and `role` added. `strategy` is Ray's, for the host it
+    goes to. Raises EngineStartError if a node of that name exists.
     """
     import ray
 
@@ -121,6 +147,7 @@ def start_node(
         "num_cpus": config.engine.num_cpus,
         "num_gpus": config.engine.num_gpus,
         "runtime_env": {"env_vars": node_environment(config)},
+        "scheduling_strategy": strategy,
     }
     module, _, class_name = actor_class.partition(":")
     remote_class = ray.remote(getattr(importlib.import_module(module), class_name))
@@ -149,36 +176,8 @@ def list_nodes(config: ClusterConfig) -> list[NodeRef]:
     return [node for node in (find_node(config, name) for name in names) if node is not None]
 
 
-def check_room(config: ClusterConfig, nodes: int) -> None:
-    """Raise NoCapacity if what is free in Ray is not enough for so many more nodes."""
-    import ray
-
-    free = ray.available_resources()
-    wanted = {"CPU": config.engine.num_cpus * nodes, "GPU": config.engine.num_gpus * nodes}
-    short = [f"{free.get(kind, 0):g} {kind}" for kind, count in wanted.items() if count > free.get(kind, 0)]
-    if short:
-        asked = " and ".join(f"{count:g} {kind}" for kind, count in wanted.items() if count)
-        raise NoCapacity(
-            f"Ray has {', '.join(short)} free, and {nodes} more nodes take {asked}. Join another host to it"
-            " (`ray start --address=...`), or lower engine.num_cpus.",
-            reason="no_room",
-        )
-
-
 def kill_node(node: NodeRef) -> None:
     """End a node's process at once, for good: Ray does not restart it."""
     import ray
 
     ray.kill(node.actor, no_restart=True)
-
-
-def kill_nodes(config: ClusterConfig) -> list[str]:
-    """End every node of the cluster, from a process that is not connected. Returns their names."""
-    connect(config)
-    try:
-        nodes = list_nodes(config)
-        for node in nodes:
-            kill_node(node)
-        return [node.name for node in nodes]
-    finally:
-        disconnect()

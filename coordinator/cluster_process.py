@@ -7,6 +7,7 @@ started them may leave, and they go on. What goes wrong while starting ends ever
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import sys
 import time
@@ -19,7 +20,7 @@ from typing import Any, Self
 
 from coordinator.cluster import node_environment
 from coordinator.config import ClusterConfig, load_config
-from coordinator.listeners import check_ports_free, free_ports
+from coordinator.listeners import check_ports_free, free_ports, is_loopback
 from coordinator.process_events import ProcessEvents, tail
 from coordinator.process_tree import MARK, ProcessId, is_alive, spawn
 from coordinator.ray_process import RayHandle, start_ray
@@ -234,6 +235,9 @@ def _checked(config: ClusterConfig, progress: Progress) -> ClusterConfig:
     endpoint = config.endpoint
     if endpoint.port == 0:
         endpoint = endpoint.model_copy(update={"port": free_ports(endpoint.count)})
+    if endpoint.admin_key is None and not is_loopback(endpoint.host):
+        # Who may ask may not change the cluster, too. `slosserve` finds the key in the run's configuration.
+        endpoint = endpoint.model_copy(update={"admin_key": secrets.token_urlsafe(24)})
     check_ports_free(endpoint.host, range(endpoint.port, endpoint.port + endpoint.count))
     progress({"event": "process", "process": "model", "state": "starting", "detail": config.model})
     model = resolve_model(config.model)

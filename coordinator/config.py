@@ -149,7 +149,11 @@ class SessionsConfig(Section):
 
 
 class EndpointConfig(Section):
-    """The OpenAI front. `count` processes listen on `port`, `port + 1`, ...; port 0 takes free ones."""
+    """The OpenAI front. `count` processes listen on `port`, `port + 1`, ...; port 0 takes free ones.
+
+    `api_key` is asked for by everything below /v1, `admin_key` by what changes the cluster. Where `host` is not
+    loopback and no admin key is given, one is made up for each run.
+    """
 
     host: str = "127.0.0.1"
     port: Port = 8000

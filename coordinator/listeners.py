@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import socket
 from collections.abc import Iterable
 
@@ -29,6 +30,14 @@ def free_ports(count: int) -> int:
         if first + count <= 65536 and not any(_trouble("", port) for port in range(first, first + count)):
             return first
     raise ConfigError(f"no {count} free ports in a row on this machine. Choose them with --port.")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches what listens at `host`."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def listener(port: int) -> str | None:

@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 WATCH_EVERY_S = 0.1
 REPORT_EVERY = 2  # questions; the others ask only whether it lives
+CONNECT_MS = 1000  # then once more: TCP itself would wait ever longer, and a link is mended meanwhile
 NOTICED = 0.8  # of the silence after which a node is lost: the rest is for those who look at it now and then
 
 
@@ -49,6 +50,7 @@ class Peer:
         self._socket = context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.IDENTITY, identity.encode())
         self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.CONNECT_TIMEOUT, CONNECT_MS)
         self._socket.setsockopt(zmq.SNDHWM, 0)
         self._socket.setsockopt(zmq.RCVHWM, 0)
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)

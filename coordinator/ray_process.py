@@ -15,8 +15,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from coordinator.cluster import LOOPBACK_ENVIRONMENT
 from coordinator.config import ClusterConfig
 from coordinator.process_tree import ProcessId, end_family, spawn
+from coordinator.ray_head import PATIENCE
 
 RAY_ENVIRONMENT = {
     # Ray would run its workers at nice 15, and our engines are workers: whatever else runs would starve them.
@@ -24,6 +26,7 @@ RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # Workers are started for our nodes and no others: two cores have better to do.
     "RAY_enable_worker_prestart": "0",
+    **PATIENCE,
 }
 # Workers go within half a second of SIGTERM; a raylet that had detached actors sits there for ten.
 GRACE_S = 2.0
@@ -55,7 +58,7 @@ def start_ray(
     log = logs / "ray.log"
     process = spawn(
         _command(config, folder, port, client_port),
-        environment={**environment, **RAY_ENVIRONMENT},
+        environment={**environment, **RAY_ENVIRONMENT, **LOOPBACK_ENVIRONMENT},
         output=log,
         errors=log,
         die_with_parent=die_with_parent,

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from coordinator.cluster import kill_nodes
+from coordinator import spread
+from coordinator.cluster import connect, disconnect, kill_node, list_nodes
 from coordinator.config import ClusterConfig
 from coordinator.process_tree import end, end_one, is_alive, processes_of, wait_gone
 from coordinator.ray_process import RayHandle, stop_ray
@@ -71,6 +72,12 @@ def deaf_to_interrupts() -> Iterator[None]:
 def _kill_nodes_in_joined_ray(config: ClusterConfig, address: str) -> None:
     joined = config.model_copy(update={"ray": config.ray.model_copy(update={"address": address})})
     try:
-        kill_nodes(joined)
+        connect(joined)
+        try:
+            for node in list_nodes(joined):
+                kill_node(node)
+            spread.remove()
+        finally:
+            disconnect()
     except SlosserveError as error:
-        print(f"nodes could not be ended: {error}", file=sys.stderr)
+        print(f"nodes could not be ended: {error}. `ray stop` on every host ends them.", file=sys.stderr)

@@ -23,12 +23,14 @@ import zmq.asyncio  # noqa: F401 - before uvloop takes over the event loop
 from coordinator.cluster import (
     LOOPBACK,
     ROLES,
+    SPREAD,
     NodeRef,
-    check_room,
     connect,
+    head_address,
     kill_node,
     list_nodes,
     node_names,
+    on_loopback,
     start_node,
 )
 from coordinator.config import ClusterConfig
@@ -36,9 +38,12 @@ from coordinator.decider import Decider
 from coordinator.endpoint.links import ADDRESS_FILE
 from coordinator.links import GivenLinks, KnownLinks, MeasuredLinks
 from coordinator.planner.admission import warm_up
+from coordinator.ray_head import RayHead
 from coordinator.service import Coordinator
+from coordinator.spread import check_room, spread
 from coordinator.virtual_nodes import VirtualNodes
 from engine.errors import SlosserveError
+from engine.models import name_for_others
 from engine.request import RoleName
 
 logger = logging.getLogger(__name__)
@@ -56,10 +61,10 @@ def node_spec(config: ClusterConfig, name: str, run_dir: Path) -> dict[str, Any]
     engine = config.engine
     kv_cache_bytes = None if engine.kv_cache_gib is None else int(engine.kv_cache_gib * 2**30)
     return {
-        "host": LOOPBACK if (config.ray.address or "").startswith(LOOPBACK) else None,
+        "host": LOOPBACK if on_loopback(config) else None,
         "log": str(run_dir / "logs" / f"{name}.log"),
         "roles": ROLES,
-        "step_profile": None if config.step_profile is None else str(config.step_profile),
+        "step_profile": None if config.step_profile is None else config.step_profile.read_text("utf-8"),
         "max_waiting": config.endpoint.max_waiting,
         "peer_silent_s": config.timeouts.endpoint_silent_s,
         "session_ttl_s": config.sessions.ttl_s,
@@ -67,7 +72,7 @@ def node_spec(config: ClusterConfig, name: str, run_dir: Path) -> dict[str, Any]
         "clock_skew_s": config.clock_skew_s.get(name, 0.0),
         "engine": {
             "kind": config.engines,
-            "model": config.model,
+            "model": name_for_others(config.model),
             "dtype": config.dtype,
             "max_model_len": engine.max_model_len,
             "block_size": engine.block_size,
@@ -91,19 +96,22 @@ class Nodes:
         self._config = config
         self._run_dir = run_dir
         self._refs: dict[str, NodeRef] = {}
+        self._strategies: dict[str, Any] = {}
         self.found_running = False
 
     def connect(self) -> None:
-        """Join Ray and find the nodes that an earlier coordinator started."""
+        """Join Ray; find the nodes that an earlier coordinator started, and places for the others."""
         connect(self._config)
         self._refs = {node.name: node for node in list_nodes(self._config)}
         self.found_running = bool(self._refs)
+        self._strategies = spread(self._config)
 
     def start(self, name: str, role: RoleName) -> dict[str, Any]:
         """A node that is up: name, address, role, pid. Raises EngineStartError or NodeLost."""
         if name not in self._refs:
             spec = node_spec(self._config, name, self._run_dir)
-            self._refs[name] = start_node(self._config, name, str(role), spec)
+            strategy = self._strategies.get(name, SPREAD)
+            self._refs[name] = start_node(self._config, name, str(role), spec, strategy=strategy)
         return self._refs[name].start(self._config.timeouts.node_start_s)
 
     def revive(self, name: str) -> str | None:
@@ -175,6 +183,7 @@ async def serve(run_dir: Path) -> None:
     coordinator.follow_load(config.pools.auto)
     serving = asyncio.create_task(coordinator.run())
     await asyncio.gather(asyncio.to_thread(warm_up), asyncio.to_thread(nodes.connect))
+    coordinator.watch_ray(RayHead(head_address()))
     if isinstance(nodes, VirtualNodes):
         await _start_hosts(nodes, coordinator)
     else:

@@ -23,6 +23,7 @@ from coordinator.decider import Decider, Promotion
 from coordinator.links import KnownLinks, MeasuredLinks
 from coordinator.mirror import NodeMirror
 from coordinator.pools import sizes
+from coordinator.ray_head import RayHead
 from coordinator.rebalance import Rebalancer
 from coordinator.revival import Revival
 from coordinator.scaling import Fleet, Scaling
@@ -119,6 +120,7 @@ class Coordinator:
         self._retry_links_s = time.monotonic() + RETRY_LINKS_EVERY_S
         self._began = False  # everything was ready once: from then on it serves with what there is
         self._untold_turns = 0
+        self._ray_head: RayHead | None = None
 
     # ---- nodes -------------------------------------------------------------------------------------------
 
@@ -131,6 +133,11 @@ class Coordinator:
     def follow_load(self, on: bool) -> None:
         """Let pools follow the load, or not."""
         self._rebalancer.follow(on)
+
+    def watch_ray(self, head: RayHead) -> None:
+        """Tell of Ray's head in `/cluster` from now on."""
+        self._ray_head = head
+        self._spawn(head.watch())
 
     def add_node(self, name: str, address: str) -> None:
         """Link to a node that is up. Its role and promises come with its first report."""
@@ -183,6 +190,8 @@ class Coordinator:
 
     def _from_node(self, name: str, message: Message) -> None:
         match message:
+            case Report() if message.node != name:
+                logger.warning("%s answers at the address of %s", message.node, name)
             case Report():
                 self._take_report(name, message)
             case RoleSet(call_id, _) | LinksProbed(call_id, _, _) | SessionsListed(call_id, _, _):
@@ -322,6 +331,9 @@ class Coordinator:
                 logger.warning("%s %s", name, "is stuck in a step" if stuck else "fell silent")
                 mirror.lose()
                 any_lost = True
+                if peer.lost and not mirror.leaving:
+                    # It may have been the link: what is under way on it can come seconds after it is mended.
+                    self.add_node(name, mirror.address)
             if mirror.state == "lost" and not mirror.leaving:
                 self._revival.lost(name)
         return any_lost
@@ -480,6 +492,7 @@ class Coordinator:
             "mode": mode_of(pools),
             "pools": pools,
             "rebalancing": self._rebalancer.state(),
+            "ray": None if self._ray_head is None else self._ray_head.state(),
             "nodes": [node_state(mirror, now_s) for mirror in self._mirrors.values()],
             "idle_cost": await self._idle(),
             "links": self._links.rows(),

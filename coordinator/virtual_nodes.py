@@ -9,7 +9,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from coordinator.cluster import LOOPBACK, ROLES, NodeRef, connect, list_nodes, node_names, start_node
+from coordinator.cluster import (
+    LOOPBACK,
+    ROLES,
+    NodeRef,
+    connect,
+    list_nodes,
+    node_names,
+    on_loopback,
+    start_node,
+)
 from coordinator.config import ClusterConfig
 from engine.cost import StepCost
 from engine.errors import SlosserveError
@@ -82,7 +91,7 @@ def host_spec(config: ClusterConfig, host: str, nodes: Mapping[str, str], run_di
     """What the actor of a host is told."""
     engine, virtual = config.engine, config.virtual
     return {
-        "host": LOOPBACK if (config.ray.address or "").startswith(LOOPBACK) else None,
+        "host": LOOPBACK if on_loopback(config) else None,
         "log": str(run_dir / "logs" / f"{host}.log"),
         "nodes": dict(nodes),
         "roles": ROLES,

@@ -22,6 +22,7 @@ from engine import batch
 from engine.base import Engine, EngineInfo, StepReport
 from engine.cost import StepCost
 from engine.errors import EngineStartError, SlosserveError
+from engine.models import resolve_model
 from engine.node import Node
 from engine.ports import side_channel_port
 from engine.profile import StepProfile
@@ -47,7 +48,8 @@ class Runs(Protocol):
 class NodeActor:
     """`spec`: name, role, host, log, engine (kind and its settings), roles (name -> class path), limits.
 
-    `step_profile` in the spec, a path, says what steps cost; without it a line is fitted at the start.
+    `step_profile` in the spec, the text of a profile, says what steps cost; without it a line is fitted at the
+    start. A model and a log are of the host that this runs on.
     `clock_skew_s` in the spec shifts this node's clock: a test proves that nobody depends on it.
     """
 
@@ -71,8 +73,8 @@ class NodeActor:
         except Exception as error:  # noqa: BLE001 - whatever it is, the caller is told
             # Ray pickles what an actor raises; a plain error of ours always survives that.
             raise EngineStartError(
-                f"{self._spec['name']} did not start: {error}\nThe last lines of its log ({self._log}):\n"
-                f"{self.log_tail(LOG_TAIL_LINES)}"
+                f"{self._spec['name']} did not start on {self._host()}: {error}\n"
+                f"The last lines of its log ({self._log}):\n{self.log_tail(LOG_TAIL_LINES)}"
             ) from None
         return self.describe()
 
@@ -133,7 +135,7 @@ class NodeActor:
         spec = self._spec
         host = self._host()
         settings = {
-            **spec["engine"],
+            **on_this_host(spec["engine"]),
             "engine_id": f"{spec['name']}-{uuid.uuid4().hex[:8]}",
             "side_channel_host": host,
             "side_channel_port": side_channel_port(host),
@@ -179,9 +181,15 @@ class NodeActor:
 def start_cost(reports: Sequence[StepReport], profile: str | None) -> StepCost:
     """What steps cost on an engine that has just started, from the steps that it measured then.
 
-    `profile`: a file of `slosserve profile fit`, which knows of attention what a few steps cannot tell.
+    `profile`: text of one of `slosserve profile fit`, which knows of attention what a few steps cannot tell.
     """
-    return StepCost.fit(reports) if profile is None else StepProfile.load(Path(profile)).cost_here(reports)
+    return StepCost.fit(reports) if profile is None else StepProfile.parse(profile.encode()).cost_here(reports)
+
+
+def on_this_host(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings with the folder that the model has here. Raises ConfigError if it is not here."""
+    model = settings.get("model")
+    return settings if model is None else settings | {"model": resolve_model(model)}
 
 
 def build_engine(settings: dict[str, Any]) -> Engine:

@@ -153,6 +153,12 @@ def resolve_model(name_or_path: str) -> str:
     return name_or_path
 
 
+def name_for_others(model: str) -> str:
+    """What other hosts find a resolved model by: one that was made here is made there as well."""
+    path = Path(model)
+    return path.name if path.name in MODEL_NAMES and path.parent == cache_directory() / "models" else model
+
+
 def make_model(name: str, directory: Path | None = None, force: bool = False) -> Path:
     """Folder of the model `name`, made if it is missing, if its recipe has changed, or if `force`.
 

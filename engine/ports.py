@@ -1,9 +1,11 @@
-"""A port for an engine that binds it only later, when its model is loaded."""
+"""A port for an engine that binds it only later, when its model is loaded; and the interface of an address."""
 
 from __future__ import annotations
 
 import random
 import socket
+
+import psutil
 
 from engine.errors import EngineStartError
 
@@ -30,3 +32,11 @@ def side_channel_port(host: str) -> int:
         f"no free port between {FIRST_PORT} and {LAST_PORT} at {host}: free some, or check that {host} is an "
         "address of this machine"
     )
+
+
+def interface_of(host: str) -> str | None:
+    """The network interface of this machine that has the address `host`, None if it has none."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(address.address == host for address in addresses):
+            return name
+    return None

@@ -110,13 +110,20 @@ class StepProfile:
     def load(cls, path: Path) -> Self:
         """Read it. Raises ConfigError that names the file and the field that is wrong."""
         try:
-            return msgspec.json.decode(path.read_bytes(), type=cls)
+            text = path.read_bytes()
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read ({error.strerror or error})") from error
+        return cls.parse(text, str(path))
+
+    @classmethod
+    def parse(cls, text: bytes, origin: str = "the step profile") -> Self:
+        """What was written. Raises ConfigError that names the origin and the field that is wrong."""
+        try:
+            return msgspec.json.decode(text, type=cls)
         except msgspec.ValidationError as error:
-            raise ConfigError(f"{path}: is no step-time profile: {error}") from error
+            raise ConfigError(f"{origin}: is no step-time profile: {error}") from error
         except msgspec.DecodeError as error:
-            raise ConfigError(f"{path}: is not JSON: {error}") from error
+            raise ConfigError(f"{origin}: is not JSON: {error}") from error
 
 
 def split(table: StepTable) -> tuple[StepTable, StepTable]:

@@ -28,6 +28,7 @@ from engine.base import (
 )
 from engine.errors import EngineError, EngineStartError, MissingHook, RequestError
 from engine.models import lacks_weights
+from engine.ports import interface_of
 from engine.vllm_codec import (
     decode_output,
     decode_sampling,
@@ -116,6 +117,7 @@ class VllmEngineConfig:
     def environment(self) -> dict[str, str]:
         """What vLLM and NIXL must find in the environment. Those of `env` win."""
         return {
+            "VLLM_HOST_IP": self.side_channel_host,
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # else vLLM's scheduler is out of our reach
             "VLLM_NIXL_SIDE_CHANNEL_HOST": self.side_channel_host,
             "VLLM_NIXL_SIDE_CHANNEL_PORT": str(self.side_channel_port),
@@ -140,7 +142,7 @@ class VllmEngine(Engine):
         """Load the model and warm up. Raises EngineStartError with the cause and what to do about it."""
         os.environ.update(self._config.environment())
         if _is_cpu_build():
-            for name, value in CPU_ENVIRONMENT.items():
+            for name, value in (CPU_ENVIRONMENT | _net_devices(self._config.side_channel_host)).items():
                 os.environ.setdefault(name, value)
             if self._config.kv_cache_bytes is not None:
                 # vLLM 0.32 lets it win over the argument, and it counts whole GiB.
@@ -480,6 +482,12 @@ def _offer(output: EngineCoreOutput) -> Output | None:
         return Output(output.request_id, (), "error", cached_tokens=cached, error=str(error))
     reason = str(output.finish_reason)
     return Output(output.request_id, (), reason, handoff=handoff, cached_tokens=cached)
+
+
+def _net_devices(host: str) -> dict[str, str]:
+    """UCX listens on every interface unless it is told on which. A machine with GPUs has others for KV."""
+    interface = interface_of(host)
+    return {} if interface is None else {"UCX_NET_DEVICES": interface}
 
 
 def _is_cpu_build() -> bool:

@@ -14,6 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.chaos.cluster import Cluster
+from benchmarks.chaos.hosts import Host
+from benchmarks.chaos.ray_hosts import ray_hosts
 from benchmarks.chaos.run import Chaos, Row
 from benchmarks.chaos.scenarios import SCENARIOS, Scenario, scenario
 from benchmarks.provenance import provenance
@@ -45,6 +47,7 @@ def chaos(
     config: Annotated[str, typer.Option(help="Configuration of the cluster: a name or a file.")] = "laptop",
     prefill: Annotated[int, typer.Option(min=1, help="Nodes that prefill.")] = 2,
     decode: Annotated[int, typer.Option(min=1, help="Nodes that decode.")] = 2,
+    hosts: Annotated[int, typer.Option(min=1, help="Network namespaces that the nodes are spread over.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the prompts.")] = 1,
     out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("out/bench/chaos.json"),
 ) -> None:
@@ -54,6 +57,9 @@ def chaos(
     noticed, how long streams paused, KV blocks and processes that were left. Exits 1 if any of it is not as
     promised.
 
+    With `--hosts 2` the nodes are on two hosts, which are network namespaces of this machine (root makes them),
+    and the link between them can be cut.
+
     Example: slosserve chaos --only decode-dies --only decode-hangs
     """
     console = Console()
@@ -61,18 +67,19 @@ def chaos(
         for one in SCENARIOS:
             console.print(f"{one.name:24} {one.contract}", highlight=False)
         return
-    chosen = _chosen(only)
+    chosen = _chosen(only, hosts)
     asked = SETTINGS | {"pools.prefill": prefill, "pools.decode": decode}
-    loaded = load_config(config, asked)
-    if loaded.engines == "virtual":
+    if load_config(config, asked).engines == "virtual":
         raise ConfigError("virtual nodes share a process: give a configuration with real engines")
     rows: list[Row] = []
     try:
-        with show_progress(console, "starting the cluster") as progress:
-            process = ClusterProcess.start(loaded, progress=progress)
-        with process:
-            asyncio.run(_run(chosen, process, loaded, seed, rows, console))
-        left = len(processes_of(process.state.run_id, process.state.processes.values()))
+        with ray_hosts(hosts) as on:
+            loaded = load_config(config, asked | on.settings)
+            with show_progress(console, "starting the cluster") as progress:
+                process = ClusterProcess.start(loaded, progress=progress)
+            with process:
+                asyncio.run(_run(chosen, process, loaded, on.hosts, seed, rows, console))
+            left = len(processes_of(process.state.run_id, process.state.processes.values())) + on.nodes_left()
     finally:
         if rows:
             _keep(rows, None, seed, out)
@@ -85,28 +92,33 @@ def chaos(
         raise SlosserveError(f"not as promised: {', '.join(broken) or f'{left} processes were left'}")
 
 
-def _chosen(only: Sequence[str] | None) -> list[Scenario]:
+def _chosen(only: Sequence[str] | None, hosts: int) -> list[Scenario]:
     if not only:
-        return list(SCENARIOS)
+        return [one for one in SCENARIOS if one.hosts <= hosts]
     found = {name: scenario(name) for name in only}
     unknown = [name for name, one in found.items() if one is None]
     if unknown:
         names = ", ".join(one.name for one in SCENARIOS)
         raise ConfigError(f"no scenario {', '.join(unknown)}; there are {names}")
-    return [one for one in SCENARIOS if one.name in found]
+    chosen = [one for one in SCENARIOS if one.name in found]
+    for one in chosen:
+        if one.hosts > hosts:
+            raise ConfigError(f"{one.name} is of {one.hosts} hosts: give --hosts {one.hosts}")
+    return chosen
 
 
 async def _run(
     chosen: Sequence[Scenario],
     process: ClusterProcess,
     config: ClusterConfig,
+    hosts: Sequence[Host],
     seed: int,
     rows: list[Row],
     console: Console,
 ) -> None:
     cluster = Cluster(process)
     model = config.served_model_name or config.model
-    breaking = Chaos(cluster, model, seed, config.transfer.lease_s)
+    breaking = Chaos(cluster, model, seed, config.transfer.lease_s, hosts=hosts)
     try:
         for number, one in enumerate(chosen, 1):
             with console.status(f"{number} of {len(chosen)}: {one.contract}"):

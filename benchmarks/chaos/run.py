@@ -8,12 +8,14 @@ import random
 import signal
 import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from benchmarks.chaos.clients import Answer, Clients
 from benchmarks.chaos.cluster import Cluster, Node, Watched, send
+from benchmarks.chaos.hosts import Host
 from benchmarks.chaos.scenarios import Load, Scenario
 from engine.errors import SlosserveError
 
@@ -22,6 +24,8 @@ WARM_S = 2.0  # of load before the fault
 AFTER_S = 3.0  # of load after it, at least
 SLOW_S = 0.1  # by turns stopped and going
 FLOOD = 400
+SLOW_MBIT_PER_S = 40  # 6 MB, the KV of a long prompt of `tiny`, take more than a second
+KV_UNUSED = "KV not used"  # in an event of a request whose prompt was computed again
 LEAVERS = 6  # clients that go away, at a time
 MOMENTS: dict[str, Callable[[Node], bool]] = {
     "any": lambda node: True,
@@ -31,15 +35,32 @@ MOMENTS: dict[str, Callable[[Node], bool]] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Strike:
+    """A fault: whom it struck, when, and how many requests were under way. `nodes`: those it takes away."""
+
+    victim: str
+    struck_s: float
+    under_way: int
+    nodes: Sequence[str] = ()
+
+
 class Chaos:
     """Puts faults into a cluster. `lease_s`: after so long no KV may be left in use. `spared`: nodes that are
-    not killed.
+    not killed. `hosts`: what it is on.
     """
 
     def __init__(
-        self, cluster: Cluster, model: str, seed: int, lease_s: float, spared: Collection[str] = ()
+        self,
+        cluster: Cluster,
+        model: str,
+        seed: int,
+        lease_s: float,
+        spared: Collection[str] = (),
+        hosts: Sequence[Host] = (),
     ) -> None:
         self._cluster = cluster
+        self._hosts = hosts
         self._model = model
         self._seed = seed
         self._lease_s = lease_s
@@ -65,7 +86,7 @@ class Chaos:
         clients.start()
         await asyncio.sleep(WARM_S)
         try:
-            victim, struck_s, under_way = await self.strike(scenario, clients)
+            strike = await self.strike(scenario, clients)
             await asyncio.sleep(AFTER_S)
             well_s = await self._cluster.well()
         finally:
@@ -74,16 +95,18 @@ class Chaos:
             with contextlib.suppress(asyncio.CancelledError):
                 await watching
         blocks_after = await self._cluster.idle(self._lease_s + 5.0)
-        detected_s = watched.lost_s.get(victim)
+        struck_s = strike.struck_s
+        lost_s = [watched.lost_s.get(node) for node in strike.nodes]
+        detected_s = None if not lost_s or None in lost_s else max(at for at in lost_s if at is not None)
         return {
             "name": scenario.name,
             "contract": scenario.contract,
-            "victim": victim,
+            "victim": strike.victim,
             "struck_at_s": round(time.time() - (time.monotonic() - struck_s), 3),
-            "in_flight": under_way,
+            "in_flight": strike.under_way,
             "requests": len(answers),
             **self.judged(scenario.load, answers, scenario.allowed),
-            **await self._gaps(answers),
+            **await self._recorded(answers),
             "detection_s": None if detected_s is None else round(detected_s - struck_s, 3),
             "well_again_s": round(well_s, 1),
             "blocks_before": blocks_before,
@@ -120,23 +143,31 @@ class Chaos:
             "tokens": sum(len(answer.tokens) for answer in answers),
         }
 
-    async def _gaps(self, answers: Sequence[Answer]) -> Row:
-        """Between two tokens of a stream that went on elsewhere, by the endpoints' own records."""
-        gaps_s: list[float] = []
-        for answer in answers:
-            if answer.request_id is not None and answer.url not in self._gone:
-                record = await self._cluster.record(answer.url, answer.request_id)
-                gaps_s += (record or {}).get("gaps_s") or []
+    async def _recorded(self, answers: Sequence[Answer]) -> Row:
+        """By the endpoints' own records: gaps of streams that went on elsewhere, and pulls that took long."""
+        records = [
+            await self._cluster.record(answer.url, answer.request_id) or {}
+            for answer in answers
+            if answer.request_id is not None and answer.url not in self._gone
+        ]
+        gaps_s = [gap_s for record in records for gap_s in record.get("gaps_s") or []]
+        pulls_s = [pull["pull_s"] or 0.0 for record in records if (pull := record.get("decode"))]
+        unused = [event for record in records for event in record.get("events") or [] if KV_UNUSED in event]
         quantiles = np.quantile(gaps_s, (0.5, 0.99)) if gaps_s else (None, None)
         names = ("resume_gap_p50_s", "resume_gap_p99_s")
         rounded = (None if quantile is None else round(float(quantile), 3) for quantile in quantiles)
-        return {"resumed": len(gaps_s), **dict(zip(names, rounded, strict=True))}
+        return {
+            "resumed": len(gaps_s),
+            **dict(zip(names, rounded, strict=True)),
+            "longest_pull_s": round(max(pulls_s, default=0.0), 3),
+            "kv_not_used": len(unused),
+        }
 
     # ---- what is done ------------------------------------------------------------------------------------
 
-    async def strike(self, scenario: Scenario, clients: Clients) -> tuple[str, float, int]:
-        """The fault: who was struck, when, and how many requests were under way then."""
-        actions: dict[str, Callable[[Scenario, Clients], Awaitable[tuple[str, float, int]]]] = {
+    async def strike(self, scenario: Scenario, clients: Clients) -> Strike:
+        """The fault."""
+        actions: dict[str, Callable[[Scenario, Clients], Awaitable[Strike]]] = {
             "kill": self._signal,
             "stop": self._signal,
             "slow": self._slow,
@@ -145,6 +176,7 @@ class Chaos:
             "kill endpoint": self._kill_endpoint,
             "flood": self._flood,
             "rebalance": self._rebalance,
+            "cut": self._cut,
         }
         return await actions[scenario.action](scenario, clients)
 
@@ -155,7 +187,7 @@ class Chaos:
             scenario.role, lambda node: node["name"] not in spared and suits(node)
         )
 
-    async def _signal(self, scenario: Scenario, clients: Clients) -> tuple[str, float, int]:
+    async def _signal(self, scenario: Scenario, clients: Clients) -> Strike:
         node = await self._victim(scenario)
         number = signal.SIGKILL if scenario.action == "kill" else signal.SIGSTOP
         send(node["pid"], number)
@@ -163,9 +195,9 @@ class Chaos:
         if scenario.action == "stop":
             await asyncio.sleep(scenario.seconds)
             send(node["pid"], signal.SIGCONT)
-        return node["name"], struck_s, under_way
+        return Strike(node["name"], struck_s, under_way, [node["name"]])
 
-    async def _slow(self, scenario: Scenario, clients: Clients) -> tuple[str, float, int]:
+    async def _slow(self, scenario: Scenario, clients: Clients) -> Strike:
         node = await self._victim(scenario)
         struck_s, under_way = time.monotonic(), clients.under_way()
         while time.monotonic() - struck_s < scenario.seconds:
@@ -173,9 +205,9 @@ class Chaos:
             await asyncio.sleep(SLOW_S)
             send(node["pid"], signal.SIGCONT)
             await asyncio.sleep(SLOW_S)
-        return node["name"], struck_s, under_way
+        return Strike(node["name"], struck_s, under_way, [node["name"]])
 
-    async def _hang_up(self, scenario: Scenario, clients: Clients) -> tuple[str, float, int]:
+    async def _hang_up(self, scenario: Scenario, clients: Clients) -> Strike:
         struck_s, under_way, numbers = time.monotonic(), clients.under_way(), random.Random(self._seed)
         while time.monotonic() - struck_s < scenario.seconds:
             url = numbers.choice([url for url in self._cluster.urls if url not in self._gone])
@@ -184,30 +216,30 @@ class Chaos:
                 for _ in range(LEAVERS)
             ]
             await asyncio.gather(*leaving)
-        return "clients", struck_s, under_way
+        return Strike("clients", struck_s, under_way)
 
-    async def _kill_coordinator(self, scenario: Scenario, clients: Clients) -> tuple[str, float, int]:
+    async def _kill_coordinator(self, scenario: Scenario, clients: Clients) -> Strike:
         process = self._cluster.process
         send(process.pids["coordinator"], signal.SIGKILL)
         struck_s, under_way = time.monotonic(), clients.under_way()
         await asyncio.to_thread(process.restart_coordinator)
-        return "coordinator", struck_s, under_way
+        return Strike("coordinator", struck_s, under_way)
 
-    async def _kill_endpoint(self, scenario: Scenario, clients: Clients) -> tuple[str, float, int]:
+    async def _kill_endpoint(self, scenario: Scenario, clients: Clients) -> Strike:
         if len(self._cluster.urls) - len(self._gone) < 2:
             raise SlosserveError("one endpoint must be left: give endpoint.count 2 or more")
         label = f"endpoint-{len(self._cluster.urls) - 1}"
         self._gone.add(self._cluster.urls[-1])
         send(self._cluster.process.pids[label], signal.SIGKILL)
-        return label, time.monotonic(), clients.under_way()
+        return Strike(label, time.monotonic(), clients.under_way())
 
-    async def _flood(self, scenario: Scenario, clients: Clients) -> tuple[str, float, int]:
+    async def _flood(self, scenario: Scenario, clients: Clients) -> Strike:
         struck_s, under_way = time.monotonic(), clients.under_way()
         asked = [clients.ask(n % len(self._alone[scenario.load]), self._cluster.urls[0]) for n in range(FLOOD)]
         await asyncio.gather(*asked)
-        return "cluster", struck_s, under_way
+        return Strike("cluster", struck_s, under_way)
 
-    async def _rebalance(self, scenario: Scenario, clients: Clients) -> tuple[str, float, int]:
+    async def _rebalance(self, scenario: Scenario, clients: Clients) -> Strike:
         struck_s, under_way = time.monotonic(), clients.under_way()
         nodes = (await self._cluster.nodes()).values()
         sizes = {role: sum(node["role"] == role for node in nodes) for role in ("prefill", "decode", "mixed")}
@@ -219,4 +251,24 @@ class Chaos:
             turn += 1
             await asyncio.sleep(0.7)
         await self._cluster.set_pools(**sizes)
-        return "roles", struck_s, under_way
+        return Strike("roles", struck_s, under_way)
+
+    async def _cut(self, scenario: Scenario, clients: Clients) -> Strike:
+        host = self._hosts[-1]
+
+        def is_there(node: Node) -> bool:
+            return f"//{host.address}:" in node["address"]
+
+        away = [name for name, node in (await self._cluster.nodes()).items() if is_there(node)]
+        suits = MOMENTS[scenario.moment]
+        # A transfer within a host is over at once: an offer that is seen now is on its way over the link.
+        host.slow(SLOW_MBIT_PER_S)
+        try:
+            await self._cluster.strike(scenario.role, lambda node: is_there(node) and suits(node))
+            host.cut()
+            struck_s, under_way = time.monotonic(), clients.under_way()
+            await asyncio.sleep(scenario.seconds)
+        finally:
+            host.mend()
+            host.quicken()
+        return Strike(host.address, struck_s, under_way, away)

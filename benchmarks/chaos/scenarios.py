@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-Action = Literal["kill", "stop", "slow", "hang up", "kill coordinator", "kill endpoint", "flood", "rebalance"]
+Action = Literal[
+    "kill", "stop", "slow", "hang up", "kill coordinator", "kill endpoint", "flood", "rebalance", "cut"
+]
 Moment = Literal["any", "prefilling", "offering", "decoding"]
 
 
@@ -27,6 +29,7 @@ class Scenario:
 
     `action` on a node of the pool `role`, at a `moment` of its work, for `seconds` where it is over by itself.
     `allowed`: HTTP statuses that clients may see, with Retry-After. `detected`: a node is to be found lost.
+    `hosts`: so many are needed; a cut takes the last of them from the others.
     """
 
     name: str
@@ -38,6 +41,7 @@ class Scenario:
     load: Load = Load()
     allowed: tuple[int, ...] = ()
     detected: bool = False
+    hosts: int = 1
 
 
 SCENARIOS = (
@@ -84,6 +88,17 @@ SCENARIOS = (
     Scenario("coordinator-dies", "the coordinator dies, and another takes over", "kill coordinator"),
     Scenario("full", "everything is full", "flood", allowed=(429, 503)),
     Scenario("roles-change", "pools change while they serve", "rebalance", seconds=6.0),
+    Scenario(
+        "link-cut",
+        "the link between two hosts is cut during transfers, and mended",
+        "cut",
+        "prefill",
+        "offering",
+        seconds=5.0,
+        load=replace(LONG_PROMPTS, clients=4),
+        detected=True,
+        hosts=2,
+    ),
     Scenario("endpoint-dies", "an endpoint process dies", "kill endpoint"),
 )
 

@@ -87,7 +87,7 @@ async def _soak(
 ) -> Row:
     cluster = Cluster(process)
     nodes = await cluster.nodes()
-    kinds = [replace(one, load=CHAT) for one in SCENARIOS if one.name != ENDPOINTS_STAY] if faults else []
+    kinds = [replace(one, load=CHAT) for one in SCENARIOS if one.hosts == 1 and one.name != ENDPOINTS_STAY]
     random.Random(seed).shuffle(kinds)
     spared = {role: name for name, node in reversed(nodes.items()) if (role := str(node["role"]))}
     breaking = Chaos(cluster, model, seed, LEASE_S, spared.values())
@@ -171,17 +171,17 @@ def swings(changes: Sequence[Mapping[str, Any]]) -> int:
 async def _fault(breaking: Chaos, cluster: Cluster, clients: Clients, kind: Scenario, row: Row) -> str:
     """One fault, noted in its row. Returns what came of it in words."""
     try:
-        victim, _, under_way = await breaking.strike(kind, clients)
+        strike = await breaking.strike(kind, clients)
     except SlosserveError as error:
         row["passed_over"] = str(error)
         return f"passed over: {error}"
-    row |= {"victim": victim, "in_flight": under_way}
+    row |= {"victim": strike.victim, "in_flight": strike.under_way}
     try:
         row["well_again_s"] = round(await cluster.well(), 1)
     except SlosserveError as error:
         row["not_well"] = str(error)
-        return f"({victim}): {under_way} in flight; [red]not well again[/]: {error}"
-    return f"({victim}): {under_way} in flight, well again"
+        return f"({strike.victim}): {strike.under_way} in flight; [red]not well again[/]: {error}"
+    return f"({strike.victim}): {strike.under_way} in flight, well again"
 
 
 async def _leave(clients: Clients, urls: Sequence[str], seed: int) -> None:

@@ -24,6 +24,8 @@ def status_view(url: str, state: Mapping[str, Any]) -> Group:
     parts: list[RenderableType] = [heading]
     if str(state["engine"]).startswith("virtual"):
         parts.append(f"[bold yellow]{VIRTUAL}[/]")
+    if (ray := state.get("ray") or {}).get("head") == "lost":
+        parts.append(f"[bold red]{escape(ray['says'])}[/]")
     parts.append(_nodes(state["nodes"]))
     if state["links"]:
         parts.append(_links(state["links"]))

@@ -91,7 +91,7 @@ def test_more_than_ray_has_room_for_is_refused_with_what_is_short(cluster: Clien
         "/cluster/nodes", json={"nodes": 99}, headers={"authorization": f"Bearer {cluster.admin_key}"}
     )
     assert response.status_code == 503
-    assert "CPU free, and 97 more nodes take 48.5 CPU" in response.text
+    assert "no room for 97 more nodes: each needs 0.5 CPU, and free are 127.0.0.1: 1 CPU" in response.text
 
 
 def test_without_the_admin_key_no_node_comes_or_goes(cluster: Client) -> None:

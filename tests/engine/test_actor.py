@@ -67,7 +67,7 @@ def test_a_start_that_failed_frees_the_engine_and_can_be_repeated(
     spec: dict[str, Any], built: list[ScriptedEngine]
 ) -> None:
     node = actor.NodeActor({**spec, "roles": {"mixed": "decode_node.role:NoSuchRole"}})
-    with pytest.raises(EngineStartError, match=r"node-0 did not start: .*NoSuchRole"):
+    with pytest.raises(EngineStartError, match=r"node-0 did not start on 127.0.0.1: .*NoSuchRole"):
         node.start()
     assert built[0].stopped
     node._spec["roles"] = spec["roles"]

@@ -119,7 +119,7 @@ def test_a_node_starts_with_the_profile_that_it_is_given_and_else_with_a_line(
     fitted.save(tmp_path / "p.json")
     steps = [StepReport(0.0, tokens, 1, 0, 0, tokens**2 / 2) for tokens in (16, 64, 256, 1024)]
     reports = [replace(step, seconds=2 * fitted.cost.of(step)) for step in steps]
-    with_profile = start_cost(reports, str(tmp_path / "p.json"))
+    with_profile = start_cost(reports, (tmp_path / "p.json").read_text())
     assert with_profile.per_context_token_s == pytest.approx(2 * fitted.cost.per_context_token_s)
     assert start_cost(reports, None) == StepCost.fit(reports)
 

@@ -1,0 +1,26 @@
+"""Ray's head: its loss is told, with what it means, and its return."""
+
+from __future__ import annotations
+
+import asyncio
+
+from coordinator.ray_head import RayHead
+
+
+async def test_a_head_that_goes_and_comes_back_is_told() -> None:
+    server = await asyncio.start_server(lambda reader, writer: writer.close(), "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    head = RayHead(f"127.0.0.1:{port}")
+    head._note(await head._answers())
+    assert head.state()["head"] == "ready"
+    server.close()
+    await server.wait_closed()
+    for _ in range(2):
+        head._note(await head._answers())
+    lost = head.state()
+    assert lost["head"] == "lost"
+    assert f"127.0.0.1:{port} is gone" in lost["says"]
+    again = await asyncio.start_server(lambda reader, writer: writer.close(), "127.0.0.1", port)
+    head._note(await head._answers())
+    assert head.state()["head"] == "ready"
+    again.close()
