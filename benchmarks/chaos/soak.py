@@ -87,7 +87,8 @@ async def _soak(
 ) -> Row:
     cluster = Cluster(process)
     nodes = await cluster.nodes()
-    kinds = [replace(one, load=CHAT) for one in SCENARIOS if one.hosts == 1 and one.name != ENDPOINTS_STAY]
+    here = [one for one in SCENARIOS if one.hosts == 1 and one.name != ENDPOINTS_STAY] if faults else []
+    kinds = [replace(one, load=CHAT) for one in here]
     random.Random(seed).shuffle(kinds)
     spared = {role: name for name, node in reversed(nodes.items()) if (role := str(node["role"]))}
     breaking = Chaos(cluster, model, seed, LEASE_S, spared.values())
