@@ -44,6 +44,7 @@ class RequestContext:
     arrived_s: float
     asked: Asked
     session_id: str | None = None
+    previous_response_id: str | None = None
     headers: dict[str, str] = field(default_factory=dict)
     error: SlosserveError | None = None
     decided: asyncio.Event = field(default_factory=asyncio.Event)
@@ -120,7 +121,7 @@ class RequestContextMiddleware:
 
     async def _answer(self, arrived_s: float, scope: Scope, receive: Receive, send: Send) -> None:
         messages, body = await _read_body(receive)
-        context = RequestContext(arrived_s, self._asked(scope, body), _session_id(scope))
+        context = RequestContext(arrived_s, self._asked(scope, body), _session_id(scope), _previous(body))
         if context.asked.malformed:
             context.headers["x-slosserve-slo"] = f"malformed, served best effort: {context.asked.malformed}"
         token = _current.set(context)
@@ -148,10 +149,21 @@ class RequestContextMiddleware:
 
 
 def _slo_of(body: bytes) -> Any:
+    return _field(body, "slo", {})
+
+
+def _previous(body: bytes) -> str | None:
+    """The response that a request to /v1/responses goes on from."""
+    name = "previous_response_id"
+    named = _field(body, name, None) if name.encode() in body else None
+    return named[:MOST_SESSION_ID] if isinstance(named, str) else None
+
+
+def _field(body: bytes, name: str, default: Any) -> Any:
     try:
-        return json.loads(body).get("slo", {})
+        return json.loads(body).get(name, default)
     except (ValueError, AttributeError, RecursionError):
-        return {}  # not JSON, or no object: the front answers that with its own 400
+        return default  # not JSON, or no object: the front answers that with its own 400
 
 
 def _session_id(scope: Scope) -> str | None:

@@ -17,7 +17,7 @@ from dataclasses import asdict, replace
 from http import HTTPStatus
 from typing import Any
 
-from vllm import SamplingParams
+from vllm import SamplingParams, envs
 from vllm.config import VllmConfig
 from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.outputs import RequestOutput
@@ -39,6 +39,7 @@ from coordinator.endpoint.landing import finished_of, turned_away
 from coordinator.endpoint.links import CoordinatorLink, NodeLinks
 from coordinator.endpoint.loops import Loops, Share, ToolCallSeen
 from coordinator.endpoint.metrics import EndpointMetrics
+from coordinator.endpoint.responses import ResponseSessions
 from coordinator.endpoint.slo import XARGS_FIELDS, Asked, read_asked, to_slo
 from coordinator.endpoint.text_client import TextEngineClient
 from engine.base import Output
@@ -93,6 +94,8 @@ class ClusterEngine(TextEngineClient):
         self._tasks: set[asyncio.Task[None]] = set()
         self._idle_cost = StepCost.line(0.0, 1e-9)
         self._loops = Loops()
+        # Where vLLM stores no responses nobody can go on from one.
+        self._responses = ResponseSessions() if envs.VLLM_ENABLE_RESPONSES_API_STORE else None
         self._max_batch_tokens = config.engine.max_batch_tokens
         self._think_end_id = _think_end_id(self.renderer.tokenizer)
 
@@ -127,6 +130,9 @@ class ClusterEngine(TextEngineClient):
         """
         context = current()
         context.session_id = context.session_id or session_id
+        if self._responses is not None:
+            before = context.previous_response_id
+            context.session_id = self._responses.session_of(request_id, before, context.session_id)
         try:
             pairs, virtual = self._config.planner.pairs, self._config.engines == "virtual"
             way = served_by(sampling_params, pairs=pairs, virtual=virtual)

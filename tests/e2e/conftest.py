@@ -31,6 +31,7 @@ SETTINGS: dict[str, Any] = {
     "endpoint.port": 0,
     "endpoint.admin_key": "test-admin",
     "clock_skew_s.decode-0": CLOCK_SKEW_S,
+    "engine.env.VLLM_ENABLE_RESPONSES_API_STORE": "1",
 }
 
 

@@ -208,3 +208,16 @@ def test_the_agents_of_the_readme_run_their_tools_and_come_back_in_time(
     while loops() == before:
         assert time.monotonic() < deadline_s, "its loop was not counted as met"
         time.sleep(0.05)
+
+
+def test_a_response_that_names_the_one_before_goes_on_from_its_history(cluster: Client) -> None:
+    ask = {"model": "tiny", "max_output_tokens": 24, "temperature": 0}
+    text = "look at this, and this. " * 40
+    first = cluster.openai.responses.create(input=text, **ask)
+    _wait_kept(cluster, first.id, 200)
+    second = cluster.openai.responses.create(input="and now?", previous_response_id=first.id, **ask)
+    third = cluster.openai.responses.create(input="and then?", previous_response_id=second.id, **ask)
+    for response in (second, third):
+        assert response.usage is not None
+        assert response.usage.input_tokens_details.cached_tokens > response.usage.input_tokens // 2
+    assert _close(cluster, first.id).status_code == 200
