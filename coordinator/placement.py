@@ -1,15 +1,17 @@
 """Placement: for one request, which replica or which prefill/decode pair, or best effort, or a refusal.
 
-Every candidate is put to the planner. Of those that can keep the promise without breaking an earlier one, the
-one that loses least takes the request; of those that lose about the same, the least loaded; of those one
-where no KV has to move.
+Every candidate is put to the planner. While everybody fits, of those that can keep the promise without breaking
+an earlier one the one takes the request that has its history, or is the least loaded. Once room is short it is
+the one that loses least; of those that lose about the same, the least loaded; of those one where no KV has to
+move.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from heapq import nsmallest
 from itertools import islice, zip_longest
 from operator import attrgetter
 
@@ -33,6 +35,7 @@ TOO_DEAR = "it fits perhaps, but room is short, and cheaper requests are preferr
 HANDOFF_STEPS = 2  # of the decode node, beside those that pass while bytes move
 HOME_LOAD = 16  # requests more than elsewhere: from there on a history is computed again where there is room
 HOME_WORTH = 2.0  # of losses: a history that stays where it is serves the calls after this one as well
+MOST_MOVES = 2  # nodes that a history may be moved to: the least loaded
 SAME_LOSS = 1.25  # losses within this ratio are taken for the same
 
 
@@ -274,7 +277,21 @@ def _ways(
     ways += [(None, node) for node in mixed]
     if not request.one_node:
         ways += [(prefill, decode) for prefill in prefillers for decode in decoders]
+        ways += _moves(request, nodes, knowledge)
     return ways
+
+
+def _moves(
+    request: Place, nodes: Sequence[NodeMirror], knowledge: Knowledge
+) -> Iterator[tuple[NodeMirror | None, NodeMirror]]:
+    """The history of a session goes along: its home computes what is new and hands over, another decodes."""
+    name = knowledge.sessions.home(request.session)
+    home = next((node for node in nodes if node.name == name and node.role is not RoleName.PREFILL), None)
+    if home is None or not _has_most(home, request, knowledge):
+        return
+    others = [node for node in nodes if node is not home and node.role is not RoleName.PREFILL]
+    for node in nsmallest(MOST_MOVES, others, key=attrgetter("requests")):
+        yield home, node
 
 
 def _short_ways(request: Place, nodes: Sequence[NodeMirror]) -> list[tuple[NodeMirror | None, NodeMirror]]:

@@ -45,7 +45,7 @@ from engine.messages import (
 )
 from engine.outbox import Outbox, attempt_key
 from engine.promise import Promise, note_batched
-from engine.request import RoleName
+from engine.request import RoleName, WorkKind
 from engine.residuals import Residuals
 from engine.role import Role
 from engine.sessions import KV_SHARE, TTL_S, Sessions
@@ -277,6 +277,8 @@ class Node:
         if peer not in self._outboxes:
             return NO_CREDIT  # it was forgotten while it slept: what it grants comes with a new link
         reason = self._role.declines(submit.kind)
+        if submit.kind is WorkKind.PREFILL and submit.session in self._sessions.kept:
+            reason = None  # the history is here: it is handed over from here, whatever the role
         if reason is not None and self._clock() < self._former_until_s:
             reason = self._former.declines(submit.kind)
         if reason is not None:

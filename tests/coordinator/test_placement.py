@@ -442,3 +442,26 @@ def test_a_history_is_not_left_for_a_node_that_is_only_a_bit_less_loaded() -> No
     placed, _ = place_and_explain(ask, [home, other], knowledge, 0.0)
     assert placed.decode is not None
     assert placed.decode.node == "home"
+
+
+def test_a_history_moves_where_its_home_has_no_room_for_the_answer() -> None:
+    """Computing 4000 tokens again takes 0.4 s. Where the history is, batches have room for some new tokens of
+    the prompt, but not for one more decode at this pace."""
+    tokens = list(range(4000))
+    knowledge = Knowledge(LearnedLengths(), {("home", "other"): FAST["p", "d"], ("p", "other"): FAST["p", "d"]})
+    knowledge.sessions.answered("s", "home", prefix_hashes(tokens), 4000, now_s=0.0)
+    nodes = [
+        _node("p", RoleName.PREFILL),
+        _node("home", RoleName.DECODE, _decoding(0.0036, 3)),
+        _node("other", RoleName.DECODE),
+    ]
+    ask = replace(
+        ASK, prompt_tokens=4020, prefix_hashes=prefix_hashes([*tokens, *range(20)]), session="s",
+        first_token_left_s=0.3, tpot_s=0.0033,
+    )  # fmt: skip
+    placed, _ = place_and_explain(ask, nodes, knowledge, 0.0)
+    assert placed.verdict == "admitted", placed.candidates
+    assert placed.prefill is not None
+    assert placed.decode is not None
+    assert (placed.prefill.node, placed.decode.node) == ("home", "other")
+    assert placed.cached_tokens >= 3900

@@ -194,6 +194,19 @@ def test_work_of_another_role_is_declined_by_name(serve: Serve, role: RoleName, 
     assert declined.reason == f"a {role} node takes no {kind} work"
 
 
+def test_a_node_hands_over_the_history_that_it_keeps_for_a_session_whatever_its_role(serve: Serve) -> None:
+    served = serve(RoleName.DECODE)
+    client, coordinator = served.client("endpoint"), served.coordinator()
+    client.send(replace(submit("first", 40, max_tokens=5), session="s"))
+    client.stream("first")
+    coordinator.report(lambda report: report.sessions == 1)
+    client.send(replace(submit("next", 60, kind=WorkKind.PREFILL), session="s"))
+    client.stream("next")
+    assert client.deltas("next")[-1].handoff is not None
+    client.send(replace(submit("stranger", 60, kind=WorkKind.PREFILL), session="t"))
+    assert client.until(Declined).request_id == "stranger"
+
+
 def test_what_is_too_much_to_wait_is_declined(serve: Serve) -> None:
     served = serve(max_waiting=2)
     served.engine.slots = 1
