@@ -20,9 +20,6 @@ from engine.errors import EngineStartError, NodeLost, SlosserveError
 from engine.request import RoleName
 
 LOOPBACK = "127.0.0.1"
-# Else Ray 2.60 replaces a loopback address by that of the machine, and listens on every interface. The variable
-# is that of systems where it has no clusters, and keeps to loopback therefore.
-LOOPBACK_ENVIRONMENT = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 ROLES = {
     "prefill": "prefill_node.role:PrefillRole",
     "decode": "decode_node.role:DecodeRole",
@@ -82,7 +79,7 @@ def on_loopback(config: ClusterConfig) -> bool:
 
 def connect(config: ClusterConfig) -> None:
     """Join the Ray of `config.ray.address`. Raises NodeLost if nothing answers there."""
-    os.environ.update(PATIENCE | (LOOPBACK_ENVIRONMENT if on_loopback(config) else {}))
+    os.environ.update(PATIENCE)
     import ray
 
     try:
