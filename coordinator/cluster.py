@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import logging
-import os
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ ROLES = {
     "mixed": "decode_node.role:MixedRole",
 }
 ACTOR = "engine.actor:NodeActor"
+ANSWER_S = 5.0
 MAX_RESTARTS = 3
 SPREAD = "SPREAD"  # Ray's strategy: on the host that has the least of them
 # start() blocks while the engine loads; log_tail() and stop() must get through.
@@ -79,7 +80,7 @@ def on_loopback(config: ClusterConfig) -> bool:
 
 def connect(config: ClusterConfig) -> None:
     """Join the Ray of `config.ray.address`. Raises NodeLost if nothing answers there."""
-    os.environ.update(PATIENCE)
+    _check_answers(config.ray.address)
     import ray
 
     try:
@@ -91,6 +92,16 @@ def connect(config: ClusterConfig) -> None:
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise NodeLost(f"no Ray at {config.ray.address}: {error}") from None
+
+
+def _check_answers(address: str | None) -> None:
+    """Raises NodeLost where nobody listens: Ray itself would wait for as long as `PATIENCE` says."""
+    host, _, port = (address or "").rpartition(":")
+    if host and port.isdigit() and "/" not in host:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S).close()
+        except OSError as error:
+            raise NodeLost(f"no Ray at {address}: {error}") from None
 
 
 def head_address() -> str:
