@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import logging
-import os
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +20,13 @@ from engine.errors import EngineStartError, NodeLost, SlosserveError
 from engine.request import RoleName
 
 LOOPBACK = "127.0.0.1"
-# Else Ray 2.60 replaces a loopback address by that of the machine, and listens on every interface. The variable
-# is that of systems where it has no clusters, and keeps to loopback therefore.
-LOOPBACK_ENVIRONMENT = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 ROLES = {
     "prefill": "prefill_node.role:PrefillRole",
     "decode": "decode_node.role:DecodeRole",
     "mixed": "decode_node.role:MixedRole",
 }
 ACTOR = "engine.actor:NodeActor"
+ANSWER_S = 5.0
 MAX_RESTARTS = -1  # however often: coordinator/revival.py decides when an engine is started again
 SPREAD = "SPREAD"  # Ray's strategy: on the host that has the least of them
 # start() blocks while the engine loads; log_tail() and stop() must get through.
@@ -82,7 +80,7 @@ def on_loopback(config: ClusterConfig) -> bool:
 
 def connect(config: ClusterConfig) -> None:
     """Join the Ray of `config.ray.address`. Raises NodeLost if nothing answers there."""
-    os.environ.update(PATIENCE | (LOOPBACK_ENVIRONMENT if on_loopback(config) else {}))
+    _check_answers(config.ray.address)
     import ray
 
     try:
@@ -94,6 +92,16 @@ def connect(config: ClusterConfig) -> None:
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise NodeLost(f"no Ray at {config.ray.address}: {error}") from None
+
+
+def _check_answers(address: str | None) -> None:
+    """Raises NodeLost where nobody listens: Ray itself would wait for as long as `PATIENCE` says."""
+    host, _, port = (address or "").rpartition(":")
+    if host and port.isdigit() and "/" not in host:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S).close()
+        except OSError as error:
+            raise NodeLost(f"no Ray at {address}: {error}") from None
 
 
 def head_address() -> str:

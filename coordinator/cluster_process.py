@@ -23,7 +23,7 @@ from coordinator.config import ClusterConfig, load_config
 from coordinator.listeners import check_ports_free, free_ports, is_loopback
 from coordinator.process_events import ProcessEvents, tail
 from coordinator.process_tree import MARK, ProcessId, is_alive, spawn
-from coordinator.ray_process import RayHandle, start_ray
+from coordinator.ray_process import LOOPBACK_ENVIRONMENT, RayHandle, start_ray
 from coordinator.run_state import COORDINATOR, RAY, RunState, read_state, run_directory
 from coordinator.run_stop import deaf_to_interrupts, stop_run
 from engine.errors import ConfigError, EngineStartError
@@ -186,7 +186,8 @@ class ClusterProcess:
 
     def _environment(self) -> dict[str, str]:
         ours = {MARK: self.state.run_id, "PYTHONUNBUFFERED": "1"}
-        return {**os.environ, **node_environment(self.config), **ours}
+        own_ray = LOOPBACK_ENVIRONMENT if self.state.ray_folder else {}
+        return {**os.environ, **node_environment(self.config), **own_ray, **ours}
 
     def _wait_ready(self, labels: list[str]) -> None:
         deadline_s = time.monotonic() + self.config.timeouts.ready_s

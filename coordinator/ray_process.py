@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from coordinator.cluster import LOOPBACK_ENVIRONMENT
 from coordinator.config import ClusterConfig
 from coordinator.process_tree import ProcessId, end_family, spawn
 from coordinator.ray_head import PATIENCE
@@ -28,6 +27,9 @@ RAY_ENVIRONMENT = {
     "RAY_enable_worker_prestart": "0",
     **PATIENCE,
 }
+# For our own Ray and who joins it. Else Ray 2.60 replaces a loopback address by that of the machine and listens
+# on every interface. The variable is that of systems where it has no clusters, and keeps to loopback therefore.
+LOOPBACK_ENVIRONMENT = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 # Workers go within half a second of SIGTERM; a raylet that had detached actors sits there for ten.
 GRACE_S = 2.0
 

@@ -105,6 +105,14 @@ def test_scenarios_are_listed_and_an_unknown_one_is_told_with_those_there_are() 
     assert "decode-dies" in str(failed.exception)
 
 
+def test_a_link_is_cut_only_where_there_are_two_hosts() -> None:
+    app = typer.Typer()
+    app.command()(chaos)
+    failed = CliRunner().invoke(app, ["--only", "link-cut"])
+    assert isinstance(failed.exception, ConfigError)
+    assert "--hosts 2" in str(failed.exception)
+
+
 def test_the_report_says_what_was_not_as_promised(tmp_path: Any) -> None:
     row = CLEAN | {
         "contract": "a node dies", "turned_away": 0, "cut_off": 0, "resumed": 3, "resume_gap_p50_s": 0.5,
