@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
+import pytest
+
+from coordinator.cluster import connect
+from coordinator.config import load_config
+from coordinator.listeners import free_ports
 from coordinator.ray_head import RayHead
+from engine.errors import NodeLost
 
 
 async def test_a_head_that_goes_and_comes_back_is_told() -> None:
@@ -24,3 +31,11 @@ async def test_a_head_that_goes_and_comes_back_is_told() -> None:
     head._note(await head._answers())
     assert head.state()["head"] == "ready"
     again.close()
+
+
+def test_a_ray_whose_head_is_gone_is_not_waited_for() -> None:
+    address = f"127.0.0.1:{free_ports(1)}"
+    began_s = time.monotonic()
+    with pytest.raises(NodeLost, match=f"no Ray at {address}"):
+        connect(load_config(None, {"ray.address": address}))
+    assert time.monotonic() - began_s < 5
