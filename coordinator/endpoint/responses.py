@@ -9,7 +9,10 @@ MOST_RESPONSES = 65_536
 
 
 class ResponseSessions:
-    """The session of each stored response. Bounded: the oldest are forgotten first."""
+    """The session of each stored response. Bounded: the oldest are forgotten first.
+
+    The front asks for a response in parts, whose ids are that of the response, and a number behind a "_".
+    """
 
     def __init__(self) -> None:
         self._sessions: OrderedDict[str, str] = OrderedDict()
@@ -20,9 +23,10 @@ class ResponseSessions:
         """
         if not request_id.startswith(RESPONSE):
             return named
+        response = RESPONSE + request_id.removeprefix(RESPONSE).partition("_")[0]
         before = None if previous is None else self._sessions.get(previous, previous)
-        session = named or before or request_id
-        self._sessions[request_id] = session
+        session = named or before or response
+        self._sessions[response] = session
         while len(self._sessions) > MOST_RESPONSES:
             self._sessions.popitem(last=False)
         return session

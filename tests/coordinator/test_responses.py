@@ -12,7 +12,9 @@ def test_a_chain_of_responses_is_one_session_called_like_the_first() -> None:
     sessions = ResponseSessions()
     assert sessions.session_of("resp_1", None, None) == "resp_1"
     assert sessions.session_of("resp_2", "resp_1", None) == "resp_1"
-    assert sessions.session_of("resp_3", "resp_2", None) == "resp_1"
+    assert sessions.session_of("resp_3_0", "resp_2", None) == "resp_1", "a part of resp_3"
+    assert sessions.session_of("resp_3_1", "resp_2", None) == "resp_1"
+    assert sessions.session_of("resp_5_0", None, None) == "resp_5"
     assert sessions.session_of("resp_4", None, None) == "resp_4"
 
 

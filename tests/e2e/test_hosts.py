@@ -40,8 +40,11 @@ def on() -> Iterator[RayHosts]:
         check_possible()
     except ConfigError as error:
         pytest.skip(str(error))
-    with ray_hosts(2) as hosts:
-        yield hosts
+    with pytest.MonkeyPatch.context() as patch:
+        # An engine that another test has had in this process has said here which interface is its own.
+        patch.delenv("UCX_NET_DEVICES", raising=False)
+        with ray_hosts(2) as hosts:
+            yield hosts
 
 
 @pytest.fixture(scope="module")
