@@ -111,7 +111,8 @@ def test_streams_of_a_decode_node_that_dies_go_on_elsewhere_and_say_what_they_wo
         streams = {name: pool.submit(_streamed, cluster, name, told[name]) for name in STREAMS}
         while min(map(len, told.values())) < 10:
             for name, stream in streams.items():
-                assert not stream.done(), (name, stream.exception(), told[name])
+                if stream.done():
+                    assert len(told[name]) >= 10, (name, stream.result())
             time.sleep(0.01)
         victim = max(cluster.nodes().values(), key=lambda node: node["requests"])
         os.kill(victim["pid"], signal.SIGKILL)
