@@ -83,9 +83,10 @@ LENGTH = 300  # tokens of each
 
 
 def _streamed(cluster: Client, name: str, told: list[int] | None = None) -> list[str]:
-    """What a stream says, chunk by chunk. `told`: appended to with each."""
+    """What a stream says, chunk by chunk. `told`: appended to with the tokens of each."""
     prompt = f"{name}: " * 40
     asked = {"model": "tiny", "prompt": prompt, "max_tokens": LENGTH, "temperature": 0, "stream": True}
+    asked["return_token_ids"] = True
     body = {**asked, "ignore_eos": True, **STREAMS[name]}
     url, texts = cluster.base_url + "/v1/completions", []
     with httpx.stream("POST", url, json=body, timeout=120) as response:
@@ -96,7 +97,7 @@ def _streamed(cluster: Client, name: str, told: list[int] | None = None) -> list
             assert "error" not in event, event
             texts.append(event["choices"][0]["text"])
             if told is not None:
-                told.append(1)
+                told += event["choices"][0]["token_ids"]
     return texts
 
 
