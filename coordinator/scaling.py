@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
@@ -23,6 +24,10 @@ logger = logging.getLogger(__name__)
 
 LEFT_S = 2.0  # of nothing to do, for what an endpoint has sent and no report shows yet
 POLL_S = 0.1
+AWAY_S = {
+    "ready": math.inf,
+    "lost": 10.0,
+}  # a node that falls silent while it leaves may come back to its streams
 
 
 class Fleet(Protocol):
@@ -216,8 +221,11 @@ class Scaling:
 
     async def _drain(self, name: str, drain_s: float) -> None:
         mirror = self._mirrors[name]
-        idle_since_s, deadline_s = time.monotonic(), time.monotonic() + drain_s
-        while (now_s := time.monotonic()) < deadline_s and mirror.state == "ready":
+        idle_since_s = there_s = time.monotonic()
+        deadline_s = there_s + drain_s
+        while (now_s := time.monotonic()) < deadline_s and now_s - there_s < AWAY_S.get(mirror.state, 0.0):
+            if mirror.state == "ready":
+                there_s = now_s
             if mirror.requests or (mirror.report is not None and mirror.report.leases):
                 idle_since_s = now_s
             elif now_s - idle_since_s > LEFT_S:

@@ -331,7 +331,7 @@ class Coordinator:
                 logger.warning("%s %s", name, "is stuck in a step" if stuck else "fell silent")
                 mirror.lose()
                 any_lost = True
-                if peer.lost and not mirror.leaving:
+                if peer.lost:
                     # It may have been the link: what is under way on it can come seconds after it is mended.
                     self.add_node(name, mirror.address)
             if mirror.state == "lost" and not mirror.leaving:

@@ -191,6 +191,25 @@ async def test_a_node_that_does_not_get_done_is_ended_when_its_time_is_over() ->
     assert cluster.ended == ["n1"]
 
 
+async def test_a_node_that_falls_silent_while_it_leaves_is_waited_for_and_not_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(scaling.AWAY_S, "lost", 0.3)
+    cluster = Cluster(D, D)
+    cluster.mirrors["n0"].take_report(report("n0", D, prompts=3), 0.0)
+    cluster.mirrors["n1"].take_report(report("n1", D, prompts=2), 0.0)
+    await cluster.scale(1)
+    leaving = cluster.mirrors["n1"]
+    leaving.lose()
+    await asyncio.sleep(0.15)
+    leaving.take_report(report("n1", D, prompts=2), 0.0)
+    await asyncio.sleep(0.3)
+    assert cluster.ended == [], "it is back, and goes on"
+    leaving.lose()
+    await cluster.settled()
+    assert cluster.ended == ["n1"]
+
+
 async def test_no_room_changes_nothing() -> None:
     cluster = Cluster(P, D, room=1)
     with pytest.raises(NoCapacity, match="no room"):
