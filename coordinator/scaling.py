@@ -24,10 +24,8 @@ logger = logging.getLogger(__name__)
 
 LEFT_S = 2.0  # of nothing to do, for what an endpoint has sent and no report shows yet
 POLL_S = 0.1
-AWAY_S = {
-    "ready": math.inf,
-    "lost": 10.0,
-}  # a node that falls silent while it leaves may come back to its streams
+# A node that falls silent while it leaves may come back to its streams.
+AWAY_S = {"ready": math.inf, "lost": 10.0}
 
 
 class Fleet(Protocol):
