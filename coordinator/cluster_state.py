@@ -57,7 +57,7 @@ def node_state(mirror: NodeMirror, now_s: float) -> dict[str, Any]:
 
 def _waits_for_kv(work: WorkState) -> bool:
     """Its prompt was computed elsewhere, and its KV is still to come."""
-    return work.kind is WorkKind.DECODE and work.output_tokens == 0 and work.prefill_left_tokens == 0
+    return work.kind is WorkKind.DECODE and work.output_tokens == 0
 
 
 def _of_former_role(report: Report) -> int:
