@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from coordinator.mirror import NodeMirror
-from engine.messages import Report, WorkState
+from engine.messages import Report
 from engine.request import RoleName, WorkKind
 
 LEAVING = "leaving"
@@ -32,7 +32,6 @@ def node_state(mirror: NodeMirror, now_s: float) -> dict[str, Any]:
             "waiting": report.usage.waiting,
             "requests": len(report.works),
             "decoding": decoding,
-            "pulling": sum(map(_waits_for_kv, report.works)),
             "leases": len(report.leases),
             "of_former_role": _of_former_role(report),
             "role_pause_ms": None if report.role_pause_s is None else report.role_pause_s * 1e3,
@@ -53,11 +52,6 @@ def node_state(mirror: NodeMirror, now_s: float) -> dict[str, Any]:
             "pid": report.pid,
         }
     return described
-
-
-def _waits_for_kv(work: WorkState) -> bool:
-    """Its prompt was computed elsewhere, and its KV is still to come."""
-    return work.kind is WorkKind.DECODE and work.output_tokens == 0
 
 
 def _of_former_role(report: Report) -> int:

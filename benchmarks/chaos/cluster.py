@@ -77,21 +77,6 @@ class Cluster:
             await asyncio.sleep(POLL_S)
         raise SlosserveError(f"no {role} node was at the moment to be struck within {NEVER_S:g} s")
 
-    async def pulls(self, suits: Callable[[Node], bool], for_s: float) -> int:
-        """Wait until a node waits for KV, and does so for so long; how many transfers there are then.
-
-        Raises SlosserveError if that does not come.
-        """
-        deadline_s = time.monotonic() + NEVER_S
-        since_s: float | None = None
-        while (now_s := time.monotonic()) < deadline_s:
-            counts = [int(node["pulling"]) for node in (await self.nodes()).values() if suits(node)]
-            since_s = None if not any(counts) else since_s or now_s
-            if since_s is not None and now_s - since_s >= for_s:
-                return sum(counts)
-            await asyncio.sleep(POLL_S)
-        raise SlosserveError(f"no node waited for KV for {for_s:g} s, within {NEVER_S:g} s")
-
     async def watch(self, watched: Watched) -> None:
         """Note when nodes are found lost, until cancelled."""
         while True:

@@ -24,8 +24,7 @@ WARM_S = 2.0  # of load before the fault
 AFTER_S = 3.0  # of load after it, at least
 SLOW_S = 0.1  # by turns stopped and going
 FLOOD = 400
-SLOW_MBIT_PER_S = 20  # 6 MB, the KV of a long prompt of `tiny`, take more than two seconds
-SEEN_S = 0.5  # of a transfer, before the link is cut
+SLOW_MBIT_PER_S = 40  # 6 MB, the KV of a long prompt of `tiny`, take more than a second
 KV_UNUSED = "KV not used"  # in an event of a request whose prompt was computed again
 LEAVERS = 6  # clients that go away, at a time
 MOMENTS: dict[str, Callable[[Node], bool]] = {
@@ -38,15 +37,12 @@ MOMENTS: dict[str, Callable[[Node], bool]] = {
 
 @dataclass(frozen=True, slots=True)
 class Strike:
-    """A fault: whom it struck, when, and how many requests were under way. `nodes`: those it takes away.
-    `pulling`: transfers that were on their way, where it is of those.
-    """
+    """A fault: whom it struck, when, and how many requests were under way. `nodes`: those it takes away."""
 
     victim: str
     struck_s: float
     under_way: int
     nodes: Sequence[str] = ()
-    pulling: int | None = None
 
 
 class Chaos:
@@ -108,7 +104,6 @@ class Chaos:
             "victim": strike.victim,
             "struck_at_s": round(time.time() - (time.monotonic() - struck_s), 3),
             "in_flight": strike.under_way,
-            "pulling": strike.pulling,
             "requests": len(answers),
             **self.judged(scenario.load, answers, scenario.allowed),
             **await self._recorded(answers),
@@ -265,14 +260,15 @@ class Chaos:
             return f"//{host.address}:" in node["address"]
 
         away = [name for name, node in (await self._cluster.nodes()).items() if is_there(node)]
-        # A transfer within a host is over at once: one that is seen for so long is on its way over the link.
+        suits = MOMENTS[scenario.moment]
+        # A transfer within a host is over at once: an offer that is seen now is on its way over the link.
         host.slow(SLOW_MBIT_PER_S)
         try:
-            pulling = await self._cluster.pulls(lambda node: not is_there(node), SEEN_S)
+            await self._cluster.strike(scenario.role, lambda node: is_there(node) and suits(node))
             host.cut()
             struck_s, under_way = time.monotonic(), clients.under_way()
             await asyncio.sleep(scenario.seconds)
         finally:
             host.mend()
             host.quicken()
-        return Strike(host.address, struck_s, under_way, away, pulling)
+        return Strike(host.address, struck_s, under_way, away)

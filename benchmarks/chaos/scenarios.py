@@ -92,6 +92,8 @@ SCENARIOS = (
         "link-cut",
         "the link between two hosts is cut during transfers, and mended",
         "cut",
+        "prefill",
+        "offering",
         seconds=5.0,
         load=replace(LONG_PROMPTS, clients=4),
         detected=True,
