@@ -24,8 +24,9 @@ logger = logging.getLogger(__name__)
 
 LEFT_S = 2.0  # of nothing to do, for what an endpoint has sent and no report shows yet
 POLL_S = 0.1
-# A node that falls silent while it leaves may come back to its streams.
-AWAY_S = {"ready": math.inf, "lost": 10.0}
+# A node that falls silent while it leaves may come back to its streams; to a coordinator that has taken over,
+# one is starting until its first report.
+AWAY_S = {"ready": math.inf, "lost": 10.0, "starting": 10.0}
 
 
 class Fleet(Protocol):

@@ -210,6 +210,20 @@ async def test_a_node_that_falls_silent_while_it_leaves_is_waited_for_and_not_fo
     assert cluster.ended == ["n1"]
 
 
+async def test_a_coordinator_that_takes_over_goes_on_with_a_leave_and_ends_nobody_before_it_knows_him() -> None:
+    cluster = Cluster(D, D)
+    cluster.mirrors["n1"] = NodeMirror("n1", "tcp://n1", M)  # of which nothing was reported yet
+    cluster.scaling.send_away("n1", 60.0)
+    await asyncio.sleep(0.02)
+    assert cluster.ended == []
+    cluster.mirrors["n1"].take_report(report("n1", D, prompts=2), 0.0)
+    await asyncio.sleep(0.15)
+    assert cluster.ended == [], "it still serves"
+    cluster.mirrors["n1"].take_report(report("n1", D), 0.0)
+    await cluster.settled()
+    assert cluster.ended == ["n1"]
+
+
 async def test_no_room_changes_nothing() -> None:
     cluster = Cluster(P, D, room=1)
     with pytest.raises(NoCapacity, match="no room"):
