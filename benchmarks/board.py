@@ -139,8 +139,8 @@ def timeline_steps(timeline: Mapping[str, Any]) -> list[tuple[float, str]]:
     nodes = [timeline[key] for key in ("prefill_node", "decode_node") if timeline.get(key)]
     steps = [
         (timeline.get("placed_s"), f"placed on {' > '.join(nodes)} ({timeline.get('verdict', '?')})"),
-        (timeline.get("handed_off_s"), f"prefill done, KV offered{_waited(prefill)}"),
-        (timeline.get("first_token_s"), f"first token{_pulled(decode) if pair else _waited(decode)}"),
+        (timeline.get("first_token_s"), f"first token{_waited(prefill if pair else decode)}"),
+        (timeline.get("taken_up_s"), f"second token{_pulled(decode)}"),
         (timeline.get("ended_s"), "last token"),
     ]
     return [(float(at_s), text) for at_s, text in steps if at_s is not None]

@@ -88,6 +88,9 @@ def bench_capacity(
         list[str] | None, typer.Option(help="Hardware (repeatable); else paper and a GQA model.")
     ] = None,
     system: Annotated[list[str] | None, typer.Option(help="Only this one (repeatable).")] = None,
+    mode: Annotated[
+        list[str] | None, typer.Option(help=f"Of ours, only this one (repeatable): {', '.join(MODES)}.")
+    ] = None,
     traces: Annotated[bool, typer.Option(help="Also the recorded traces, where they are at hand.")] = True,
     speculation: Annotated[bool, typer.Option(help="Also with speculation, acceptance 0.7.")] = True,
     seeds: Annotated[int, typer.Option(min=1, help="How many are reported.")] = len(SEEDS),
@@ -109,7 +112,7 @@ def bench_capacity(
     out = out or Path("out/bench/quick/capacity.json" if quick else "out/bench/capacity.json")
     about = {"tuning_seed": TUNING_SEED, "replicas": REPLICAS, "seeds": seeds}
     before = of_other_runs(out, about)
-    plan = _plan(scenario, on, system, traces, speculation, quick)
+    plan = _plan(scenario, on, system, mode, traces, speculation, quick)
     rows: list[Row] = []
     fixed: list[Row] = []
     bounds: list[Row] = []
@@ -144,11 +147,14 @@ def _plan(
     scenarios: Sequence[str] | None,
     on: Sequence[str] | None,
     systems: Sequence[str] | None,
+    modes: Sequence[str] | None,
     traces: bool,
     speculation: bool,
     quick: bool,
 ) -> list[Setting]:
-    """Every setting of the table, with default tuning."""
+    """Every setting of the table, with default tuning. Raises ConfigError for a mode that there is not."""
+    for unknown in {*(modes or ())} - {*MODES}:
+        raise ConfigError(f"there is no mode {unknown!r}: give {', '.join(MODES)}")
     names = list(scenarios or SCENARIOS)
     recorded = [] if scenarios or quick or not traces or data_directory() is None else list(TRACES)
     machines = list(on or ("paper", "rtxpro6000-llama-3.1-8b"))
@@ -162,7 +168,8 @@ def _plan(
         acceptances = [None, 0.7] if speculation and not quick and machine == machines[0] else [None]
         for name in [*names, *(recorded if machine == machines[0] else [])]:
             for acceptance in acceptances if name in SCENARIOS else [None]:
-                settings += _of_scenario(name, machine, acceptance, systems, duration_s, quick)
+                found = _of_scenario(name, machine, acceptance, systems, duration_s, quick)
+                settings += [one for one in found if one.system != OURS_NAME or one.mode in (modes or MODES)]
     if not settings:
         raise ConfigError("nothing to measure: no system fits what was asked for")
     return settings

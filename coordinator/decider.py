@@ -13,7 +13,7 @@ from typing import Any
 
 from coordinator.deferred import Deferred, DeferredQueue
 from coordinator.mirror import NodeMirror
-from coordinator.placement import RETRY_AFTER_S, Candidate, Knowledge, judge, place
+from coordinator.placement import RETRY_AFTER_S, Candidate, Knowledge, judge, place, taken_up
 from coordinator.planner.document import answer, to_document
 from coordinator.planner.lengths import LearnedLengths
 from coordinator.planner.price import RoomPrice
@@ -143,7 +143,7 @@ class Decider:
         promised = replace(state, best_effort=False, first_token_left_s=left_s)
         at.place(replace(promised, first_token_left_s=first_left_s), now_s)
         if prefill is not None:
-            target.place(replace(promised, kind=WorkKind.DECODE, prefill_left_tokens=0), now_s)
+            target.place(taken_up(promised, request.said_tokens), now_s)
         admitted = replace(placed, verdict="admitted", reason=f"deferred at first: {placed.reason}")
         self._remember(Explained(request, admitted, [candidate]))
         pace = Pace(first_left_s, request.tpot_s)

@@ -26,6 +26,7 @@ from coordinator.prefixes import PrefixDirectory
 from coordinator.sessions import SessionDirectory
 from engine.messages import NodeAddress, Place, Placed, WorkState
 from engine.request import RoleName, WorkKind
+from engine.score import CHECK_EVERY
 from kv_transfer.base import Link
 
 RETRY_AFTER_S = 1.0
@@ -51,7 +52,7 @@ class Decision:
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """One way to serve a request: `prefill` is None when one node does both. `reason`: why not, if not, and of
-    a pair, for want of which pool: it `lacks` that."""
+    a pair, for want of which pool: it `lacks` that. `handoff_s`: what the handoff takes of its deadline."""
 
     prefill: NodeMirror | None
     decode: NodeMirror
@@ -409,15 +410,23 @@ def _judge_pair(
     said_tokens = request.said_tokens  # are computed where it decodes, behind the KV of the prompt
     moved_tokens = request.prompt_tokens - said_tokens
     transfer_s = link.transfer_s(moved_tokens * prefill.report.info.kv_bytes_per_token)
-    handoff_s = _handoff_s(transfer_s + _link_queue_s(whole, prefill, decode, link), decode)
+    step_s = _decode_step_s(decode, moved_tokens)
+    handoff_s = _handoff_s(transfer_s + _link_queue_s(whole, prefill, decode, link), step_s, decode)
+    lead_s = _lead_s(request, handoff_s, step_s)
     # Rounded down to a millisecond: nodes that are about as quick then ask their partner the same.
-    prefill_left_s = math.floor((request.first_token_left_s - handoff_s) * 1e3) / 1e3
+    prefill_left_s = math.floor((request.first_token_left_s - lead_s) * 1e3) / 1e3
     prefilling = replace(whole, tokens=max(whole.tokens - said_tokens, 1), left_s=prefill_left_s, tpot_s=None)
     at_prefill, prefills, reason = _ask(prefill, prefilling, knowledge, now_s)
     if reason:
         why = f"{prefill.name}: {reason}"
         return Candidate(prefill, decode, why, decisions=(at_prefill,), lacks=RoleName.PREFILL)
-    decoding = replace(whole, tokens=said_tokens + 1, cached_tokens=max(moved_tokens - 1, 0))
+    first_pace_s = 0.0 if said_tokens else request.tpot_s  # the first token is said before
+    decoding = replace(
+        whole,
+        tokens=said_tokens + 1,
+        cached_tokens=max(moved_tokens - 1, 0),
+        left_s=request.first_token_left_s + first_pace_s,
+    )
     at_decode, decodes, reason = _ask(decode, decoding, knowledge, now_s)
     decisions = (at_prefill, at_decode)
     if reason:
@@ -426,7 +435,7 @@ def _judge_pair(
     loss = transfer_s + loss_s(prefills, 0.0)
     if decode.role is not RoleName.DECODE:
         loss += loss_s(decodes, _residence_s(decode, decoding, knowledge))
-    return Candidate(prefill, decode, "", loss, decisions, handoff_s, whole.cached_tokens)
+    return Candidate(prefill, decode, "", loss, decisions, lead_s, whole.cached_tokens)
 
 
 def _residence_s(decode: NodeMirror, asking: Asking, knowledge: Knowledge) -> float:
@@ -446,12 +455,30 @@ def _link_queue_s(asking: Asking, prefill: NodeMirror, decode: NodeMirror, link:
     return max(kv_bytes / link.bytes_per_s - ends_s, 0.0)
 
 
-def _handoff_s(transfer_s: float, decode: NodeMirror) -> float:
-    """Seconds from the end of a prefill to the first token, at most. A pull begins between two steps of the
+def _lead_s(request: Place, handoff_s: float, step_s: float) -> float:
+    """How long before the first token is due its prefill must end: it says that token, and those after it catch
+    up with their pace until it is looked at (the scoring rule). An answer that has begun waits for the handoff.
+    """
+    if request.said_tokens:
+        return handoff_s
+    last = min(request.max_tokens, CHECK_EVERY)
+    caught_up_s = handoff_s + (last - 2) * step_s if last > 1 else 0.0
+    return max(caught_up_s - (last - 1) * request.tpot_s, 0.0)
+
+
+def _decode_step_s(decode: NodeMirror, more_tokens: int) -> float:
+    """A step of its decodes, and of one more that has so many tokens before it."""
+    assert decode.report is not None
+    works = decode.works
+    running = len(decode.report.works) + 1
+    context_tokens = int(works.context_tokens[works.decoding].sum()) + more_tokens
+    return decode.report.cost.predict(running, seqs=running, context_tokens=context_tokens)
+
+
+def _handoff_s(transfer_s: float, step_s: float, decode: NodeMirror) -> float:
+    """Seconds from the end of a prefill to the token after it, at most. A pull begins between two steps of the
     decode node and is seen between two: it waits for a step to end, and its own step follows.
     """
-    assert decode.report is not None
-    step_s = decode.report.cost.predict(len(decode.report.works) + 1)
     if not decode.requests:
         return transfer_s + step_s
     return step_s * (HANDOFF_STEPS + math.ceil(transfer_s / step_s))
@@ -470,6 +497,20 @@ def _ask(node: NodeMirror, asking: Asking, knowledge: Knowledge, now_s: float) -
         left_out = plan.deferred.get(asking.id) or next(iter(plan.deferred.values()), "")
         knowledge.asked[key] = Decision(node.name, instance, plan), problem, left_out
     return knowledge.asked[key]
+
+
+def taken_up(state: WorkState, said_tokens: int) -> WorkState:
+    """A request as the decode node of a pair will have it: where the answer begins with the prefill, its first
+    token is to the decode node a part of the prompt, and the next one is due a pace later."""
+    first = 0 if said_tokens else 1
+    return replace(
+        state,
+        kind=WorkKind.DECODE,
+        prompt_tokens=state.prompt_tokens + first,
+        prefill_left_tokens=max(said_tokens - 1, 0),
+        max_tokens=state.max_tokens - first,
+        first_token_left_s=state.first_token_left_s + first * state.tpot_s,
+    )
 
 
 def _accept(request: Place, chosen: Candidate, verdict: str, judged: dict[str, str], now_s: float) -> Placed:
@@ -500,8 +541,7 @@ def _accept(request: Place, chosen: Candidate, verdict: str, judged: dict[str, s
                 first_token_left_s=mine.first_token_left_s - chosen.handoff_s,
             )
             prefill.place(offered, now_s)
-            behind = max(request.said_tokens - 1, 0)
-            chosen.decode.place(replace(mine, kind=WorkKind.DECODE, prefill_left_tokens=behind), now_s)
+            chosen.decode.place(taken_up(mine, request.said_tokens), now_s)
     return Placed(
         request.request_id,
         request.attempt,

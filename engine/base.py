@@ -23,9 +23,10 @@ class Work:
     """What an engine is asked to do.
 
     `sampling` is opaque here (the real engine's own encoding); `max_tokens` is repeated for engines that read
-    nothing else. `offer_kv`: stop after the prefill and offer the KV. `handoff`: pull the prompt's KV first,
-    within `pull_deadline_s`, else recompute it. `session`: when it has ended, its full blocks are kept under
-    this name, in place of what was kept under it before, until memory is needed or `give_up`.
+    nothing else. `offer_kv`: stop after the prefill, say the first token, and offer the prompt's KV (not where
+    that token ends the answer); without `sampling` the token means nothing. `handoff`: pull the prompt's KV
+    first, within `pull_deadline_s`, else recompute it. `session`: when it has ended, its full blocks are kept
+    under this name, in place of what was kept under it before, until memory is needed or `give_up`.
     `said_token_ids`: its answer so far, from an engine that is gone. It goes on after them as if it had said
     them itself: they count as output (`max_tokens`, penalties, grammar, seed). An offer is of the prompt alone.
     """
@@ -100,7 +101,7 @@ class Output(msgspec.Struct, frozen=True):
     """What one step gave for one work. `finish_reason` is stop, length, abort or error when it is over.
 
     `payload` carries what only the client's side of the real engine reads (logprobs); `handoff` is there when
-    the work was a prefill to be offered; `cached_tokens` with the first output.
+    the work was a prefill to be offered and has more to say; `cached_tokens` with the first output.
     """
 
     work_id: str

@@ -19,7 +19,7 @@ from engine.request import Pace, RoleName, WorkKind
 from engine.tally import Tally
 from kv_transfer.base import Handoff, Lease, Link, PeerAddress, Pull
 
-VERSION = 9
+VERSION = 10
 TELL_EVERY_S = 0.02  # a node tells of batches as they begin; of one that lasts longer, always
 
 
@@ -330,7 +330,7 @@ class Place:
 class Placed:
     """The answer. `verdict`: admitted, best_effort, refused (429) or no_capacity (503).
 
-    `handoff_s`: what transfer and a decode step take of the first deadline, so that a prefill for elsewhere is
+    `handoff_s`: what the handoff takes of the first deadline, so that a prefill for elsewhere is
     due that much earlier. `cached_tokens` of the prompt have their KV where it is prefilled.
     """
 

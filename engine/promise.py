@@ -190,9 +190,7 @@ class Promise:
         if not self.lacks_memory:
             return False
         self.lacks_memory = False
-        due_s, origin_s = self.duty.due_s, self.duty.first_token_due_s
-        if self.first_token_s is not None:
-            origin_s = max(origin_s, self.first_token_s)
+        due_s, origin_s = self.duty.due_s, self._origin_s
         late = not self.duty.best_effort and now_s > due_s + TOLERANCE * max(due_s - origin_s, 0.0)
         first = late and not self.starved
         self.starved |= late
@@ -201,14 +199,20 @@ class Promise:
     def _set_next_due(self) -> None:
         """Token n is due at max(first deadline, first token) + (n - 1) * TPOT, piecewise where it has thought
         first (the scoring rule)."""
-        duty = self.duty
-        assert self.first_token_s is not None
-        origin_s = max(duty.first_token_due_s, self.first_token_s)
+        duty, origin_s = self.duty, self._origin_s
         thought = 0 if self.thinking_tokens is None else self.thinking_tokens - 1
         next_due_s = origin_s + thought * self.thinking_tpot_s + (self.tokens - thought) * duty.tpot_s
         self.duty = replace(
             duty, next_token_due_s=next_due_s, depth=self.drafted.depth if self.drafts else None
         )
+
+    @property
+    def _origin_s(self) -> float:
+        """From when on its tokens are paced."""
+        due_s = self.duty.first_token_due_s
+        if self.first_token_s is None or self.submit.pace.begun:
+            return due_s
+        return max(due_s, self.first_token_s)
 
     def _note_thought(self, before: int, token_ids: Sequence[int]) -> None:
         """From the end of thinking on, the pace is that of the answer."""

@@ -25,8 +25,8 @@ class RoleName(StrEnum):
 class WorkKind(StrEnum):
     """What a node is asked to do for a request."""
 
-    PREFILL = "prefill"  # compute the prompt, offer its KV
-    DECODE = "decode"  # pull the KV, then decode
+    PREFILL = "prefill"  # compute the prompt, say the first token, offer the KV
+    DECODE = "decode"  # pull the KV, go on after the first token
     WHOLE = "whole"  # both, on one node
 
 
@@ -62,13 +62,15 @@ class Pace:
     """A promise as it travels to a node: the time LEFT to the first token, then seconds per token.
 
     Clock readings never leave a host, so a node turns `first_token_left_s` into its own clock on receipt.
-    `answer_tpot_s`: seconds per token once thinking has ended, where `tpot_s` is the pace of thinking.
+    `answer_tpot_s`: seconds per token once thinking has ended, where `tpot_s` is the pace of thinking. `begun`:
+    the answer began elsewhere, so that its first token here is one in the pace; late, it delays none after it.
     """
 
     first_token_left_s: float
     tpot_s: float
     best_effort: bool = False
     answer_tpot_s: float | None = None
+    begun: bool = False
 
 
 BEST_EFFORT = Pace(first_token_left_s=3600.0, tpot_s=3600.0, best_effort=True)

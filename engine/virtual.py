@@ -372,8 +372,7 @@ class VirtualEngine(Engine):
             return None
         cached, going.cached_tokens = going.cached_tokens, None
         if going.work.offer_kv:
-            handoff = self._offer(going)
-            return Output(work_id, (), "length", handoff=handoff, cached_tokens=cached)
+            return self._end_prefill(going, cached, ends=going.ends_itself and end_tokens == 1)
         tokens = []
         for _ in range(new):
             token = going.said.next(self._vocab_size)
@@ -386,6 +385,15 @@ class VirtualEngine(Engine):
             self._keep_for_session(going.work, going.said.blocks[: going.kept])
             self._forget(going)
         return Output(work_id, tokens, reason, cached_tokens=cached)
+
+    def _end_prefill(self, going: Going, cached: int | None, *, ends: bool) -> Output:
+        """Its first token, and its KV unless that `ends` the answer."""
+        work_id, tokens = going.work.work_id, [going.said.next(self._vocab_size)]
+        handoff = self._offer(going)
+        if ends:
+            self.kv.release(work_id)
+            return Output(work_id, tokens, "stop", cached_tokens=cached)
+        return Output(work_id, tokens, "length", handoff=handoff, cached_tokens=cached)
 
     def _offer(self, going: Going) -> Handoff:
         """Its KV is the lease's from now on."""

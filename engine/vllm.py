@@ -15,6 +15,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from engine.base import (
     BatchPlan,
     Composer,
@@ -233,7 +235,7 @@ class VllmEngine(Engine):
 
         from kv_transfer.nixl import params_for_decode, params_for_prefill
 
-        if work.offer_kv:
+        if work.offer_kv and not work.sampling:
             # Neutral: a grammar, min_tokens or a stop token could end the prefill without an offer.
             return SamplingParams(
                 temperature=0.0,
@@ -243,6 +245,11 @@ class VllmEngine(Engine):
                 extra_args={"kv_transfer_params": params_for_prefill()},
             )
         params = without_transfer(decode_sampling(work.sampling))
+        if work.offer_kv:
+            params.max_tokens = 1
+            params.min_tokens = min(params.min_tokens, 1)
+            params.extra_args = {**(params.extra_args or {}), "kv_transfer_params": params_for_prefill()}
+            return params
         if work.said_token_ids and params.prompt_logprobs is not None:
             params.prompt_logprobs = None  # told already, before the first of what was said
         if work.handoff is not None:
@@ -284,11 +291,9 @@ class VllmEngine(Engine):
             return None
         if output.finish_reason is not None:
             del self._works[output.request_id]
-        if work.offer_kv:
-            return _offer(output)
         reason = None if output.finish_reason is None else str(output.finish_reason)
         stats = output.prefill_stats
-        return Output(
+        result = Output(
             work_id=output.request_id,
             token_ids=output.new_token_ids,
             finish_reason=reason,
@@ -297,6 +302,7 @@ class VllmEngine(Engine):
             cached_tokens=None if stats is None else stats.num_cached_tokens,
             error="vLLM gave up on it; its log says why" if reason == "error" else None,
         )
+        return _offered(result, output) if work.offer_kv and reason == "length" else result
 
     def has_work(self) -> bool:
         """Whether vLLM has anything to run, to collect or to free."""
@@ -468,20 +474,17 @@ def _engine_args(config: VllmEngineConfig, platform: Any) -> dict[str, Any]:
     }
 
 
-def _offer(output: EngineCoreOutput) -> Output | None:
-    """The end of a prefill that was to be offered. Its token is dropped: the target samples it anew."""
+def _offered(result: Output, output: EngineCoreOutput) -> Output:
+    """The end of a prefill whose KV is offered. Without an offer its token is not said: it starts anew."""
     from kv_transfer.nixl import handoff_from_params
 
-    if output.finish_reason is None:
-        return None
-    stats = output.prefill_stats
-    cached = None if stats is None else stats.num_cached_tokens
     try:
         handoff = handoff_from_params(output.request_id, output.kv_transfer_params)
     except TransferError as error:
-        return Output(output.request_id, (), "error", cached_tokens=cached, error=str(error))
-    reason = str(output.finish_reason)
-    return Output(output.request_id, (), reason, handoff=handoff, cached_tokens=cached)
+        return msgspec.structs.replace(
+            result, token_ids=(), payload=None, finish_reason="error", error=str(error)
+        )
+    return msgspec.structs.replace(result, handoff=handoff)
 
 
 def _net_devices(host: str) -> dict[str, str]:

@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_scheduler import NixlPullConnectorScheduler
+from vllm.v1.request import RequestStatus
 
 from kv_transfer.base import PullOutcome
 from kv_transfer.nixl_exchange import Exchange
@@ -103,16 +104,15 @@ class SlosPullScheduler(NixlPullConnectorScheduler):  # type: ignore[misc]
         hold, offered = super().request_finished(request, block_ids)
         if not hold or offered is None:
             return hold, offered
+        if request.status is RequestStatus.FINISHED_STOPPED:
+            return self._offer_nothing(key)  # the first token was the last: nobody will come for it
         return self._offer(key, offered)
 
     def _offer(self, key: str, params: dict[str, Any]) -> tuple[bool, dict[str, Any] | None]:
         block_ids = params["remote_block_ids"]
         offer = self._exchange.offers.open(key, sum(len(group) for group in block_ids))
         if offer is None:
-            # Without a word the pull could not be checked: rather no offer.
-            del self._reqs_need_send[key]
-            self._reqs_not_processed.add(key)
-            return False, None
+            return self._offer_nothing(key)  # without a word the pull could not be checked
         params["kv_bytes"] = self._exchange.worker.kv_bytes(block_ids)
         if self._exchange.checksum:
             params["checksums"] = self._exchange.worker.checksums(block_ids)
@@ -120,6 +120,11 @@ class SlosPullScheduler(NixlPullConnectorScheduler):  # type: ignore[misc]
         params["lease_slot"] = offer.slot
         params["lease_nonce"] = offer.nonce
         return True, params
+
+    def _offer_nothing(self, key: str) -> tuple[bool, None]:
+        del self._reqs_need_send[key]
+        self._reqs_not_processed.add(key)
+        return False, None
 
     def lease_ends(self) -> dict[str, float]:
         """Offers that the worker has not heard of yet, and when their leases end (time.perf_counter)."""

@@ -136,11 +136,7 @@ def limits(file: Row, view: View) -> str:
         )
     apart = _pools_apart(view)
     if apart:
-        told.append(
-            f"In pools alone, ours over DistServe at its best ratio: {apart}. DistServe's first token comes "
-            "from the prefill node; ours from the decode node, after the transfer and the steps between which "
-            "a pull begins and is seen. Where a first token is due soon, that is most of its time."
-        )
+        told.append(f"In pools alone, ours over DistServe at its best ratio: {apart}.")
     return "\n\n".join([*told, *(["\n".join(said)] if said else [])])
 
 

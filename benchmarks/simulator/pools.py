@@ -61,16 +61,9 @@ class Disaggregated(_Quiet):
 
     def offered(self, world: World, request: int, replica: int) -> None:
         """The first token is made; the rest is decoded elsewhere."""
-        row = world.rows[request]
-        world.token_times_s[world.first_time[request]] = world.now_s
-        row["first_token_s"] = world.now_s
-        row["output_tokens"] = 1
-        row["due_s"] = max(row["first_due_s"], world.now_s) + row["tpot_s"]
-        if row["end_tokens"] == 1:
-            world.leases[replica][request] = int(row["blocks"])
-            row["blocks"] = 0
-            world.release(request, replica)
-            world.end(request)
+        world.say_first(request)
+        if world.rows[request]["end_tokens"] == 1:
+            world.end_offered(request, replica)
         else:
             world.hand_over(request, _least(world, self._decode))
 

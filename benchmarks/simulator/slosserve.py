@@ -110,12 +110,17 @@ class Slosserve:
         self._place(world, request, asked, avoid=[])
 
     def offered(self, world: World, request: int, replica: int) -> None:
-        """The prefill has ended: on to the decode node that was chosen."""
+        """The prefill has ended and said the first token: on to the decode node that was chosen."""
         placed = self._placed[request]
         assert placed.decode is not None
         row = world.rows[request]
-        row["first_due_s"] = row["due_s"] = world.arrived_s[request] + world.slos[request].ttft_s
-        world.hand_over(request, _index(placed.decode.node))
+        row["first_due_s"] = world.arrived_s[request] + world.slos[request].ttft_s
+        world.say_first(request)
+        if row["end_tokens"] == 1:
+            world.end_offered(request, replica)
+            self.ended(world, request, replica)
+        else:
+            world.hand_over(request, _index(placed.decode.node))
 
     def ended(self, world: World, request: int, replica: int) -> None:
         """The decider learns from it."""
@@ -365,6 +370,8 @@ class Slosserve:
         cached = np.where(second_half | rows["running"], 0, rows["cached_tokens"])
         left = np.maximum(prompt + output - rows["computed_tokens"] - 1, 0)
         left = np.where(pulls, 0, np.maximum(left - cached, 0))
+        prompt, output = prompt + second_half, output - second_half  # to the decode node the first is prompt
+        first_due_s = np.where(second_half & (output == 0), rows["due_s"], rows["first_due_s"])
         requests = ids.tolist()
         next_due_left_s = [
             due_s if tokens else None
@@ -379,8 +386,8 @@ class Slosserve:
                 prompt.tolist(),
                 left.tolist(),
                 output.tolist(),
-                self._max_tokens[ids].tolist(),
-                (rows["first_due_s"] - at_s).tolist(),
+                (self._max_tokens[ids] - second_half).tolist(),
+                (first_due_s - at_s).tolist(),
                 rows["tpot_s"].tolist(),
                 (~rows["promised"]).tolist(),
                 [world.slos[request].class_name for request in requests],

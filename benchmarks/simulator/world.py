@@ -154,6 +154,21 @@ class World:
         self._pulls_wait[target] += 1
         self._enqueue(request, target)
 
+    def say_first(self, request: int) -> None:
+        """The prefill of a request has given its first token."""
+        row = self.rows[request]
+        self.token_times_s[self.first_time[request]] = row["first_token_s"] = self.now_s
+        row["output_tokens"] = 1
+        row["due_s"] = max(row["first_due_s"], self.now_s) + row["tpot_s"]
+
+    def end_offered(self, request: int, replica: int) -> None:
+        """The first token was all: nobody comes for the KV."""
+        row = self.rows[request]
+        self.leases[replica][request] = int(row["blocks"])
+        row["blocks"] = 0
+        self.release(request, replica)
+        self.end(request)
+
     def release(self, request: int, replica: int) -> None:
         """What a request still holds on a replica whose work for it is over."""
         self.outstanding[replica] -= 1

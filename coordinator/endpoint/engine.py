@@ -387,10 +387,11 @@ class ClusterEngine(TextEngineClient):
         landed: list[Flight] = []
         for delta in items:
             flight = self._flights.get(delta.request_id)
-            if flight is None or not self._take(flight, delta):
+            said = None if flight is None else self._take(flight, delta)
+            if flight is None or said is None:
                 continue
-            outputs.append(_core_output(delta, flight, now_s))
-            if delta.finish_reason is not None:
+            outputs.append(_core_output(said, flight, now_s))
+            if said.finish_reason is not None:
                 landed.append(flight)
         if not outputs:
             return
@@ -406,13 +407,13 @@ class ClusterEngine(TextEngineClient):
         for flight in landed:
             self._land(flight, "completed")
 
-    def _take(self, flight: Flight, delta: Delta) -> bool:
+    def _take(self, flight: Flight, delta: Delta) -> Delta | None:
         try:
             return flight.take(delta)
         except Exception as error:
             logger.exception("a delta of %s", delta.request_id)
             self._fail(flight, SlosserveError(f"the endpoint failed on an output: {error}"))
-            return False
+            return None
 
     def on_declined(self, node: str, declined: Declined) -> None:
         """A node will not do it."""
@@ -534,11 +535,11 @@ def _core_output(delta: Delta, flight: Flight, now_s: float) -> EngineCoreOutput
             finish_reason=delta.finish_reason,
             stop_reason=delta.stop_reason,
             payload=delta.payload,
-            cached_tokens=None if flight.resumed else delta.cached_tokens,
+            cached_tokens=delta.cached_tokens if delta.index == 0 else None,
         ),
         delta.request_id,
     )
-    if delta.timing is not None and not flight.resumed:
+    if delta.timing is not None and delta.index == 0:
         # vLLM's queue and prefill metrics read these events; all on this process's clock.
         batched_s = now_s - (delta.timing.first_token_s - delta.timing.queued_s)
         output.events = [

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from itertools import accumulate
 from typing import Any
 
 from coordinator.endpoint.flight import Flight
@@ -93,9 +94,10 @@ def parts(record: Record) -> list[tuple[str, float]]:
         if until_s is None:
             return _to_the_end(found, record, f"on {record['prefill_node']}")
         begun_s = until_s
-    what = "computing the prompt" if record["prefill_node"] is None else "the first token"
+    pair = record["prefill_node"] is not None
+    what = "the next token" if pair else "computing the prompt"
     resumes = record["first_token_s"] is not None and record["first_token_s"] < asked_s
-    before_s = record["resumed_s"] if resumes else record["first_token_s"]
+    before_s = record["taken_up_s"] if pair else record["resumed_s"] if resumes else record["first_token_s"]
     found += _on_node(node, timing, begun_s, before_s, what)
     if before_s is None:
         return _to_the_end(found, record, f"on {node}")
@@ -179,13 +181,18 @@ def _stages(record: Record, times: Sequence[tuple[str, float]]) -> Iterator[str]
             continue
         late = f"late by {_time(stage['late_s'])}"
         if stage["kind"] == StageKind.PREFILL:
-            before = [one for one in times if one[0] not in (GENERATING, THINKING)]
-            part, seconds = max(before, key=lambda one: one[1])
+            part, seconds = max(_until(times, stage["actual_s"]), key=lambda one: one[1])
             share = f"most of it went into {part} ({_time(seconds)} of {_time(stage['actual_s'])})"
             yield f"The first token was {late}: {share}."
         else:
             due, actual = _time(stage["due_s"]), _time(stage["actual_s"])
             yield f"The {stage['kind']} was {late} at its worst; it was due at {due} and done at {actual}."
+
+
+def _until(times: Sequence[tuple[str, float]], until_s: float) -> list[tuple[str, float]]:
+    """The parts that had begun by then."""
+    begun_s = accumulate((seconds for _, seconds in times), initial=0.0)
+    return [part for part, begins_s in zip(times, begun_s, strict=False) if begins_s < until_s]
 
 
 def _loop(loop: Mapping[str, Any]) -> Iterator[str]:

@@ -1,8 +1,8 @@
 """Which features of a request a prefill/decode pair serves (the table in kv_transfer/README.md).
 
-The prefill node runs with neutral sampling and its token is thrown away; the decode node samples every token
-that a client sees, so all that acts on sampling works on a pair. What needs the prompt's own logits, or several
-sequences over one pulled prompt, stays on one node.
+The prefill node samples the first token with the client's own parameters, and the decode node goes on after it
+as after what was said elsewhere, so all that acts on sampling works on a pair. What needs the prompt's own
+logits, or several sequences over one pulled prompt, stays on one node.
 """
 
 from __future__ import annotations

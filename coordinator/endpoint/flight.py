@@ -1,9 +1,9 @@
 """A flight: one sequence on its way through the cluster, over as many attempts as it takes.
 
-The endpoint that took a request drives it: ask the coordinator where it goes, submit the prefill, carry the
-handoff to the decode node, follow the tokens. Each try is an attempt with a number; what an older attempt says
-is discarded. A node that declines, fails or falls silent is left out of the next attempt, which goes on after
-the tokens that the client has.
+The endpoint that took a request drives it: ask the coordinator where it goes, submit the prefill, take its
+first token, carry the handoff to the decode node, follow the tokens. Each try is an attempt with a number;
+what an older attempt says is discarded. A node that declines, fails or falls silent is left out of the next
+attempt, which goes on after the tokens that the client has.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+from msgspec.structs import replace as replace_struct
 
 from engine.errors import NoCapacity, NodeLost, Refused, RequestError, SlosserveError
 from engine.messages import (
@@ -52,6 +54,7 @@ class Passenger:
 class Timeline:
     """When things happened, in seconds since the request arrived, for people who ask why; of the last attempt,
     but for the first token of all, and `resumed_s`: that of the last attempt, where it went on after tokens.
+    `taken_up_s`: the first token of the decode node of a pair.
 
     `cached_tokens` of the prompt had their KV where it was prefilled. What a node says of an attempt at its end
     is in the accounts; one that was stopped from here says nothing.
@@ -65,6 +68,7 @@ class Timeline:
     decode_node: str | None = None
     candidates: dict[str, str] = field(default_factory=dict)
     handed_off_s: float | None = None
+    taken_up_s: float | None = None
     prefill: Timing | None = None
     decode: Timing | None = None
     prefill_account: Account | None = None
@@ -181,38 +185,32 @@ class Flight:
             self._prefilling = True
             self._submit(placed.prefill, WorkKind.PREFILL)
 
-    def take(self, delta: Delta) -> bool:
-        """Take a delta of this request. True if its tokens are for the client."""
+    def take(self, delta: Delta) -> Delta | None:
+        """Take a delta of this request. What of it is for the client."""
         if self.over or delta.attempt != self.attempt or self.placed is None:
-            return False
+            return None
         if delta.error is not None:
             self._take_error(delta.error, delta.error_status)
-            return False
+            return None
         if self._prefilling:
-            self._take_prefilled(delta)
-            return False
+            return self._take_prefilled(delta)
         if delta.index < len(self.token_times_s):
-            return False  # said before: an attempt never repeats a token
+            return None  # said before: an attempt never repeats a token
         if delta.index > len(self.token_times_s):
             self._retry(self._decode_node, "tokens were lost on the way")
-            return False
-        now_s = self.since_arrival_s()
-        if delta.token_ids:
-            self._note_first(now_s)
-        first_end = self._thinking_tokens is None and self.think_end_id is not None
-        if first_end and self.think_end_id in delta.token_ids:
-            self._thinking_tokens = delta.index + delta.token_ids.index(self.think_end_id) + 1
-        self.token_times_s.extend([now_s] * len(delta.token_ids))
-        self.output_token_ids.extend(delta.token_ids)
+            return None
+        now_s = self._say(delta)
         if delta.timing is not None:
             self._note_pull(delta.timing)
+            if self.pair:
+                self.timeline.taken_up_s = now_s
         if delta.cached_tokens is not None and not self.pair:
             self.timeline.cached_tokens = delta.cached_tokens
         if delta.finish_reason is not None:
             self.timeline.decode_account = delta.account
             self.ended_itself = delta.finish_reason == "stop"
             self.end()
-        return True
+        return delta
 
     def promoted(self, attempt: int) -> None:
         """The coordinator promises this attempt after all: too late where the prefill was handed on already."""
@@ -257,21 +255,26 @@ class Flight:
         slo = self.passenger.slo
         if slo is None:
             return BEST_EFFORT
-        left_s = slo.ttft_s - self.since_arrival_s()
+        since_arrival_s = self.since_arrival_s()
+        left_s = slo.ttft_s - since_arrival_s
         best_effort = self.timeline.verdict == "best_effort"
         answer_tpot_s = None if slo.thinking_tpot_s is None else slo.tpot_s
         if not self.token_times_s:
             return Pace(left_s, slo.first_pace_s, best_effort, answer_tpot_s)
-        # It goes on: the gap is what it is, and the next token is due as a first one would be, or when it was.
-        left_s = max(left_s + self._paced_s(slo), slo.ttft_s)
+        begun = self._interrupted_s is None
+        if begun:  # handed over after its first token
+            left_s = max(slo.ttft_s, self.token_times_s[0]) + self._paced_s(slo) - since_arrival_s
+        else:
+            # The gap is what it is, and the next token is due as a first one would be, or when it was.
+            left_s = max(left_s + self._paced_s(slo), slo.ttft_s)
         if self._thinking_tokens is None:
-            return Pace(left_s, slo.first_pace_s, best_effort, answer_tpot_s)
-        return Pace(left_s, slo.tpot_s, best_effort)
+            return Pace(left_s, slo.first_pace_s, best_effort, answer_tpot_s, begun)
+        return Pace(left_s, slo.tpot_s, best_effort, begun=begun)
 
     def _paced_s(self, slo: Slo) -> float:
         """Seconds between the first token and the next one, at the promised paces."""
         said = len(self.token_times_s)
-        thought = min(self.thinking_tokens, said) if slo.thinking_tpot_s is not None else 0
+        thought = said if self._thinking_tokens is None else self._thinking_tokens - 1
         return thought * slo.first_pace_s + (said - thought) * slo.tpot_s
 
     def _submit(self, node: NodeAddress, kind: WorkKind, delta: Delta | None = None) -> None:
@@ -285,7 +288,8 @@ class Flight:
             attempt=self.attempt,
             kind=kind,
             prompt_token_ids=list(passenger.prompt_token_ids),
-            sampling=passenger.sampling,
+            # What would follow on the prompt alone is no token of an answer that has begun.
+            sampling=b"" if kind is WorkKind.PREFILL and self.output_token_ids else passenger.sampling,
             max_tokens=passenger.max_tokens,
             pace=pace,
             class_name="" if passenger.slo is None else passenger.slo.class_name,
@@ -299,19 +303,40 @@ class Flight:
         )
         self._send(node, submit)
 
-    def _take_prefilled(self, delta: Delta) -> None:
+    def _take_prefilled(self, delta: Delta) -> Delta | None:
+        """The prefill is over: its token, if it is the first, and on to the decode node if that is not all."""
         assert self.placed is not None
         assert self.placed.decode is not None
         self.timeline.prefill = delta.timing
         self.timeline.prefill_account = delta.account
         self.timeline.cached_tokens = delta.cached_tokens
-        if delta.handoff is None:
+        first = bool(delta.token_ids) and not self.output_token_ids
+        stops = delta.finish_reason == "stop"
+        if delta.handoff is None and not (first and stops):
             node = self.timeline.prefill_node or ""
             self._retry(node, f"{node} ended the prefill without a handoff ({delta.finish_reason})")
-            return
+            return None
+        self.timeline.handed_off_s = self._say(delta) if first else self.since_arrival_s()
+        if first and (stops or self.passenger.max_tokens == 1):
+            self.ended_itself = stops
+            self._cancel_everywhere(ended=True)  # nobody comes for its KV
+            self.end()
+            return replace_struct(delta, handoff=None)
         self._prefilling = False
-        self.timeline.handed_off_s = self.since_arrival_s()
         self._submit(self.placed.decode, WorkKind.DECODE, delta)
+        return replace_struct(delta, handoff=None, finish_reason=None) if first else None
+
+    def _say(self, delta: Delta) -> float:
+        """Its tokens are said to the client, now."""
+        now_s = self.since_arrival_s()
+        if delta.token_ids:
+            self._note_first(now_s)
+        first_end = self._thinking_tokens is None and self.think_end_id is not None
+        if first_end and self.think_end_id in delta.token_ids:
+            self._thinking_tokens = delta.index + delta.token_ids.index(self.think_end_id) + 1
+        self.token_times_s.extend([now_s] * len(delta.token_ids))
+        self.output_token_ids.extend(delta.token_ids)
+        return now_s
 
     def _take_error(self, error: str, status: int) -> None:
         if status == RequestError.http_status:

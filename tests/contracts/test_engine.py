@@ -13,7 +13,7 @@ from engine.cost import StepCost
 from engine.errors import EngineError, RequestError
 from engine.virtual import VirtualEngine
 from engine.virtual_tokens import VirtualSampling
-from engine.vllm import VllmEngine
+from engine.vllm import VllmEngine, encode_sampling
 from kv_transfer.base import Handoff, PullOutcome
 from tests.engine.replica import Drive, greedy, prompt, running_engine
 from tests.engine.virtual_replica import virtual_engine
@@ -25,10 +25,18 @@ MAX_TOKENS = 6
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """An engine under the contract: how it is started, and its encoding of greedy sampling."""
+    """An engine under the contract: how it is started, its encoding of greedy sampling, and of such as ends an
+    answer with the first token, which is given."""
 
     start: Callable[[], AbstractContextManager[VllmEngine | VirtualEngine]]
     sampling: Callable[[int], bytes]
+    ending: Callable[[int], bytes]
+
+
+def _ending_at(token: int) -> bytes:
+    from vllm.sampling_params import SamplingParams
+
+    return encode_sampling(SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS, stop_token_ids=[token]))
 
 
 KINDS = {
@@ -37,12 +45,14 @@ KINDS = {
             "contract", max_num_seqs=4, max_batch_tokens=128, num_blocks=80, side_channel_port=5743
         ),
         sampling=greedy,
+        ending=_ending_at,
     ),
     "virtual": Kind(
         start=lambda: virtual_engine(
             "contract", max_num_seqs=4, max_batch_tokens=128, kv_tokens=80 * 32, max_model_len=1024
         ),
         sampling=lambda max_tokens: VirtualSampling().encode(),
+        ending=lambda token: VirtualSampling(stop_after=1).encode(),
     ),
 }
 
@@ -296,7 +306,7 @@ def test_cancel_frees_all_in_every_phase(engine: Engine, make: Callable[..., Wor
     if phase == "preempted":
         drive.step(BatchPlan(preempt=["a"]))
     said = len(drive.tokens.get("a", []))
-    assert (said > 0) == (phase in ("decode", "held", "preempted"))
+    assert (said > 0) == (phase in ("decode", "held", "preempted", "offered"))
     assert (engine.usage().used_blocks > 0) == (phase not in ("waiting", "preempted"))
     engine.cancel(["a", "unknown"])
     engine.cancel(["a"])
@@ -326,12 +336,14 @@ def test_what_could_never_run_is_refused(
 
 
 def test_offered_kv_stays_until_it_is_released(engine: Engine, make: Callable[..., Work]) -> None:
+    whole = Drive(engine).submit(make("whole", 100)).run().tokens["whole"]
+    assert engine.reset_prefix_cache()
     drive = Drive(engine).submit(make("a", 100, offer_kv=True))
     while "a" not in drive.finished:
         drive.step()
     output = drive.finished["a"]
     assert output.handoff is not None
-    assert (output.finish_reason, list(output.token_ids), output.error) == ("length", [], None)
+    assert (output.finish_reason, list(output.token_ids), output.error) == ("length", whole[:1], None)
     assert (output.handoff.source, output.handoff.num_tokens) == ("contract", 100)
     assert output.handoff.kv_bytes > 0
     for _ in range(3):
@@ -343,6 +355,25 @@ def test_offered_kv_stays_until_it_is_released(engine: Engine, make: Callable[..
     drive.run()
     assert engine.kv.leases() == []
     assert not engine.kv.release("a")
+
+
+def test_an_answer_that_ends_with_its_first_token_is_not_offered(
+    engine: Engine, make: Callable[..., Work], kind: Kind
+) -> None:
+    first = Drive(engine).submit(make("whole", 100)).run().tokens["whole"][0]
+    drive = Drive(engine).submit(make("a", 100, offer_kv=True, sampling=kind.ending(first))).run()
+    output = drive.finished["a"]
+    assert (output.finish_reason, list(output.token_ids), output.handoff) == ("stop", [first], None)
+
+
+def test_an_offer_of_an_answer_that_has_begun_needs_no_sampling(
+    engine: Engine, make: Callable[..., Work]
+) -> None:
+    drive = Drive(engine).submit(make("a", 100, offer_kv=True, sampling=b""))
+    while "a" not in drive.finished:
+        drive.step()
+    assert drive.finished["a"].handoff is not None
+    assert engine.kv.release("a")
 
 
 def test_a_handoff_that_cannot_be_pulled_is_computed_anew(engine: Engine, make: Callable[..., Work]) -> None:

@@ -222,12 +222,25 @@ def test_all_sequences_of_a_request_are_counted() -> None:
 def test_a_prefill_for_elsewhere_is_due_earlier_by_what_the_handoff_takes() -> None:
     decider = Decider(8, 8)
     mirrors = {"p": _node("p", RoleName.PREFILL), "d": _node("d", RoleName.DECODE)}
-    placed = decider.place(LATE, ENDPOINT, mirrors, FAST, 0.0)
+    begun = replace(LATE, said_tokens=5)
+    placed = decider.place(begun, ENDPOINT, mirrors, FAST, 0.0)
     assert placed.handoff_s > 0
     (work,) = mirrors["p"].works
     assert work.first_token_left_s == LATE.first_token_left_s - placed.handoff_s
     (work,) = mirrors["d"].works
     assert work.first_token_left_s == LATE.first_token_left_s
+
+
+def test_the_prefill_node_says_the_first_token_and_the_decode_node_the_next_one() -> None:
+    decider = Decider(8, 8)
+    mirrors = {"p": _node("p", RoleName.PREFILL), "d": _node("d", RoleName.DECODE)}
+    placed = decider.place(LATE, ENDPOINT, mirrors, FAST, 0.0)
+    assert placed.handoff_s == 0
+    (work,) = mirrors["p"].works
+    assert work.first_token_left_s == LATE.first_token_left_s
+    (work,) = mirrors["d"].works
+    assert work.first_token_left_s == LATE.first_token_left_s + LATE.tpot_s
+    assert (work.prompt_tokens, work.max_tokens) == (LATE.prompt_tokens + 1, LATE.max_tokens - 1)
 
 
 def test_kv_that_was_never_computed_is_not_believed_to_be_there() -> None:

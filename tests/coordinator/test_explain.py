@@ -51,15 +51,15 @@ def _on_a_pair(first_token_s: float, *, ends: bool = True) -> _Flight:
     flight = _flight()
     flight.now_s = 0.010
     flight.depart(Placed("r", 1, "admitted", P, D, cached_tokens=64, candidates={}))
-    flight.now_s = first_token_s - 0.030
-    waited_s = first_token_s - 0.080
+    flight.now_s = first_token_s
+    waited_s = first_token_s - 0.050
     handoff = Handoff("r", "p", 100, 1000, 10.0)
     account = Account(batches=2, chunks=2, held=1)
-    flight.take(Delta("r", 1, 0, [], "length", handoff=handoff, cached_tokens=64,
+    flight.take(Delta("r", 1, 0, [6], "length", handoff=handoff, cached_tokens=64,
                       timing=Timing(waited_s, waited_s + 0.035), account=account))  # fmt: skip
-    flight.now_s = first_token_s
-    flight.take(Delta("r", 1, 0, [7], timing=Timing(0.012, 0.028, 0.008, "pulled", 1000)))
-    for index in range(1, 5):
+    flight.now_s += 0.05
+    flight.take(Delta("r", 1, 1, [7], timing=Timing(0.012, 0.028, 0.008, "pulled", 1000)))
+    for index in range(2, 5):
         flight.now_s += 0.05
         last = ends and index == 4
         account = Account(batches=4, drafted_tokens=6, accepted_tokens=2)
@@ -86,7 +86,7 @@ def test_the_times_of_a_pair_add_up_to_the_latency() -> None:
     names = [part for part, _ in found]
     assert names == [
         "reading the request", "placing it", "waiting on p", "computing the prompt on p",
-        "messages on their way", "moving KV to d", "waiting on d", "the first token on d",
+        "messages on their way", "moving KV to d", "waiting on d", "the next token on d",
         "messages on their way", "generating the answer",
     ]  # fmt: skip
 

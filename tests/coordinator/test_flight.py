@@ -32,7 +32,7 @@ class Trip:
 
     def __post_init__(self) -> None:
         most = 10 + self.more_tokens
-        passenger = Passenger("r", [1, 2, 3], b"", most, self.slo, False, None, time.monotonic())
+        passenger = Passenger("r", [1, 2, 3], b"how", most, self.slo, False, None, time.monotonic())
         self.flight = Flight(
             passenger,
             lambda node, message: self.sent.append((node.node, message)),
@@ -49,7 +49,7 @@ class Trip:
         self.flight.depart(Placed("r", question.attempt, verdict, prefill=P if pair else None, decode=D))
         return self
 
-    def delta(self, index: int, tokens: list[int], **kwargs: Any) -> bool:
+    def delta(self, index: int, tokens: list[int], **kwargs: Any) -> Delta | None:
         return self.flight.take(Delta("r", kwargs.pop("attempt", self.flight.attempt), index, tokens, **kwargs))
 
     def sent_to(self, node: str, kind: type[Any]) -> list[Any]:
@@ -60,13 +60,48 @@ def test_a_pair_prefills_then_hands_over_then_streams() -> None:
     trip = Trip().place()
     assert [submit.kind for submit in trip.sent_to("p", Submit)] == [WorkKind.PREFILL]
     assert not trip.sent_to("d", Submit)
-    assert not trip.delta(0, [], handoff=HANDOFF, finish_reason="length")
+    first = trip.delta(0, [6], handoff=HANDOFF, finish_reason="length")
+    assert first is not None
+    assert (first.token_ids, first.finish_reason) == ([6], None), "the prefill node says the first token"
     (decode,) = trip.sent_to("d", Submit)
-    assert (decode.kind, decode.handoff) == (WorkKind.DECODE, HANDOFF)
-    assert trip.delta(0, [7])
-    assert trip.delta(1, [8, 9], finish_reason="stop")
+    assert (decode.kind, decode.handoff, decode.said_token_ids) == (WorkKind.DECODE, HANDOFF, [6])
+    assert trip.delta(1, [7])
+    assert trip.delta(2, [8, 9], finish_reason="stop")
     assert trip.flight.over
-    assert len(trip.flight.token_times_s) == 3
+    assert trip.flight.output_token_ids == [6, 7, 8, 9]
+
+
+@pytest.mark.parametrize(("reason", "more_tokens"), [("stop", 0), ("length", -9)])
+def test_a_first_token_that_is_all_ends_it_on_the_prefill_node(reason: str, more_tokens: int) -> None:
+    trip = Trip(more_tokens=more_tokens).place()
+    said = trip.delta(0, [6], handoff=None if reason == "stop" else HANDOFF, finish_reason=reason)
+    assert said is not None
+    assert said.finish_reason == reason
+    assert trip.flight.over
+    assert trip.flight.ended_itself == (reason == "stop")
+    assert not trip.sent_to("d", Submit)
+    assert trip.sent_to("p", Cancel), "its KV is let go"
+
+
+def test_what_is_handed_over_stays_in_the_pace_that_its_first_token_began() -> None:
+    trip = Trip(slo=Slo("chatbot", ttft_s=5.0, tpot_s=0.1)).place()
+    trip.delta(0, [6], handoff=HANDOFF, finish_reason="length")
+    (decode,) = trip.sent_to("d", Submit)
+    assert decode.pace.begun
+    assert decode.pace.first_token_left_s == pytest.approx(5.1, abs=0.5)
+
+
+def test_a_prefill_for_an_answer_that_has_begun_says_nothing() -> None:
+    trip = Trip().place()
+    trip.delta(0, [6], handoff=HANDOFF, finish_reason="length")
+    trip.flight.lost("d")
+    trip.place()
+    assert trip.sent_to("p", Submit)[-1].sampling == b""
+    assert trip.delta(0, [99], handoff=HANDOFF, finish_reason="length") is None
+    assert trip.sent_to("d", Submit)[-1].said_token_ids == [6]
+    assert not trip.sent_to("d", Submit)[-1].pace.begun, "the gap is what it is"
+    assert trip.delta(1, [7])
+    assert trip.flight.output_token_ids == [6, 7]
 
 
 def test_output_of_an_older_attempt_is_discarded() -> None:

@@ -94,7 +94,7 @@ def test_a_request_goes_to_the_pair_when_it_can_be_promised_there() -> None:
 
 
 def test_a_short_prompt_without_time_for_a_handoff_is_served_by_a_decode_node_alone() -> None:
-    far = {("p", "d"): Link("p", "d", latency_s=0.05, bytes_per_s=1e9)}
+    far = {("p", "d"): Link("p", "d", latency_s=0.95, bytes_per_s=1e9)}
     short = replace(ASK, prompt_tokens=50, first_token_left_s=0.03)
     placed = place(short, _pair(), far, 0.0)
     assert (placed.verdict, placed.prefill) == ("admitted", None)
@@ -149,9 +149,40 @@ def test_a_lost_prefill_node_leaves_its_work_to_the_decode_node() -> None:
 
 
 def test_a_slow_link_takes_from_the_time_that_a_prefill_has() -> None:
-    slow = {("p", "d"): Link("p", "d", latency_s=0.0, bytes_per_s=500 * 4096 / 0.46)}
+    slow = {("p", "d"): Link("p", "d", latency_s=0.0, bytes_per_s=500 * 4096 / 1.4)}
     assert place(ASK, _pair(), FAST, 0.0).verdict == "admitted"
     assert place(ASK, _pair(), slow, 0.0).verdict == "best_effort"
+
+
+def test_a_handoff_that_the_pace_makes_good_takes_nothing_from_the_prefill() -> None:
+    def taken_s(request: Place) -> float:
+        nodes = [_node("p", RoleName.PREFILL), _node("d", RoleName.DECODE, _decoding(0.1, 2))]
+        placed = place(request, nodes, FAST, 0.0)
+        assert placed.verdict == "admitted"
+        return placed.handoff_s
+
+    assert taken_s(ASK) == 0
+    assert taken_s(replace(ASK, tpot_s=0.004)) > 0, "a step takes 3.3 ms"
+    assert taken_s(replace(ASK, tpot_s=0.008)) == 0
+    assert taken_s(replace(ASK, tpot_s=0.008, max_tokens=2)) > 0, "the second token is the last"
+    assert taken_s(replace(ASK, said_tokens=5)) > 0, "its next token is the decode node's"
+
+
+def test_a_handoff_takes_longer_where_steps_read_much_context() -> None:
+    """The decode step that it waits for is that of all contexts there."""
+    reads = replace(StepCost.line(0.003, 0.0001), per_context_token_s=2e-6)
+
+    def pair(context_tokens: int) -> list[NodeMirror]:
+        works = [replace(work, prompt_tokens=context_tokens) for work in _decoding(0.1, 1)]
+        nodes = [_node("p", RoleName.PREFILL), _node("d", RoleName.DECODE, works)]
+        for node in nodes:
+            assert node.report is not None
+            node.take_report(replace(node.report, cost=reads), 0.0)
+        return nodes
+
+    ask = replace(ASK, tpot_s=0.006, max_tokens=2)
+    short, long = (place(ask, pair(tokens), FAST, 0.0).handoff_s for tokens in (100, 1000))
+    assert long > short > 0
 
 
 def test_a_pair_whose_link_could_not_be_measured_is_promised_nothing() -> None:

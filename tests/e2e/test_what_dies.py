@@ -88,9 +88,9 @@ STREAMS: dict[str, dict[str, Any]] = {
     "seeded": {"temperature": 1.0, "seed": 5},
     "logprobs": {"logprobs": 1},
     "promised": {"slo": {"ttft_ms": 5000, "tpot_ms": 500}},
-    "grammar": {"structured_outputs": {"regex": "([a-z]{3} ){200}"}, "ignore_eos": False},
+    "grammar": {"structured_outputs": {"regex": "([a-z]{3} ){150}"}, "ignore_eos": False},
 }
-LENGTH = 400  # tokens of each: so many that the first is not over while the last begins
+LENGTH = 300  # tokens of each
 
 
 def _streamed(cluster: Client, name: str, told: list[int] | None = None) -> list[str]:

@@ -186,7 +186,7 @@ class ScriptedEngine(Engine):
         work = going.work
         if work.offer_kv:
             del self._works[work.work_id]
-            return Output(work.work_id, (), "length", handoff=self.port.offer(work.work_id))
+            return Output(work.work_id, [token(work, 0)], "length", handoff=self.port.offer(work.work_id))
         given, going.given = going.given, going.given + 1
         reason = None
         if going.given == work.max_tokens:
