@@ -12,7 +12,7 @@ from xdist.scheduler import LoadScopeScheduling
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
-OWN_CLUSTERS = ("test_hosts", "test_scale", "test_start", "test_virtual")  # of the end-to-end tests
+OWN_CLUSTERS = ("test_hosts", "test_start", "test_virtual")  # of the end-to-end tests
 
 
 class ByWhatIsShared(LoadScopeScheduling):  # type: ignore[misc]
