@@ -33,6 +33,7 @@ RETRY_AFTER_S = 1.0
 MOST_CANDIDATES = 8  # put to the planner; a summary of the nodes picks them
 ENOUGH = 4  # of a shortlist: the rest is much like them, and each takes a third of a millisecond
 TOO_DEAR = "it fits perhaps, but room is short, and cheaper requests are preferred"
+SHORT_SHARE = 0.01  # of answers may be so short that a handoff is not made good by their last token
 HANDOFF_STEPS = 2  # of the decode node, beside those that pass while bytes move
 HOME_LOAD = 16  # requests more than elsewhere: from there on a history is computed again where there is room
 HOME_WORTH = 2.0  # of losses: a history that stays where it is serves the calls after this one as well
@@ -412,7 +413,7 @@ def _judge_pair(
     transfer_s = link.transfer_s(moved_tokens * prefill.report.info.kv_bytes_per_token)
     step_s = _decode_step_s(decode, moved_tokens)
     handoff_s = _handoff_s(transfer_s + _link_queue_s(whole, prefill, decode, link), step_s, decode)
-    lead_s = _lead_s(request, handoff_s, step_s)
+    lead_s = _lead_s(request, knowledge.lengths, handoff_s, step_s)
     # Rounded down to a millisecond: nodes that are about as quick then ask their partner the same.
     prefill_left_s = math.floor((request.first_token_left_s - lead_s) * 1e3) / 1e3
     prefilling = replace(whole, tokens=max(whole.tokens - said_tokens, 1), left_s=prefill_left_s, tpot_s=None)
@@ -455,15 +456,18 @@ def _link_queue_s(asking: Asking, prefill: NodeMirror, decode: NodeMirror, link:
     return max(kv_bytes / link.bytes_per_s - ends_s, 0.0)
 
 
-def _lead_s(request: Place, handoff_s: float, step_s: float) -> float:
+def _lead_s(request: Place, lengths: Lengths, handoff_s: float, step_s: float) -> float:
     """How long before the first token is due its prefill must end: it says that token, and those after it catch
-    up with their pace until it is looked at (the scoring rule). An answer that has begun waits for the handoff.
+    up with their pace until it is looked at, at the tenth or the last (the scoring rule). An answer that has
+    begun waits for the handoff.
     """
     if request.said_tokens:
         return handoff_s
-    last = min(request.max_tokens, CHECK_EVERY)
-    caught_up_s = handoff_s + (last - 2) * step_s if last > 1 else 0.0
-    return max(caught_up_s - (last - 1) * request.tpot_s, 0.0)
+    known = lengths.lengths(request.class_name or "", request.prompt_tokens, max(request.max_tokens, 1))
+    if known.max_tokens == 1:
+        return 0.0
+    last = min(max(known.remaining_quantile(SHORT_SHARE), 2), CHECK_EVERY)
+    return max(handoff_s + (last - 2) * step_s - (last - 1) * request.tpot_s, 0.0)
 
 
 def _decode_step_s(decode: NodeMirror, more_tokens: int) -> float:

@@ -168,6 +168,18 @@ def test_a_handoff_that_the_pace_makes_good_takes_nothing_from_the_prefill() -> 
     assert taken_s(replace(ASK, said_tokens=5)) > 0, "its next token is the decode node's"
 
 
+def test_where_answers_may_be_short_a_handoff_is_made_good_by_their_second_token() -> None:
+    lengths = LearnedLengths()
+    for output_tokens in [2, *[50] * 9] * 5:
+        lengths.observe("chatbot", ASK.prompt_tokens, output_tokens)
+    ask = replace(ASK, tpot_s=0.005)
+    placed = [
+        place_and_explain(ask, _pair(), Knowledge(known, FAST), 0.0)[0] for known in (LearnedLengths(), lengths)
+    ]
+    assert [one.verdict for one in placed] == ["admitted", "admitted"]
+    assert placed[0].handoff_s == 0 < placed[1].handoff_s
+
+
 def test_a_handoff_takes_longer_where_steps_read_much_context() -> None:
     """The decode step that it waits for is that of all contexts there."""
     reads = replace(StepCost.line(0.003, 0.0001), per_context_token_s=2e-6)
