@@ -30,6 +30,7 @@ SETTINGS: dict[str, Any] = {
     "pools.mixed": 2,
 }
 CUT_S = 2.5
+SLOW_MBIT_PER_S = 20  # 12 MB take 5 s
 PATIENCE_S = 30.0
 LONG = 500  # tokens of a stream that is under way when something breaks
 
@@ -53,8 +54,10 @@ def hosted(on: RayHosts) -> Iterator[Client]:
         yield Client(cluster.base_url, cluster.admin_key)
 
 
-def _ask(client: Client, prompt: Sequence[int] | str, tokens: int, told: list[int] | None = None) -> list[int]:
-    """Token ids of a stream. `told`: appended to with each as it comes."""
+def _ask(
+    client: Client, prompt: Sequence[int] | str, tokens: int, told: list[int] | None = None, salt: str = "none"
+) -> list[int]:
+    """Token ids of a stream. `told`: appended to with each as it comes. `salt`: whose prefixes it shares."""
     body = {
         "model": "tiny",
         "prompt": prompt,
@@ -63,6 +66,7 @@ def _ask(client: Client, prompt: Sequence[int] | str, tokens: int, told: list[in
         "ignore_eos": True,
         "stream": True,
         "return_token_ids": True,
+        "cache_salt": salt,
     }
     said = [] if told is None else told
     key = {"authorization": "Bearer test-key"}
@@ -139,6 +143,45 @@ def test_a_link_that_is_cut_costs_no_token_and_its_host_comes_back(hosted: Clien
     assert told == alone
     _wait_for(lambda: set(_states(hosted).values()) == {"ready"})
     hosted.wait_idle()
+
+
+def test_a_link_that_is_cut_during_a_transfer_costs_no_token_and_no_block(hosted: Client, on: RayHosts) -> None:
+    prompt = [100 + at % 700 for at in range(3000)]  # 12 MB of KV
+    alone = _ask(hosted, prompt, 24)
+    near, far = (
+        next(name for name, node in hosted.nodes().items() if host.address in node["address"])
+        for host in on.hosts
+    )
+    other: list[int] = []
+    stream = threading.Thread(target=_ask, args=(hosted, "what keeps the near node busy", LONG, other))
+    stream.start()
+    _wait_for(lambda: hosted.nodes()[near]["requests"] + hosted.nodes()[far]["requests"] > 0)
+    busy = near if hosted.nodes()[near]["requests"] else far
+    assert hosted.set_pools(prefill=1, decode=1).status_code == 200
+    roles = {name: node["role"] for name, node in hosted.nodes().items()}
+    assert roles[busy] == "decode", "the least busy node takes the new role that comes first"
+    stream.join(PATIENCE_S)
+    hosted.wait_idle()
+    source = next(name for name, role in roles.items() if role == "prefill")
+    on.hosts[1].slow(SLOW_MBIT_PER_S)
+    said: list[int] = []
+    asking = threading.Thread(target=_ask, args=(hosted, prompt, 24, said, "all KV has to move"))
+    try:
+        asking.start()
+        _wait_for(lambda: hosted.nodes()[source]["leases"] > 0)
+        time.sleep(0.5)
+        assert hosted.nodes()[source]["leases"] > 0, "the transfer is under way"
+        on.hosts[1].cut()
+        _wait_for(lambda: _states(hosted)[far] == "lost", 5)
+        time.sleep(CUT_S)
+    finally:
+        on.hosts[1].mend()
+        on.hosts[1].quicken()
+    asking.join(PATIENCE_S)
+    assert said == alone
+    _wait_for(lambda: set(_states(hosted).values()) == {"ready"})
+    hosted.wait_idle(timeout_s=40.0)
+    assert hosted.set_pools(prefill=0, decode=0, mixed=2).status_code == 200
 
 
 def test_streams_and_new_requests_go_on_without_the_head_of_ray(hosted: Client, on: RayHosts) -> None:
