@@ -72,6 +72,17 @@ def test_each_feature_is_served_by_whom_the_table_says_and_as_by_one_engine(
         assert len(choices[0]["prompt_logprobs"]) == 70
 
 
+@pytest.mark.parametrize("end", ["length", "stop"])
+def test_an_answer_of_one_token_ends_on_the_prefill_node(cluster: Client, end: str) -> None:
+    prompt = _prompt(60, seed=11)
+    whole = cluster.complete(prompt, return_token_ids=True).json()["choices"][0]["token_ids"]
+    more = {"max_tokens": 1} if end == "length" else {"stop_token_ids": whole[:1]}
+    response = cluster.complete(prompt, return_token_ids=True, **more)
+    (choice,) = response.json()["choices"]
+    assert response.headers["x-slosserve-placement"] == "prefill-0>decode-0"
+    assert (choice["token_ids"], choice["finish_reason"]) == (whole[:1], end)
+
+
 def test_a_stop_string_ends_a_stream_on_a_pair(cluster: Client) -> None:
     prompt = _prompt(50, seed=9)
     whole = cluster.complete(prompt, max_tokens=32).json()["choices"][0]["text"]
