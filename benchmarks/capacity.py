@@ -35,6 +35,7 @@ OURS_ONLY = (
     "coordinator/decider.py",
     "coordinator/deferred.py",
     "coordinator/mirror.py",
+    "coordinator/pairs.py",
     "coordinator/placement.py",
     "coordinator/planner/",
     "coordinator/pools.py",

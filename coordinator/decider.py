@@ -13,7 +13,8 @@ from typing import Any
 
 from coordinator.deferred import Deferred, DeferredQueue
 from coordinator.mirror import NodeMirror
-from coordinator.placement import RETRY_AFTER_S, Candidate, Knowledge, judge, place, taken_up
+from coordinator.pairs import taken_up
+from coordinator.placement import RETRY_AFTER_S, Candidate, Knowledge, judge, place
 from coordinator.planner.document import answer, to_document
 from coordinator.planner.lengths import LearnedLengths
 from coordinator.planner.price import RoomPrice

@@ -16,6 +16,7 @@ from itertools import islice, zip_longest
 from operator import attrgetter
 
 from coordinator.mirror import NodeMirror
+from coordinator.pairs import HANDOFF_STEPS, lead_s, taken_up, transfer_s
 from coordinator.planner.admission import Plan, Problem, solve_problem
 from coordinator.planner.instance import Instance
 from coordinator.planner.lengths import Lengths
@@ -26,15 +27,12 @@ from coordinator.prefixes import PrefixDirectory
 from coordinator.sessions import SessionDirectory
 from engine.messages import NodeAddress, Place, Placed, WorkState
 from engine.request import RoleName, WorkKind
-from engine.score import CHECK_EVERY
 from kv_transfer.base import Link
 
 RETRY_AFTER_S = 1.0
 MOST_CANDIDATES = 8  # put to the planner; a summary of the nodes picks them
 ENOUGH = 4  # of a shortlist: the rest is much like them, and each takes a third of a millisecond
 TOO_DEAR = "it fits perhaps, but room is short, and cheaper requests are preferred"
-SHORT_SHARE = 0.01  # of answers may be so short that a handoff is not made good by their last token
-HANDOFF_STEPS = 2  # of the decode node, beside those that pass while bytes move
 HOME_LOAD = 16  # requests more than elsewhere: from there on a history is computed again where there is room
 HOME_WORTH = 2.0  # of losses: a history that stays where it is serves the calls after this one as well
 MOST_MOVES = 2  # nodes that a history may be moved to: the least loaded
@@ -402,20 +400,15 @@ def _judge_pair(
     knowledge: Knowledge,
     now_s: float,
 ) -> Candidate:
-    """Prefill on one node, by what a transfer and a decode step leave of the deadline; decode on the other."""
+    """Prefill on one node, by what the handoff leaves of the deadline; decode on the other."""
     link = knowledge.links.get((prefill.name, decode.name))
     if link is None:
         return Candidate(prefill, decode, "the link between them is not measured")
-    assert prefill.report is not None
-    assert decode.report is not None
     said_tokens = request.said_tokens  # are computed where it decodes, behind the KV of the prompt
     moved_tokens = request.prompt_tokens - said_tokens
-    transfer_s = link.transfer_s(moved_tokens * prefill.report.info.kv_bytes_per_token)
-    step_s = _decode_step_s(decode, moved_tokens)
-    handoff_s = _handoff_s(transfer_s + _link_queue_s(whole, prefill, decode, link), step_s, decode)
-    lead_s = _lead_s(request, knowledge.lengths, handoff_s, step_s)
+    lead = lead_s(request, whole, prefill, decode, link, knowledge.lengths)
     # Rounded down to a millisecond: nodes that are about as quick then ask their partner the same.
-    prefill_left_s = math.floor((request.first_token_left_s - lead_s) * 1e3) / 1e3
+    prefill_left_s = math.floor((request.first_token_left_s - lead) * 1e3) / 1e3
     prefilling = replace(whole, tokens=max(whole.tokens - said_tokens, 1), left_s=prefill_left_s, tpot_s=None)
     at_prefill, prefills, reason = _ask(prefill, prefilling, knowledge, now_s)
     if reason:
@@ -433,59 +426,15 @@ def _judge_pair(
     if reason:
         why = f"{decode.name}: {reason}"
         return Candidate(prefill, decode, why, decisions=decisions, lacks=RoleName.DECODE)
-    loss = transfer_s + loss_s(prefills, 0.0)
+    loss = transfer_s(request, prefill, link) + loss_s(prefills, 0.0)
     if decode.role is not RoleName.DECODE:
         loss += loss_s(decodes, _residence_s(decode, decoding, knowledge))
-    return Candidate(prefill, decode, "", loss, decisions, lead_s, whole.cached_tokens)
+    return Candidate(prefill, decode, "", loss, decisions, lead, whole.cached_tokens)
 
 
 def _residence_s(decode: NodeMirror, asking: Asking, knowledge: Knowledge) -> float:
     """How long its decode takes budget from prompts there: a decode node has none to compute but its own."""
     return 0.0 if decode.role is RoleName.DECODE else expected_residence_s(asking, knowledge.lengths)
-
-
-def _link_queue_s(asking: Asking, prefill: NodeMirror, decode: NodeMirror, link: Link) -> float:
-    """How long the KV of one placed now would wait for that of others to come over: what is promised to come to
-    this decode node, less what the link carries until this prefill ends at the earliest.
-    """
-    assert prefill.report is not None
-    cost = prefill.report.cost.pieces[0]
-    tokens = asking.tokens + prefill.promised_prefill_tokens
-    ends_s = cost.base_s + cost.per_token_s * tokens
-    kv_bytes = decode.promised_pull_tokens * prefill.report.info.kv_bytes_per_token
-    return max(kv_bytes / link.bytes_per_s - ends_s, 0.0)
-
-
-def _lead_s(request: Place, lengths: Lengths, handoff_s: float, step_s: float) -> float:
-    """How long before the first token is due its prefill must end: it says that token, and those after it catch
-    up with their pace until it is looked at, at the tenth or the last (the scoring rule). An answer that has
-    begun waits for the handoff.
-    """
-    if request.said_tokens:
-        return handoff_s
-    known = lengths.lengths(request.class_name or "", request.prompt_tokens, max(request.max_tokens, 1))
-    if known.max_tokens == 1:
-        return 0.0
-    last = min(max(known.remaining_quantile(SHORT_SHARE), 2), CHECK_EVERY)
-    return max(handoff_s + (last - 2) * step_s - (last - 1) * request.tpot_s, 0.0)
-
-
-def _decode_step_s(decode: NodeMirror, more_tokens: int) -> float:
-    """A step of its decodes, and of one more that has so many tokens before it."""
-    assert decode.report is not None
-    works = decode.works
-    running = len(decode.report.works) + 1
-    context_tokens = int(works.context_tokens[works.decoding].sum()) + more_tokens
-    return decode.report.cost.predict(running, seqs=running, context_tokens=context_tokens)
-
-
-def _handoff_s(transfer_s: float, step_s: float, decode: NodeMirror) -> float:
-    """Seconds from the end of a prefill to the token after it, at most. A pull begins between two steps of the
-    decode node and is seen between two: it waits for a step to end, and its own step follows.
-    """
-    if not decode.requests:
-        return transfer_s + step_s
-    return step_s * (HANDOFF_STEPS + math.ceil(transfer_s / step_s))
 
 
 def _ask(node: NodeMirror, asking: Asking, knowledge: Knowledge, now_s: float) -> tuple[Decision, Problem, str]:
@@ -501,20 +450,6 @@ def _ask(node: NodeMirror, asking: Asking, knowledge: Knowledge, now_s: float) -
         left_out = plan.deferred.get(asking.id) or next(iter(plan.deferred.values()), "")
         knowledge.asked[key] = Decision(node.name, instance, plan), problem, left_out
     return knowledge.asked[key]
-
-
-def taken_up(state: WorkState, said_tokens: int) -> WorkState:
-    """A request as the decode node of a pair will have it: where the answer begins with the prefill, its first
-    token is to the decode node a part of the prompt, and the next one is due a pace later."""
-    first = 0 if said_tokens else 1
-    return replace(
-        state,
-        kind=WorkKind.DECODE,
-        prompt_tokens=state.prompt_tokens + first,
-        prefill_left_tokens=max(said_tokens - 1, 0),
-        max_tokens=state.max_tokens - first,
-        first_token_left_s=state.first_token_left_s + first * state.tpot_s,
-    )
 
 
 def _accept(request: Place, chosen: Candidate, verdict: str, judged: dict[str, str], now_s: float) -> Placed:

@@ -34,14 +34,22 @@ def soak(file: Row, _: Path) -> list[str]:
         f"{file['requests']} requests and {file['tokens']} tokens compared with an unbroken run; "
         f"{file['client_errors']} errors outside the contract, {file['turned_away']} turned away with "
         f"Retry-After, {file['wrong_tokens']} wrong tokens, {file['blocks_leaked']} KV blocks and "
-        f"{file['processes_left']} processes left. Memory that a process has to itself, after its "
-        "first two minutes:"
+        f"{file['processes_left']} processes left. {_followed(file)}Memory that a process has to itself, after "
+        "its first two minutes:"
     )
     rows = []
     for row in file["memory"]:
         figures = [f"{row['minutes']:g}", f"{row['mib']:.0f}", f"{row['mib_per_min']:+.2f}"]
         rows.append([row["process"], *figures, "yes" if row["flat"] else "**no**"])
     return [text, table(["", "minutes", "MiB at the end", "MiB a minute", "flat"], rows)]
+
+
+def _followed(file: Row) -> str:
+    """What pools did that follow a load which does not change: of a run without faults."""
+    if file["faults"]:
+        return ""
+    changes = len(file["role_changes"])
+    return f"Pools followed the load: {changes} changes of role, {file['swings']} of them back again. "
 
 
 def fuzz(file: Row, _: Path) -> list[str]:

@@ -70,6 +70,12 @@ STUDIES = (
     Study("agents-simulated", "Agent loops, simulated", "slosserve bench agents --simulated", agents),
     Study("chaos", "What breaks, and what clients see", "slosserve chaos", chaos),
     Study("soak", "Half an hour with a fault a minute", "slosserve soak", soak),
+    Study(
+        "soak-auto",
+        "Ten minutes of a load that does not change",
+        "slosserve soak --no-faults --auto --minutes 10 --out out/bench/soak-auto.json",
+        soak,
+    ),
     Study("fuzz", "Requests that nobody would send", "slosserve fuzz", fuzz),
     Study("tokens", "The same tokens as stock vLLM", "slosserve bench tokens", same_tokens),
     Study("goodput", "The same goodput by vLLM's own client", "slosserve bench goodput", same_goodput),

@@ -56,6 +56,9 @@ def test_the_report_says_what_grew_and_what_clients_saw(tmp_path: Path) -> None:
     assert "1 faults" in text
     assert "2 errors outside the contract" in text
     assert "| decode-0 | 28 | 440 | +4.00 | **no** |" in memory
+    assert "changes of role" not in text
+    alone = file | {"faults": [], "role_changes": [{"node": "decode-0"}], "swings": 0}
+    assert "1 changes of role, 0 of them back again" in soak(alone, tmp_path)[0]
 
 
 def test_what_schemathesis_found_is_told() -> None:
