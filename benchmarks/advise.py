@@ -204,9 +204,12 @@ class Advice:
         values = [f"{one.split.name} {self._words(one.value)}" for one in (ratio, other)]
         worth = "pays" if gap > scatter else "changes little" if gap >= -scatter else "is not worth it"
         said = [f"Disaggregation {worth} here: {values[0]}, {values[1]}."]
-        moved_s, of_ttft = ratio.facts["kv_transfer_s"], ratio.facts["kv_share_of_ttft"]
+        moved_s, of_pace = ratio.facts["kv_transfer_s"], ratio.facts["kv_share_of_pace"]
         if moved_s is not None:
-            said.append(f"Moving KV takes {moved_s * 1e3:.3g} ms at the median, {of_ttft:.1%} of the TTFT.")
+            share = f"{of_pace:.2g} times what the pace allows for a token"
+            said.append(
+                f"Moving KV takes {moved_s * 1e3:.3g} ms at the median, after the first token: {share}."
+            )
         if turn is None:
             said.append("That is within the noise.")
         elif gap > 0:

@@ -150,16 +150,17 @@ def _serve(
 
 
 def _moved(out: Outcome, network: Network, kv_bytes_per_token: int) -> dict[str, float | None]:
-    """Of requests kept on two nodes: seconds that KV takes on an idle link, and that share of their TTFT."""
+    """Of requests kept on two nodes: seconds that KV takes on an idle link, and how often their pace that is."""
     world = out.world
     pairs = out.counted & out.met & (world.prefilled_on != NOBODY)
     if not pairs.any():
-        return {"kv_transfer_s": None, "kv_share_of_ttft": None}
+        return {"kv_transfer_s": None, "kv_share_of_pace": None}
     kv_bytes = world.workload.prompt_tokens[pairs] * kv_bytes_per_token
     moved_s = network.latency_s + kv_bytes / network.bytes_per_s
+    paces_s = [world.slos[request].first_pace_s for request in np.flatnonzero(pairs).tolist()]
     return {
         "kv_transfer_s": float(np.median(moved_s)),
-        "kv_share_of_ttft": float(np.median(moved_s / out.ttft_s[pairs])),
+        "kv_share_of_pace": float(np.median(moved_s / paces_s)),
     }
 
 

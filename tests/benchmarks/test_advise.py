@@ -66,7 +66,7 @@ def test_splits_are_colocated_mixed_and_every_ratio() -> None:
 
 
 def test_every_split_serves_the_same_requests_and_the_best_comes_first(trace: Path) -> None:
-    said = _json(trace, "--gpus", "2", "--class", "chatbot", "--rate", "14")
+    said = _json(trace, "--gpus", "2", "--class", "chatbot", "--rate", "30")
     assert said["value_is"] == "attainment"
     assert {one["split"] for one in said["splits"]} == {"colocated", "mixed", "1P:1D"}
     assert len({one["counted"] for one in said["splits"]}) == 1
@@ -89,19 +89,19 @@ def test_a_rate_that_tells_nothing_is_said_and_capacity_searched(trace: Path) ->
 
 
 def test_words_of_a_search_compare_capacities() -> None:
-    facts = {"kv_transfer_s": 0.02, "kv_share_of_ttft": 0.15, "pairs": 3}
+    facts = {"kv_transfer_s": 0.02, "kv_share_of_pace": 0.4, "pairs": 3}
     tried = [Tried(one, value, facts, ()) for one, value in zip(splits(2), (4.0, 3.0, 1.0), strict=True)]
     _, best, pools = Advice(_question(), Network(), tried, True, Turn(200.0, 5.0)).sentences()
     assert best == "colocated holds 4.00 requests/s a GPU, 1.33x as much as mixed (noise 0.12)."
     assert (
         "Disaggregation is not worth it here: 1P:1D holds 1.00 requests/s a GPU, colocated holds 4.00" in pools
     )
-    assert "Moving KV takes 20 ms at the median, 15.0% of the TTFT." in pools
+    assert "Moving KV takes 20 ms at the median, after the first token: 0.4 times what the pace" in pools
     assert "From about 200 Gbit/s on it would be ahead." in pools
 
 
 def test_splits_within_the_noise_are_called_level() -> None:
-    facts = {"kv_transfer_s": None, "kv_share_of_ttft": None, "pairs": 0}
+    facts = {"kv_transfer_s": None, "kv_share_of_pace": None, "pairs": 0}
     met = tuple([True, False] * 50)
     tried = [Tried(one, 0.5, facts, met) for one in splits(2)]
     best, unused, pools = Advice(_question(), Network(), tried, False, None).sentences()
@@ -111,12 +111,12 @@ def test_splits_within_the_noise_are_called_level() -> None:
 
 
 def test_words_name_both_sides_and_what_the_transfer_takes(trace: Path) -> None:
-    found = _advise(trace, "--gpus", "2", "--class", "chatbot", "--rate", "14")
+    found = _advise(trace, "--gpus", "2", "--class", "chatbot", "--rate", "30")
     assert found.exit_code == 0, found.output
     assert "chat.csv (chatbot) on 2 GPUs, paper, links of 12 GB/s" in found.stdout
     assert "Disaggregation" in found.stdout
     assert "1P:1D keeps" in found.stdout
-    assert "of the TTFT" in found.stdout
+    assert "after the first token" in found.stdout
 
 
 def test_picture_is_drawn(trace: Path, tmp_path: Path) -> None:
