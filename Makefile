@@ -29,11 +29,10 @@ $(STAMP):
 demo: install
 	$(BIN)/slosserve demo
 
-# What only computes shares the cores. What starts engines and clusters mostly waits for them: two at a time, and
-# those that share one, one after another.
+# What only computes shares the cores; what starts engines and clusters has them to itself, one after another.
 test: install
 	$(BIN)/pytest -q -m "not engines" --numprocesses auto --maxprocesses 8
-	$(BIN)/pytest -q -m engines --numprocesses 2 --dist loadfile
+	$(BIN)/pytest -q -m engines
 
 lint: install
 	$(BIN)/ruff check .

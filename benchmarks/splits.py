@@ -150,7 +150,7 @@ def _serve(
 
 
 def _moved(out: Outcome, network: Network, kv_bytes_per_token: int) -> dict[str, float | None]:
-    """Of requests kept on two nodes: seconds that KV takes on an idle link, and how often their pace that is."""
+    """Of requests kept on two nodes: seconds that KV takes on an idle link, and how many of their paces."""
     world = out.world
     pairs = out.counted & out.met & (world.prefilled_on != NOBODY)
     if not pairs.any():
