@@ -43,7 +43,8 @@ def test_the_value_is_the_best_of_all_plans() -> None:
         agrees_with_every_plan(seeded_case(seed))
 
 
-@settings(max_examples=100, deadline=None)
+# The same cases each time: of some there are so many plans that to try them all takes minutes.
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(cases())
 def test_no_case_is_found_in_which_some_plan_is_better(case: Case) -> None:
     agrees_with_every_plan(case)
