@@ -128,6 +128,12 @@ class Flight:
         """Tokens up to the end of thinking, that token included; all of them while it has not come."""
         return len(self.token_times_s) if self._thinking_tokens is None else self._thinking_tokens
 
+    @property
+    def nodes(self) -> list[str]:
+        """Those that have worked on this attempt: of a pair the prefill node alone until it has handed over."""
+        prefill, decode = self.timeline.prefill_node, self.timeline.decode_node
+        return [node for node in (prefill, None if self._prefilling else decode) if node is not None]
+
     def since_arrival_s(self) -> float:
         """Seconds since the request arrived."""
         return time.monotonic() - self.passenger.arrived_s

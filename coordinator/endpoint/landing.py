@@ -35,7 +35,7 @@ def finished_of(flight: Flight, outcome: str) -> Finished:
         kv_bytes=0 if pull is None else pull.pulled_bytes,
         prompt_tokens=len(passenger.prompt_token_ids),
         output_tokens=len(flight.token_times_s),
-        nodes=[node for node in (timeline.prefill_node, timeline.decode_node) if node is not None],
+        nodes=flight.nodes,
         prefix_hashes=flight.prefix_hashes(),
         ended_itself=flight.ended_itself,
         session=passenger.session,

@@ -69,6 +69,7 @@ def test_a_pair_prefills_then_hands_over_then_streams() -> None:
     assert trip.delta(2, [8, 9], finish_reason="stop")
     assert trip.flight.over
     assert trip.flight.output_token_ids == [6, 7, 8, 9]
+    assert trip.flight.nodes == ["p", "d"]
 
 
 @pytest.mark.parametrize(("reason", "more_tokens"), [("stop", 0), ("length", -9)])
@@ -81,6 +82,7 @@ def test_a_first_token_that_is_all_ends_it_on_the_prefill_node(reason: str, more
     assert trip.flight.ended_itself == (reason == "stop")
     assert not trip.sent_to("d", Submit)
     assert trip.sent_to("p", Cancel), "its KV is let go"
+    assert trip.flight.nodes == ["p"], "the decode node has nothing of it"
 
 
 def test_what_is_handed_over_stays_in_the_pace_that_its_first_token_began() -> None:
