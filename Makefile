@@ -29,10 +29,8 @@ $(STAMP):
 demo: install
 	$(BIN)/slosserve demo
 
-# What only computes shares the cores; what starts engines and clusters has them to itself, one after another.
 test: install
-	$(BIN)/pytest -q -m "not engines" --numprocesses auto --maxprocesses 8
-	$(BIN)/pytest -q -m engines
+	$(BIN)/python -m tests
 
 lint: install
 	$(BIN)/ruff check .

@@ -265,7 +265,8 @@ def test_up_that_is_cut_short_leaves_nothing_behind(number: signal.Signals, when
 @pytest.mark.engines
 @pytest.mark.timeout(600)
 def test_detached_cluster_answers_status_and_rebalance_and_goes_down(tmp_path: Path) -> None:
-    up = run_cli("up", "--detach", "--port", "0", "--name", "detached", run_dir=tmp_path)
+    pools = ("--config", "virtual", "--prefill", "1", "--decode", "1", "--mixed", "0")
+    up = run_cli("up", "--detach", *pools, "--port", "0", "--name", "detached", run_dir=tmp_path)
     state = read_state(tmp_path / "detached")
     try:
         assert up.returncode == 0, up.stderr

@@ -32,7 +32,7 @@ def test_a_node_comes_serves_and_leaves_and_no_stream_notices(
     cluster: Client, cluster_process: ClusterProcess
 ) -> None:
     prompts = ["a long story", "another one"]
-    asked: dict[str, Any] = {"max_tokens": 800, "ignore_eos": True}
+    asked: dict[str, Any] = {"max_tokens": 500, "ignore_eos": True}
     alone = [cluster.complete(prompt, **asked).json()["choices"][0]["text"] for prompt in prompts]
     cluster.wait_idle()
 

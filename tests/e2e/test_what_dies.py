@@ -90,7 +90,7 @@ STREAMS: dict[str, dict[str, Any]] = {
     "promised": {"slo": {"ttft_ms": 5000, "tpot_ms": 500}},
     "grammar": {"structured_outputs": {"regex": "([a-z]{3} ){150}"}, "ignore_eos": False},
 }
-LENGTH = 300  # tokens of each
+LENGTH = 180  # tokens of each
 
 
 def _streamed(cluster: Client, name: str, told: list[int] | None = None) -> list[str]:
