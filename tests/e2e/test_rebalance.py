@@ -72,9 +72,10 @@ def test_without_the_admin_key_nothing_changes(pair: Client) -> None:
 def test_a_node_takes_another_role_while_its_stream_goes_on(pair: Client) -> None:
     pair.wait_idle()
     alone = pair.complete("a long story", max_tokens=400, ignore_eos=True).json()["choices"][0]["text"]
+    pair.wait_idle()  # what is seen running from now on is the stream
     with ThreadPoolExecutor(1) as pool:
         stream = pool.submit(pair.complete, "a long story", max_tokens=400, ignore_eos=True)
-        while pair.nodes()["decode-0"]["decoding"] == 0:
+        while pair.nodes()["decode-0"]["running"] == 0:  # before that it awaits its KV, and has no batches
             time.sleep(0.02)
         answer = pair.set_pools(prefill=0, decode=0, mixed=2).json()
         response = stream.result()
