@@ -60,7 +60,7 @@ class Decider:
         self._why = why
         self.deferred = DeferredQueue(max_deferred)
         self._lengths = LearnedLengths()
-        self._prefixes = PrefixDirectory()
+        self.prefixes = PrefixDirectory()
         self.sessions = SessionDirectory()
         self._price = RoomPrice()
         self._explained: OrderedDict[str, Explained] = OrderedDict()
@@ -166,7 +166,7 @@ class Decider:
                 here = finished.prefix_hashes
                 if node != finished.nodes[-1]:  # it prefilled: the output was never there
                     here = here[: finished.prompt_tokens // PREFIX_BLOCK_TOKENS]
-                self._prefixes.add(node, here, kv_tokens)
+                self.prefixes.add(node, here, kv_tokens, now_s)
         if self._caching and finished.session is not None and finished.outcome == "completed":
             return self.sessions.answered(
                 finished.session, finished.nodes[-1], finished.prefix_hashes, finished.prompt_tokens, now_s
@@ -175,7 +175,7 @@ class Decider:
 
     def forget_node(self, node: str) -> None:
         """A node began anew: the KV that it held is gone."""
-        self._prefixes.forget(node)
+        self.prefixes.forget(node)
         self.sessions.forget(node)
 
     def explain(self, request_id: str) -> dict[str, Any] | None:
@@ -196,7 +196,7 @@ class Decider:
         }
 
     def _knowledge(self, links: Mapping[tuple[str, str], Link]) -> Knowledge:
-        return Knowledge(self._lengths, links, self._prefixes, self._price, self._why, self.sessions)
+        return Knowledge(self._lengths, links, self.prefixes, self._price, self._why, self.sessions)
 
     def _remember(self, explained: Explained) -> None:
         if not self._remembered:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from engine.prefix_log import PrefixLog
 from kv_transfer.base import Handoff, KvPort
 
 
@@ -215,6 +216,11 @@ class Engine(ABC):
     @abstractmethod
     def kv(self) -> KvPort:
         """This engine's end of the KV-transfer layer."""
+
+    @property
+    @abstractmethod
+    def prefixes(self) -> PrefixLog:
+        """Which prefixes its cache holds, in use or not."""
 
     @abstractmethod
     def reset_prefix_cache(self) -> bool:

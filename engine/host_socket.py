@@ -228,5 +228,5 @@ def _is_news(report: Report, told: Report | None) -> bool:
 
 
 def _facts(report: Report) -> tuple[object, ...]:
-    counts = report.steps, report.promises_preempted, report.local_prefills, report.sessions_version
-    return report.role, report.usage, *counts
+    counts = report.steps, report.promises_preempted, report.local_prefills
+    return report.role, report.usage, *counts, report.sessions_version, report.prefixes_version

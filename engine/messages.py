@@ -15,11 +15,12 @@ import msgspec
 from engine.base import EngineInfo, Usage
 from engine.cost import StepCost
 from engine.errors import ProtocolError
+from engine.prefix_log import PrefixChanges
 from engine.request import Pace, RoleName, WorkKind
 from engine.tally import Tally
 from kv_transfer.base import Handoff, Lease, Link, PeerAddress, Pull
 
-VERSION = 10
+VERSION = 11
 TELL_EVERY_S = 0.02  # a node tells of batches as they begin; of one that lasts longer, always
 
 
@@ -108,6 +109,14 @@ class ListSessions:
     """For whom does a node keep KV?"""
 
     call_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class ListPrefixes:
+    """What has changed in the prefix cache of a node since this version?"""
+
+    call_id: int
+    since: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,6 +262,7 @@ class Report:
     sessions: int = 0  # for which it keeps KV while they are idle
     session_tokens: int = 0  # of that KV
     sessions_version: int = 0  # another one: another list of them
+    prefixes_version: int = 0  # another one: its prefix cache holds others
     tally: Tally = field(default_factory=Tally)
     role_pause_s: float | None = None  # between the batches around its last change of role; None: it was idle
 
@@ -279,6 +289,14 @@ class SessionsListed:
     call_id: int
     version: int
     tokens: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixesListed:
+    """Answer to ListPrefixes: names (engine.prefix) of cached prefixes."""
+
+    call_id: int
+    changes: PrefixChanges
 
 
 @dataclass(frozen=True, slots=True)
@@ -429,8 +447,9 @@ class Answer:
 
 
 Message = (
-    Watch | Submit | Cancel | Release | Promote | Credit | SetRole | ProbeLinks | ListSessions | CloseSession
-    | Alive | Declined | Deltas | Report | Reports | RoleSet | LinksProbed | SessionsListed
+    Watch | Submit | Cancel | Release | Promote | Credit | SetRole | ProbeLinks | ListSessions | ListPrefixes
+    | CloseSession | Alive | Declined | Deltas | Report | Reports | RoleSet | LinksProbed | SessionsListed
+    | PrefixesListed
     | Place | Placed | Promoted | Finished | LoopEnded | View | Query | Answer
 )  # fmt: skip
 

@@ -32,8 +32,10 @@ from engine.messages import (
     Delta,
     Deltas,
     LinksProbed,
+    ListPrefixes,
     ListSessions,
     Message,
+    PrefixesListed,
     ProbeLinks,
     Promote,
     Release,
@@ -215,6 +217,8 @@ class Node:
             case ListSessions(call_id):
                 listed = SessionsListed(call_id, self._sessions.version, dict(self._sessions.kept))
                 self._socket.send(peer, listed)
+            case ListPrefixes(call_id, since):
+                self._socket.send(peer, PrefixesListed(call_id, self._engine.prefixes.since(since)))
             case CloseSession(session):
                 self._engine.give_up([session])
                 self._sessions.close(session)
@@ -541,4 +545,5 @@ class Node:
             sessions=len(self._sessions.kept),
             session_tokens=sum(self._sessions.kept.values()),
             sessions_version=self._sessions.version,
+            prefixes_version=self._engine.prefixes.version,
         )

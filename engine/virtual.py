@@ -34,6 +34,7 @@ from engine.base import (
 )
 from engine.cost import StepCost
 from engine.errors import EngineError, EngineStartError, ProtocolError, RequestError
+from engine.prefix_log import PrefixLog
 from engine.rows import NO_PULL, PULL_WAITS, PULLED, PULLING, ROW, CostArrays
 from engine.virtual_config import VirtualEngineConfig, model_facts, process_fabric
 from engine.virtual_kernel import (
@@ -136,7 +137,7 @@ class VirtualEngine(Engine):
         # Blocks of a lease, what they hold, and for whom.
         self._offered: dict[str, tuple[int, list[int], Work]] = {}
         self._late: dict[str, int] = {}  # blocks that late bytes may still come into
-        self._prefixes = PrefixCache()
+        self._prefixes = PrefixCache(config.block_size)
         self._cost = CostArrays.of(config.cost)
         self._rows = np.zeros(FIRST_ROWS, dtype=ROW)
         self._replica = Replica.empty(
@@ -198,7 +199,7 @@ class VirtualEngine(Engine):
             "offers": work.offer_kv,
             "pull": NO_PULL if work.handoff is None else PULL_WAITS,
             "first_token_s": np.nan,
-            "seed": said.state >> 1,
+            "seed": said.number >> 1,
         }
         for name, value in fields.items():
             self._rows[name][row] = value
@@ -269,6 +270,12 @@ class VirtualEngine(Engine):
         if self._port is None:
             raise EngineError(f"engine {self._config.engine_id} is not running")
         return self._port
+
+    @property
+    def prefixes(self) -> PrefixLog:
+        """What its prefix cache holds."""
+        self.describe()
+        return self._prefixes.log
 
     def reset_prefix_cache(self) -> bool:
         """Forget cached prefixes. False, and nothing is forgotten, while any block is in use (as vLLM 0.32)."""
@@ -515,7 +522,7 @@ class VirtualEngine(Engine):
         full = computed // self._config.block_size
         if full > going.kept and self._config.enable_prefix_caching:
             full = min(full, len(going.said.blocks))
-            self._prefixes.hold(going.said.blocks[going.kept : full])
+            self._prefixes.hold(going.said.blocks, going.kept, full)
             going.kept = full
 
     def _keep_for_session(self, work: Work, blocks: list[int]) -> None:

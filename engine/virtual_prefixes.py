@@ -5,15 +5,21 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 
+from engine.prefix import PREFIX_BLOCK_TOKENS
+from engine.prefix_log import PrefixLog
+
 
 class PrefixCache:
-    """Blocks by the number of all tokens up to their end. Those that nobody holds live in free memory.
+    """Blocks by the name (engine.prefix) of all tokens up to their end. What nobody holds lives in free memory.
 
     Blocks that are let go are forgotten the least recently used first, of one work the last block first; those
     that are kept for a session after all others, the session that was used longest ago first.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, block_tokens: int) -> None:
+        self.log = PrefixLog()
+        # Blocks from one name that others know to the next; 0: none where blocks end.
+        self._named_every = 0 if PREFIX_BLOCK_TOKENS % block_tokens else PREFIX_BLOCK_TOKENS // block_tokens
         self._holders: dict[int, int] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()
         self._kept: OrderedDict[str, list[int]] = OrderedDict()
@@ -27,9 +33,11 @@ class PrefixCache:
             count += 1
         return count
 
-    def hold(self, blocks: Sequence[int]) -> None:
-        """A work has these now, found or computed."""
-        for block in blocks:
+    def hold(self, blocks: Sequence[int], first: int, end: int) -> None:
+        """A work has these of its blocks now, from `first` to before `end`, found or computed."""
+        every = self._named_every
+        self.log.add(blocks[(first // every + 1) * every - 1 : end : every] if every else ())
+        for block in blocks[first:end]:
             self._holders[block] = self._holders.get(block, 0) + 1
             self._idle.pop(block, None)
 
@@ -61,16 +69,19 @@ class PrefixCache:
         """Forget what free memory has no room for."""
         while len(self._idle) > free_blocks:
             if not self._kept:
-                self._idle.popitem(last=False)
+                self.log.discard([self._idle.popitem(last=False)[0]])
                 continue
             kept = {block for blocks in self._kept.values() for block in blocks}
             spare = [block for block in self._idle if block not in kept]
-            for block in spare[: len(self._idle) - free_blocks]:
+            spare = spare[: len(self._idle) - free_blocks]
+            self.log.discard(spare)
+            for block in spare:
                 del self._idle[block]
             if len(self._idle) > free_blocks:
                 self._kept.popitem(last=False)
 
     def forget(self) -> None:
         """Forget all that nobody holds."""
+        self.log.discard(self._idle)
         self._idle.clear()
         self._kept.clear()

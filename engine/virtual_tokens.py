@@ -1,24 +1,19 @@
 """What a virtual engine says: tokens that follow from the tokens before them, and from nothing else.
 
 So a work gets the same tokens alone or among others, after a preemption, handed over, or resumed elsewhere
-with what was said so far as part of its prompt. One number stands for all tokens up to a place (a polynomial
-in them, modulo 2^64); the next token is a hash of it, and full blocks of equal prefixes have equal numbers.
+with what was said so far as part of its prompt. One number stands for all tokens up to a place (engine.prefix);
+the next token is a hash of it, and full blocks of equal prefixes have equal names.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from functools import cache
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
 
 from engine.errors import ProtocolError
+from engine.prefix import mixed, name_of, number_after, numbers_of_blocks, salt_number
 
-_MASK = (1 << 64) - 1
-_BASE = 0x9E3779B97F4A7C15
 _MAGIC = b"virtual/1 "
 # Of a vocabulary: pieces of characters stand at its bottom and control tokens at its top, and a detokenizer
 # holds back the one and drops the other.
@@ -49,54 +44,31 @@ class VirtualSampling(msgspec.Struct, frozen=True):
 
 
 class Said:
-    """All tokens of a work so far, as numbers: of the whole, and of each full block of `block_tokens`."""
+    """All tokens of a work so far, as numbers (engine.prefix): of the whole, and the name of each full block
+    of `block_tokens`.
+    """
 
-    __slots__ = ("_block_tokens", "_count", "_salt", "blocks", "state")
+    __slots__ = ("_block_tokens", "_count", "_salted", "blocks", "number")
 
     def __init__(self, prompt: Sequence[int], block_tokens: int, salt: str | None = None) -> None:
         self._block_tokens = block_tokens
         self._count = len(prompt)
-        self._salt = _salt(salt)
-        self.blocks: list[int] = []
-        self.state = 0
-        tokens = np.asarray(prompt, dtype=np.int64).astype(np.uint64) + np.uint64(1)
-        whole = len(tokens) // block_tokens * block_tokens
-        powers = _powers(block_tokens)
-        shift = pow(_BASE, block_tokens, 1 << 64)
-        for value in (tokens[:whole].reshape(-1, block_tokens) * powers).sum(axis=1, dtype=np.uint64).tolist():
-            self.state = (self.state * shift + value) & _MASK
-            self.blocks.append(mixed(self.state ^ self._salt))
-        for token in tokens[whole:].tolist():
-            self.state = (self.state * _BASE + token) & _MASK
+        self._salted = salt_number(salt)
+        numbers = numbers_of_blocks(0, prompt, block_tokens)
+        self.blocks = [name_of(number, self._salted) for number in numbers]
+        self.number = numbers[-1] if numbers else 0
+        for token in prompt[len(numbers) * block_tokens :]:
+            self.number = number_after(self.number, token)
 
     def add(self, token: int) -> None:
         """One token more."""
-        self.state = (self.state * _BASE + token + 1) & _MASK
+        self.number = number_after(self.number, token)
         self._count += 1
         if self._count % self._block_tokens == 0:
-            self.blocks.append(mixed(self.state ^ self._salt))
+            self.blocks.append(name_of(self.number, self._salted))
 
     def next(self, vocab_size: int) -> int:
         """The token that follows, which is not added."""
         first = int(vocab_size * _SAID_FROM)
         choices = max(int(vocab_size * _SAID_TO) - first, 1)
-        return first + (mixed(self.state) * choices >> 64)
-
-
-def mixed(x: int) -> int:
-    """A number in which every bit depends on every bit of `x` (the finalizer of splitmix64)."""
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
-    return x ^ (x >> 31)
-
-
-def _salt(salt: str | None) -> int:
-    if salt is None:
-        return 0
-    return int.from_bytes(hashlib.blake2b(salt.encode(), digest_size=8).digest(), "big")
-
-
-@cache
-def _powers(count: int) -> npt.NDArray[np.uint64]:
-    """Powers of the base, the highest first."""
-    return np.array([pow(_BASE, count - 1 - at, 1 << 64) for at in range(count)], dtype=np.uint64)
+        return first + (mixed(self.number) * choices >> 64)

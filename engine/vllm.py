@@ -31,6 +31,7 @@ from engine.base import (
 from engine.errors import EngineError, EngineStartError, MissingHook, RequestError
 from engine.models import lacks_weights
 from engine.ports import interface_of
+from engine.prefix_log import PrefixLog
 from engine.vllm_codec import (
     decode_output,
     decode_sampling,
@@ -334,10 +335,20 @@ class VllmEngine(Engine):
             self._port = nixl_port(self._config.engine_id)
         return self._port
 
+    @property
+    def prefixes(self) -> PrefixLog:
+        """What vLLM's prefix cache holds, from its KV events."""
+        log: PrefixLog = self._running()[1].kv_events.log
+        return log
+
     def reset_prefix_cache(self) -> bool:
         """Forget cached prefixes; only what is kept, and False, while a block is in use (as vLLM 0.32)."""
         self.give_up(list(self.kept()))
-        return bool(self._running()[1].reset_prefix_cache())
+        scheduler = self._running()[1]
+        done = bool(scheduler.reset_prefix_cache())
+        if done:
+            scheduler.kv_events.clear()
+        return done
 
     def stop(self) -> None:
         """Free everything. The engine cannot be started again."""
@@ -438,6 +449,8 @@ def _prepare_torch(eager: bool) -> None:
 
 
 def _engine_args(config: VllmEngineConfig, platform: Any) -> dict[str, Any]:
+    from vllm.config.kv_events import KVEventsConfig
+
     from kv_transfer.nixl import kv_transfer_config
 
     on_cpu = platform.is_cpu()
@@ -458,6 +471,7 @@ def _engine_args(config: VllmEngineConfig, platform: Any) -> dict[str, Any]:
         "max_num_batched_tokens": config.max_batch_tokens,
         "enable_prefix_caching": config.enable_prefix_caching,
         "enable_chunked_prefill": True,
+        "kv_events_config": KVEventsConfig(enable_kv_cache_events=True, publisher="null"),
         "enforce_eager": on_cpu if config.enforce_eager is None else config.enforce_eager,
         "distributed_executor_backend": "uni",
         "async_scheduling": config.async_scheduling,

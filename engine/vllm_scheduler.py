@@ -26,6 +26,7 @@ from vllm.version import __version__ as vllm_version
 from engine.base import UNPLANNED, BatchPlan, Composer, Seq, StepReport
 from engine.errors import MissingHook
 from engine.kept_blocks import KeptBlocks
+from engine.vllm_kv_events import KvEvents
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +178,9 @@ class PlannedScheduler(Scheduler):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.composer: Composer | None = None
+        publisher: Any = self.kv_event_publisher
+        self.kv_events: KvEvents = KvEvents(publisher)
+        self.kv_event_publisher: Any = self.kv_events
         self.kept = KeptBlocks(self.kv_cache_manager.block_pool)
         self.sessions: dict[str, str] = {}  # of works whose blocks are kept when they have ended
         self.said: dict[str, Sequence[int]] = {}  # of works that go on from elsewhere, until the runner knows

@@ -18,10 +18,10 @@ from benchmarks.simulator.variants import FULL, Variant
 from benchmarks.simulator.world import World
 from coordinator.decider import Decider
 from coordinator.mirror import NodeMirror
+from coordinator.node_lists import LIST_EVERY_S
 from coordinator.pool_loads import PoolLoads
 from coordinator.pool_policy import Move, PoolPolicy
 from coordinator.pools import PoolNode, plan_flips
-from coordinator.session_lists import LIST_EVERY_S
 from engine.base import EngineInfo, Usage
 from engine.drafting import Drafted, Drafting
 from engine.messages import Finished, Place, Placed, Report, WorkState

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -11,6 +13,7 @@ import pytest
 from engine.base import BatchPlan, Engine, EngineInfo, Seq, Work
 from engine.cost import StepCost
 from engine.errors import EngineError, RequestError
+from engine.prefix import PREFIX_BLOCK_TOKENS, prefix_hashes
 from engine.virtual import VirtualEngine
 from engine.virtual_tokens import VirtualSampling
 from engine.vllm import VllmEngine, encode_sampling
@@ -134,6 +137,34 @@ def test_a_prefix_is_found_again_until_it_is_forgotten(engine: Engine, make: Cal
     Drive(engine).run()
     assert engine.reset_prefix_cache()
     assert cached("c") == 0
+
+
+def test_what_it_says_its_cache_holds_is_what_the_next_work_finds(
+    engine: Engine, make: Callable[..., Work]
+) -> None:
+    """Prompts of half as much again as there is memory, in turns: the oldest give way to the others."""
+    assert len(engine.prefixes) == 0
+    draw, found = random.Random(3), Counter[int]()
+    salts = [None, "one tenant", "another"]
+    for turn in range(40):
+        seed = draw.randrange(6)
+        work = make(f"turn-{turn}", 680, seed=seed, cache_salt=salts[seed % 3])
+        names = prefix_hashes(work.prompt_token_ids, work.cache_salt)
+        held = [name in engine.prefixes for name in names]
+        told = (held.index(False) if False in held else len(held)) * PREFIX_BLOCK_TOKENS
+        engine.submit(work)
+        (cached, *_) = [
+            output.cached_tokens
+            for _ in iter(engine.has_work, False)
+            for output in engine.step(lambda _: BatchPlan()).outputs
+        ]
+        assert cached is not None
+        assert told <= cached < told + PREFIX_BLOCK_TOKENS, (turn, held)
+        assert all(name in engine.prefixes for name in names), "it has just been there"
+        found[told] += 1
+    assert len(found) > 2, "some were there, some were not, some in part"
+    assert engine.reset_prefix_cache()
+    assert len(engine.prefixes) == 0
 
 
 # ---- what is kept for sessions: 80 blocks of 32 tokens -------------------------------------------------------

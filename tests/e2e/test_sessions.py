@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -88,6 +90,61 @@ def test_an_idle_session_outlasts_what_passes_through_and_costs_a_promise_nothin
     assert _record(cluster, again)["cached_tokens"] >= first.json()["usage"]["prompt_tokens"] - 32
     _close(cluster, "idle")
     _wait_kept(cluster, "idle", 404)
+
+
+@contextlib.contextmanager
+def _stream_on(cluster: Client, node: str) -> Iterator[None]:
+    """A long stream on a node, and none elsewhere."""
+    long = {"model": "tiny", "prompt": "a long story", "max_tokens": 2000, "ignore_eos": True, "stream": True}
+    with httpx.Client(base_url=cluster.base_url, timeout=60) as client:
+        streams: list[httpx.Response] = []
+        while not streams or streams[-1].headers["x-slosserve-placement"] != node:
+            assert len(streams) < 4, f"none was placed on {node}"
+            streams.append(client.send(client.build_request("POST", "/v1/completions", json=long), stream=True))
+        for stream in streams[:-1]:
+            stream.close()
+        deadline_s = time.monotonic() + PATIENCE_S
+        while [name for name, one in cluster.nodes().items() if one["requests"]] != [node]:
+            assert time.monotonic() < deadline_s, cluster.nodes()
+            time.sleep(0.05)
+        yield
+        streams[-1].close()
+
+
+@pytest.fixture
+def swapped(cluster: Client) -> Iterator[Client]:
+    """The cluster, whose nodes have their roles again when a test has exchanged them."""
+    yield cluster
+    cluster.wait_idle()
+    for sizes in ({"prefill": 0, "decode": 2}, {"prefill": 1, "decode": 1}):
+        assert cluster.set_pools(**sizes).status_code == 200
+    assert cluster.nodes()["prefill-0"]["role"] == "prefill"
+
+
+def test_a_history_moves_to_another_node_where_the_one_that_has_it_only_prefills(swapped: Client) -> None:
+    history: list[dict[str, Any]] = [{"role": "user", "content": "where does this go? " * 40}]
+    first = _call(swapped, "moves", history, slo=EASY)
+    prompt_tokens = first.json()["usage"]["prompt_tokens"]
+    assert _wait_kept(swapped, "moves", 200).json()["node"] == "decode-0"
+    swapped.wait_idle()
+    assert swapped.set_pools(prefill=0, decode=2).status_code == 200
+    with _stream_on(swapped, "prefill-0"):  # the one with less to do changes its role
+        assert swapped.set_pools(prefill=1, decode=1).status_code == 200
+    swapped.wait_idle()
+    assert swapped.nodes()["decode-0"]["role"] == "prefill"
+    history += [{"role": "assistant", "content": "To you."}, {"role": "user", "content": "And now?"}]
+    elsewhere = _call(swapped, "nobody's", history, slo=EASY, cache_salt="nothing of it is cached")
+    second = _call(swapped, "moves", history, slo=EASY)
+    assert second.headers["x-slosserve-placement"] == "decode-0>prefill-0"
+    assert _record(swapped, second)["cached_tokens"] >= 0.8 * prompt_tokens, "only what is new is computed"
+    assert second.json()["choices"][0]["message"] == elsewhere.json()["choices"][0]["message"]
+    deadline_s = time.monotonic() + PATIENCE_S
+    while _kept(swapped, "moves").json().get("node") != "prefill-0":
+        assert time.monotonic() < deadline_s, _kept(swapped, "moves").text
+        time.sleep(0.05)
+    for session in ("moves", "nobody's"):
+        _close(swapped, session)
+        _wait_kept(swapped, session, 404)
 
 
 def test_nobody_elses_history_is_there_to_be_seen(cluster: Client) -> None:

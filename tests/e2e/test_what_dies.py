@@ -48,12 +48,27 @@ def _wait_placement(cluster: Client, name: str, timeout_s: float = 30.0) -> None
         time.sleep(0.1)
 
 
+def _prefix_known(cluster: Client, prompt: str) -> int:
+    """Tokens of a prompt whose KV its placement knew to be on the prefill node."""
+    response = cluster.complete(prompt, max_tokens=1, slo={"ttft_ms": 5000, "tpot_ms": 500})
+    assert response.status_code == 200, response.text
+    told = cluster.get(f"/explain/{response.headers['x-slosserve-request-id']}")
+    return max(
+        one["cached_tokens"]
+        for candidate in told["candidates"]
+        for decision in candidate["decisions"]
+        if decision["node"] == "prefill-0"
+        for one in decision["instance"]["newcomers"]
+    )
+
+
 def test_a_coordinator_that_dies_takes_no_stream_along_and_the_next_one_knows_all(
     cluster: Client, cluster_process: ClusterProcess
 ) -> None:
     agent = httpx.Client(base_url=cluster.base_url, headers={"x-session-id": "before"}, timeout=60)
     asked = {"model": "tiny", "prompt": "before it died. " * 20, "max_tokens": 4}
     assert agent.post("/v1/completions", json=asked).status_code == 200
+    assert _prefix_known(cluster, "nobody's session " * 40) == 0
     cluster.wait_idle()
     before = {name: (node["pid"], node["role"]) for name, node in cluster.nodes().items()}
     chunks = cluster.openai.completions.create(
@@ -79,6 +94,9 @@ def test_a_coordinator_that_dies_takes_no_stream_along_and_the_next_one_knows_al
         assert time.monotonic() < deadline_s, "nodes did not tell whose histories they keep"
         time.sleep(0.1)
     assert home.json()["node"] == "decode-0"
+    while _prefix_known(cluster, "nobody's session " * 40) < 128:
+        assert time.monotonic() < deadline_s, "nodes did not tell what their caches hold"
+        time.sleep(0.1)
     _wait_placement(cluster, "prefill-0>decode-0")
 
 

@@ -22,6 +22,7 @@ from engine.base import (
 )
 from engine.cost import StepCost
 from engine.errors import RequestError
+from engine.prefix_log import PrefixLog
 from kv_transfer.base import Link, PeerAddress, Pull
 from kv_transfer.fake import FakeFabric, FakePort
 
@@ -101,6 +102,7 @@ class ScriptedEngine(Engine):
         self.stopped = False
         self._works: dict[str, Going] = {}
         self._kept: dict[str, int] = {}
+        self._prefixes = PrefixLog()
 
     def start(self) -> EngineInfo:
         return EngineInfo(
@@ -215,6 +217,10 @@ class ScriptedEngine(Engine):
     @property
     def kv(self) -> Port:
         return self.port
+
+    @property
+    def prefixes(self) -> PrefixLog:
+        return self._prefixes
 
     def reset_prefix_cache(self) -> bool:
         return True

@@ -18,7 +18,9 @@ from engine.messages import (
     Declined,
     Deltas,
     LinksProbed,
+    ListPrefixes,
     ListSessions,
+    PrefixesListed,
     ProbeLinks,
     Promote,
     Release,
@@ -29,6 +31,7 @@ from engine.messages import (
     Submit,
 )
 from engine.node import LEASE_WAIT_S, NO_CREDIT
+from engine.prefix_log import PrefixChanges
 from engine.promise import Promise
 from engine.request import BEST_EFFORT, Pace, RoleName, WorkKind
 from kv_transfer.base import PeerAddress, TransferError
@@ -449,6 +452,19 @@ def test_kv_of_a_session_is_listed_and_kept_until_its_time_is_over_or_it_is_clos
     served.put_clock_forward(61.0)
     assert coordinator.report(lambda report: report.sessions == 0).session_tokens == 0
     assert served.engine.kept() == {}
+
+
+def test_what_the_prefix_cache_holds_is_told_as_it_changes(serve: Serve) -> None:
+    served = serve()
+    coordinator, log = served.coordinator(), served.engine.prefixes
+    before = coordinator.report()
+    log.add([1, 2, 3])
+    report = coordinator.report(lambda report: report.prefixes_version != before.prefixes_version)
+    log.discard([2])
+    coordinator.send(ListPrefixes(4, before.prefixes_version), ListPrefixes(5, report.prefixes_version))
+    of_all, of_one = coordinator.until(PrefixesListed), coordinator.until(PrefixesListed)
+    assert of_all == PrefixesListed(4, PrefixChanges(log.version, added=[1, 3], gone=[2]))
+    assert of_one == PrefixesListed(5, PrefixChanges(log.version, gone=[2]))
 
 
 def test_a_history_is_kept_where_it_ends_and_not_where_its_prompt_was_computed() -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from engine.base import Composer, Engine, EngineInfo, Output, Seq, StepReport, StepResult, Usage, Work
 from engine.cost import StepCost
+from engine.prefix_log import PrefixLog
 from kv_transfer.base import KvPort
 
 BLOCK_TOKENS = 16
@@ -35,6 +36,7 @@ class TimedEngine(Engine):
         self._max_batch_tokens = max_batch_tokens
         self._works: dict[str, Going] = {}
         self._cached: set[tuple[int, ...]] = set()
+        self._prefixes = PrefixLog()
 
     def start(self) -> EngineInfo:
         return EngineInfo(
@@ -128,6 +130,10 @@ class TimedEngine(Engine):
     @property
     def kv(self) -> KvPort:
         raise NotImplementedError
+
+    @property
+    def prefixes(self) -> PrefixLog:
+        return self._prefixes
 
     def reset_prefix_cache(self) -> bool:
         if self._works:
