@@ -78,7 +78,7 @@ class BlockSums:
             raise ValueError(f"checksums need all layers of the KV on one device, not on {devices}")
         (device,) = devices
         self._sum = _SUMS.get(device.type, _sum_on_device)
-        self._planes = planes
+        self.planes = planes
         self._weights = [
             torch.from_numpy(weights(index, plane.words.shape[1])).to(device)
             for index, plane in enumerate(planes)
@@ -93,7 +93,7 @@ class BlockSums:
             return []
         layers = [
             (plane.words, of_word)
-            for plane, of_word in zip(self._planes, self._weights, strict=True)
+            for plane, of_word in zip(self.planes, self._weights, strict=True)
             if plane.group in (group, ALL_GROUPS)
         ]
         return self._sum(layers, ids)

@@ -14,6 +14,7 @@ from typing import Any
 from vllm.distributed import nixl_utils
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker import NixlPullConnectorWorker
 
+from kv_transfer import faults
 from kv_transfer.base import PeerAddress, PullOutcome, TransferError
 from kv_transfer.checksum import BlockSums, Plane, plane
 from kv_transfer.nixl_agent import WatchedAgent, is_under_way, resting_progress
@@ -212,6 +213,8 @@ class SlosPullWorker(NixlPullConnectorWorker):  # type: ignore[misc]
             return "nobody waits for it"
         if pull.kv_bytes < (wanted := self.kv_bytes(blocks)):
             return f"{pull.kv_bytes} of {wanted} bytes came"
+        if self._sums is not None and faults.asked_for(faults.CORRUPT):
+            faults.flip_a_bit(self._sums, blocks)
         return "" if pull.checksums is None else difference(pull.checksums, self.checksums(blocks))
 
     def _give_up_late(self, transfers: dict[str, list[Any]], done: set[str]) -> None:

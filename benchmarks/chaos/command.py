@@ -24,7 +24,9 @@ from benchmarks.studies.crew import write
 from coordinator.cluster_process import ClusterProcess
 from coordinator.config import ClusterConfig, load_config
 from coordinator.process_tree import processes_of
+from coordinator.run_state import run_directory
 from engine.errors import ConfigError, SlosserveError
+from kv_transfer.faults import FOLDER
 
 DETECTION_S = 1.0
 LOOKED_S = 0.1  # the cluster is asked every 0.05 s, and answers a bit later
@@ -39,6 +41,11 @@ SETTINGS: dict[str, Any] = {
     "pools.decode": 2,
     "transfer.lease_s": LEASE_S,
 }
+
+
+def fault_folder(name: str) -> Path:
+    """Where the engines of a cluster of this name look for faults (kv_transfer/faults.py)."""
+    return run_directory(name) / "faults"
 
 
 def chaos(
@@ -68,7 +75,8 @@ def chaos(
             console.print(f"{one.name:24} {one.contract}", highlight=False)
         return
     chosen = _chosen(only, hosts)
-    asked = SETTINGS | {"pools.prefill": prefill, "pools.decode": decode}
+    folder = fault_folder(SETTINGS["name"])
+    asked = SETTINGS | {"pools.prefill": prefill, "pools.decode": decode, f"engine.env.{FOLDER}": str(folder)}
     if load_config(config, asked).engines == "virtual":
         raise ConfigError("virtual nodes share a process: give a configuration with real engines")
     rows: list[Row] = []
@@ -118,7 +126,9 @@ async def _run(
 ) -> None:
     cluster = Cluster(process)
     model = config.served_model_name or config.model
-    breaking = Chaos(cluster, model, seed, config.transfer.lease_s, hosts=hosts)
+    breaking = Chaos(
+        cluster, model, seed, config.transfer.lease_s, hosts=hosts, fault_folder=fault_folder(config.name)
+    )
     try:
         for number, one in enumerate(chosen, 1):
             with console.status(f"{number} of {len(chosen)}: {one.contract}"):
@@ -131,12 +141,14 @@ async def _run(
 
 
 def as_promised(one: Scenario, row: Row) -> bool:
-    """No error that the contract does not allow, no wrong token, no block left, losses noticed in a second."""
+    """No error that the contract does not allow, no wrong token, no block left; losses noticed in a second, and
+    wrong KV at all."""
     clean = row["client_errors"] == row["wrong_tokens"] == row["blocks_leaked"] == 0
     noticed = not one.detected or (
         row["detection_s"] is not None and row["detection_s"] <= DETECTION_S + LOOKED_S
     )
-    return clean and noticed and row["in_flight"] > 0
+    refused = not one.kv_refused or row["kv_not_used"] > 0
+    return clean and noticed and refused and row["in_flight"] > 0
 
 
 def _words(row: Row) -> str:

@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from benchmarks.chaos.cluster import Cluster, Node, Watched, send
 from benchmarks.chaos.hosts import Host
 from benchmarks.chaos.scenarios import Load, Scenario
 from engine.errors import SlosserveError
+from kv_transfer import faults
 
 Row = dict[str, Any]
 WARM_S = 2.0  # of load before the fault
@@ -47,7 +49,7 @@ class Strike:
 
 class Chaos:
     """Puts faults into a cluster. `lease_s`: after so long no KV may be left in use. `spared`: nodes that are
-    not killed. `hosts`: what it is on.
+    not killed. `hosts`: what it is on. `fault_folder`: where its engines look for what is to go wrong.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Chaos:
         lease_s: float,
         spared: Collection[str] = (),
         hosts: Sequence[Host] = (),
+        fault_folder: Path = Path(),
     ) -> None:
         self._cluster = cluster
         self._hosts = hosts
@@ -65,6 +68,7 @@ class Chaos:
         self._seed = seed
         self._lease_s = lease_s
         self._spared = spared
+        self._fault_folder = fault_folder
         self._alone: dict[Load, list[list[int]]] = {}
         self._gone: set[str] = set()  # endpoints that were killed
 
@@ -177,6 +181,7 @@ class Chaos:
             "flood": self._flood,
             "rebalance": self._rebalance,
             "cut": self._cut,
+            "corrupt": self._corrupt,
         }
         return await actions[scenario.action](scenario, clients)
 
@@ -252,6 +257,17 @@ class Chaos:
             await asyncio.sleep(0.7)
         await self._cluster.set_pools(**sizes)
         return Strike("roles", struck_s, under_way)
+
+    async def _corrupt(self, scenario: Scenario, clients: Clients) -> Strike:
+        asked = self._fault_folder / faults.CORRUPT
+        asked.parent.mkdir(parents=True, exist_ok=True)
+        struck_s, under_way = time.monotonic(), clients.under_way()
+        asked.touch()
+        try:
+            await asyncio.sleep(scenario.seconds)
+        finally:
+            asked.unlink()
+        return Strike("transfers", struck_s, under_way)
 
     async def _cut(self, scenario: Scenario, clients: Clients) -> Strike:
         host = self._hosts[-1]

@@ -6,7 +6,16 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 Action = Literal[
-    "kill", "stop", "slow", "hang up", "kill coordinator", "kill endpoint", "flood", "rebalance", "cut"
+    "kill",
+    "stop",
+    "slow",
+    "hang up",
+    "kill coordinator",
+    "kill endpoint",
+    "flood",
+    "rebalance",
+    "cut",
+    "corrupt",
 ]
 Moment = Literal["any", "prefilling", "offering", "decoding"]
 
@@ -29,6 +38,7 @@ class Scenario:
 
     `action` on a node of the pool `role`, at a `moment` of its work, for `seconds` where it is over by itself.
     `allowed`: HTTP statuses that clients may see, with Retry-After. `detected`: a node is to be found lost.
+    `kv_refused`: KV is to be found wrong and not used.
     `hosts`: so many are needed; a cut takes the last of them from the others.
     """
 
@@ -41,6 +51,7 @@ class Scenario:
     load: Load = Load()
     allowed: tuple[int, ...] = ()
     detected: bool = False
+    kv_refused: bool = False
     hosts: int = 1
 
 
@@ -84,6 +95,14 @@ SCENARIOS = (
         detected=True,
     ),
     Scenario("decode-slows", "a node is slow", "slow", "decode", "decoding", seconds=6.0),
+    Scenario(
+        "transfers-corrupt",
+        "a transfer is corrupt",
+        "corrupt",
+        seconds=6.0,
+        load=LONG_PROMPTS,
+        kv_refused=True,
+    ),
     Scenario("clients-leave", "clients go away in every phase", "hang up", seconds=6.0),
     Scenario("coordinator-dies", "the coordinator dies, and another takes over", "kill coordinator"),
     Scenario("full", "everything is full", "flood", allowed=(429, 503)),

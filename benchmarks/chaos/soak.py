@@ -20,7 +20,7 @@ from rich.table import Table
 
 from benchmarks.chaos.clients import PROMPTS, Clients
 from benchmarks.chaos.cluster import Cluster
-from benchmarks.chaos.command import LEASE_S, SETTINGS
+from benchmarks.chaos.command import LEASE_S, SETTINGS, fault_folder
 from benchmarks.chaos.memory import MemoryWatch, Trend
 from benchmarks.chaos.run import Chaos, Row
 from benchmarks.chaos.scenarios import SCENARIOS, Load, Scenario
@@ -31,6 +31,7 @@ from coordinator.cluster_process import ClusterProcess
 from coordinator.config import load_config
 from coordinator.process_tree import processes_of
 from engine.errors import ConfigError, SlosserveError
+from kv_transfer.faults import FOLDER
 
 CHAT = Load(clients=3)
 DOCUMENTS = Load(clients=2, prompt_tokens=1500, output_tokens=32)
@@ -62,7 +63,13 @@ def soak(
     Example: slosserve soak --minutes 10 --no-faults --auto
     """
     console = Console()
-    asked = {"name": "soak", "pools.prefill": prefill, "pools.decode": decode, "pools.auto": auto}
+    asked: dict[str, Any] = {
+        "name": "soak",
+        "pools.prefill": prefill,
+        "pools.decode": decode,
+        "pools.auto": auto,
+    }
+    asked[f"engine.env.{FOLDER}"] = str(fault_folder("soak"))
     loaded = load_config(config, SETTINGS | asked)
     if loaded.engines == "virtual":
         raise ConfigError("virtual nodes share a process: give a configuration with real engines")
@@ -91,7 +98,7 @@ async def _soak(
     kinds = [replace(one, load=CHAT) for one in here]
     random.Random(seed).shuffle(kinds)
     spared = {role: name for name, node in reversed(nodes.items()) if (role := str(node["role"]))}
-    breaking = Chaos(cluster, model, seed, LEASE_S, spared.values())
+    breaking = Chaos(cluster, model, seed, LEASE_S, spared.values(), fault_folder=fault_folder("soak"))
     loads = {load: Clients(cluster.urls, model, load, seed) for load in (CHAT, DOCUMENTS)}
     try:
         for load, clients in loads.items():

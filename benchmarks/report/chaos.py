@@ -17,10 +17,10 @@ def chaos(file: Row, _: Path) -> list[str]:
         "Clients ask again and again at temperature 0 while a part of the cluster fails; their tokens are "
         "compared with those of the same prompts while nothing is broken. A gap is between two tokens of a "
         "stream whose node was lost in between. Turned away: with 429 or 503 and Retry-After, where the "
-        "contract has it; cut off: clients of an endpoint that died."
+        "contract has it; cut off: clients of an endpoint that died. KV refused: pulls whose KV was not used."
     )
     headings = ["", "in flight", "errors", "turned away", "cut off", "wrong tokens", "noticed after"]
-    headings += ["went on elsewhere", "gap p50", "gap p99", "KV blocks left", "as promised"]
+    headings += ["KV refused", "went on elsewhere", "gap p50", "gap p99", "KV blocks left", "as promised"]
     left = file["processes_left"]
     processes = "" if left is None else f"Processes left when the cluster was down: {left}."
     return [text, table(headings, [_row(row) for row in file["rows"]]), processes]
@@ -69,6 +69,7 @@ def _row(row: Row) -> list[str]:
         row["contract"],
         *counts,
         _seconds(row["detection_s"]),
+        str(row["kv_not_used"]),
         str(row["resumed"]),
         _seconds(row["resume_gap_p50_s"]),
         _seconds(row["resume_gap_p99_s"]),

@@ -72,6 +72,13 @@ def test_a_row_is_as_promised_only_if_nothing_is_wrong_with_it(flaw: dict[str, A
     assert not as_promised(KILL, CLEAN | flaw)
 
 
+def test_wrong_kv_that_nobody_refused_is_no_row_as_promised() -> None:
+    corrupt = next(one for one in SCENARIOS if one.kv_refused)
+    clean = CLEAN | {"detection_s": None}
+    assert as_promised(corrupt, clean | {"kv_not_used": 7})
+    assert not as_promised(corrupt, clean | {"kv_not_used": 0})
+
+
 def test_a_fault_that_takes_no_node_need_not_be_noticed() -> None:
     assert as_promised(FULL, CLEAN | {"detection_s": None})
 
