@@ -8,7 +8,7 @@ place.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from coordinator.planner.memory import OVERFLOW_Z, next_z
 from coordinator.planner.replica import Replica
@@ -129,7 +129,9 @@ class NodeMirror:
         """What is here, and what is on its way here, with the times left when the last batch told of ends."""
         if self._works is None:
             reported = [] if self.report is None else self.report.works
-            self._works = Works.of([*reported, *map(self._as_of_report, self.placed.values())])
+            told_of_s = self._told_of_s
+            placed = ((placement.state, placement.at_s - told_of_s) for placement in self.placed.values())
+            self._works = Works.of(reported, placed)
         return self._works
 
     @property
@@ -142,10 +144,6 @@ class NodeMirror:
     def promised_pull_tokens(self) -> int:
         """Of promised prompts whose KV is still to come here."""
         return self.works.pull_tokens
-
-    def _as_of_report(self, placement: Placement) -> WorkState:
-        left_s = placement.state.first_token_left_s + placement.at_s - self._told_of_s
-        return replace(placement.state, first_token_left_s=left_s)
 
     def replica(self, now_s: float) -> Replica:
         """The node as the planner sees it."""

@@ -48,18 +48,26 @@ class Works:
     _curves: list[tuple[str, int]]  # class and prompt tokens of each; before them, ALWAYS
 
     @classmethod
-    def of(cls, states: Iterable[WorkState] = ()) -> Works:
-        """The columns of these works. Raises ValueError where a pace is not above 0."""
-        states = tuple(states)
+    def of(cls, states: Iterable[WorkState] = (), later: Iterable[tuple[WorkState, float]] = ()) -> Works:
+        """The columns of these works. `later`: more of them, each with how many seconds more its first token
+        has than it says. Raises ValueError where a pace is not above 0.
+        """
+        states, later = tuple(states), tuple(later)
         promised = [work for work in states if not work.best_effort]
-        holding = (*promised, *(work for work in states if work.best_effort and _is_lease(work)))
+        leased = [work for work in states if work.best_effort and _is_lease(work)]
+        promised_later = [(work, more_s) for work, more_s in later if not work.best_effort]
+        leased_later = [(work, more_s) for work, more_s in later if work.best_effort and _is_lease(work)]
+        more_s = [0.0] * len(promised) + [more_s for _, more_s in promised_later]
+        more_s += [0.0] * len(leased) + [more_s for _, more_s in leased_later]
+        promised += [work for work, _ in promised_later]
+        holding = (*promised, *leased, *(work for work, _ in leased_later))
         prefills = np.array([work.kind is WorkKind.PREFILL for work in holding], dtype=np.bool_)
         prompt = np.array([work.prompt_tokens for work in holding], dtype=np.int64)
         made = np.array([work.output_tokens for work in holding], dtype=np.int64)
         left = np.array([work.prefill_left_tokens for work in holding], dtype=np.int64)
         most = np.array([work.max_tokens for work in holding], dtype=np.int64)
         tpot_s = np.array([work.tpot_s for work in holding], dtype=np.float64)
-        first_left_s = np.array([work.first_token_left_s for work in holding], dtype=np.float64)
+        first_left_s = np.array([work.first_token_left_s for work in holding], dtype=np.float64) + more_s
         next_left_s = np.array([work.next_due_left_s for work in holding], dtype=np.float64)  # nan: None
         due_left_s = np.where(np.isnan(next_left_s), first_left_s, next_left_s)
         ours = np.arange(len(holding)) < len(promised)
@@ -70,7 +78,7 @@ class Works:
         )
         rows[:, CURVE], curves = _curves(holding)
         return cls(
-            states=states,
+            states=(*states, *(work for work, _ in later)),
             holding=holding,
             names=[f"{work.request_id}#{work.attempt}" for work in holding],
             promised=len(promised),

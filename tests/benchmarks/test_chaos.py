@@ -122,8 +122,8 @@ def test_a_link_is_cut_only_where_there_are_two_hosts() -> None:
 
 def test_the_report_says_what_was_not_as_promised(tmp_path: Any) -> None:
     row = CLEAN | {
-        "contract": "a node dies", "turned_away": 0, "cut_off": 0, "resumed": 3, "resume_gap_p50_s": 0.5,
-        "resume_gap_p99_s": None, "as_promised": False,
+        "contract": "a node dies", "turned_away": 0, "cut_off": 0, "kv_not_used": 2, "resumed": 3,
+        "resume_gap_p50_s": 0.5, "resume_gap_p99_s": None, "as_promised": False,
     }  # fmt: skip
     _, rows, processes = section({"rows": [row], "processes_left": 0}, tmp_path)
     assert "| a node dies | 4 | 0 |" in rows
