@@ -1,16 +1,17 @@
-"""Keeps a directory of what nodes hold true: a node is asked for its list whenever that may be another one."""
+"""Keeps directories of what nodes hold true: a node is asked for its list whenever that may be another one."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Generic, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from typing import Any, Generic, TypeVar
 
 from coordinator.mirror import NodeMirror
-from coordinator.sessions import UNLISTED_GRACE_S
+from coordinator.prefixes import PrefixDirectory
+from coordinator.sessions import UNLISTED_GRACE_S, SessionDirectory
 from engine.errors import SlosserveError
-from engine.messages import Report
+from engine.messages import ListPrefixes, ListSessions, Message, PrefixesListed, Report, SessionsListed
 
 logger = logging.getLogger(__name__)
 
@@ -92,3 +93,61 @@ class NodeLists(Generic[Listed]):
         """Of the list that is known. A node begins with none, of version 0."""
         known_boot_id, version = self._known.get(name, (boot_id, 0))
         return version if known_boot_id == boot_id else 0
+
+
+class Holdings:
+    """Of each node, whose histories it keeps and which prefixes its cache holds, in the directories of both.
+
+    `call` sends a node what is made of a call's number, and gives its answer. It raises SlosserveError without.
+    """
+
+    def __init__(
+        self,
+        sessions: SessionDirectory,
+        prefixes: PrefixDirectory,
+        call: Callable[[str, Callable[[int], Message]], Awaitable[Any]],
+    ) -> None:
+        self._session_directory, self._prefix_directory, self._call = sessions, prefixes, call
+        self._sessions = NodeLists(
+            "sessions", lambda report: report.sessions_version, self._list_sessions, self._take_sessions
+        )
+        self._prefixes = NodeLists(
+            "prefixes", lambda report: report.prefixes_version, self._list_prefixes, self._take_prefixes
+        )
+
+    def heard(self, node: str, report: Report) -> None:
+        """A node has told of itself."""
+        self._sessions.heard(node, report)
+        self._prefixes.heard(node, report)
+
+    def answered(self, node: str, now_s: float) -> None:
+        """A call of a session has ended there: whether the node keeps it, its list tells in a while."""
+        self._sessions.again(node, now_s)
+
+    def forget(self, node: str) -> None:
+        """A node is gone for good."""
+        self._sessions.forget(node)
+        self._prefixes.forget(node)
+
+    def due(self, mirrors: Mapping[str, NodeMirror], now_s: float) -> Iterator[Coroutine[Any, Any, None]]:
+        """What is to be fetched now, to be run."""
+        for lists in (self._sessions, self._prefixes):
+            for name in lists.due(mirrors, now_s):
+                report = mirrors[name].report
+                if report is not None:
+                    yield lists.fetch(name, report.boot_id)
+
+    async def _list_sessions(self, node: str, _: int) -> SessionsListed:
+        listed: SessionsListed = await self._call(node, ListSessions)
+        return listed
+
+    def _take_sessions(self, node: str, listed: SessionsListed, now_s: float) -> tuple[int, bool]:
+        return listed.version, self._session_directory.listed(node, listed.tokens, now_s)
+
+    async def _list_prefixes(self, node: str, known: int) -> PrefixesListed:
+        listed: PrefixesListed = await self._call(node, lambda call_id: ListPrefixes(call_id, known))
+        return listed
+
+    def _take_prefixes(self, node: str, listed: PrefixesListed, now_s: float) -> tuple[int, bool]:
+        self._prefix_directory.told(node, listed.changes, now_s)
+        return listed.changes.version, True

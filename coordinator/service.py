@@ -22,7 +22,7 @@ from coordinator.cluster_state import mode_of, node_state
 from coordinator.decider import Decider, Promotion
 from coordinator.links import KnownLinks, MeasuredLinks
 from coordinator.mirror import NodeMirror
-from coordinator.node_lists import NodeLists
+from coordinator.node_lists import Holdings
 from coordinator.pools import sizes
 from coordinator.ray_head import RayHead
 from coordinator.rebalance import Rebalancer
@@ -38,8 +38,6 @@ from engine.messages import (
     CloseSession,
     Finished,
     LinksProbed,
-    ListPrefixes,
-    ListSessions,
     LoopEnded,
     Message,
     NodeLoad,
@@ -112,12 +110,7 @@ class Coordinator:
         self._answers: dict[int, asyncio.Future[Any]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._revival = Revival(revive, self._back)
-        self._session_lists = NodeLists(
-            "sessions", lambda report: report.sessions_version, self._list_sessions, self._take_sessions
-        )
-        self._prefix_lists = NodeLists(
-            "prefixes", lambda report: report.prefixes_version, self._list_prefixes, self._take_prefixes
-        )
+        self._holdings = Holdings(decider.sessions, decider.prefixes, self._call)
         self._rebalancer = Rebalancer(self._mirrors, self._set_role, self._tell_endpoints, decider.lacked)
         wanted = self._rebalancer.wanted
         self._scaling = fleet and Scaling(fleet, self, self._mirrors, wanted, self._spawn, self._tell_endpoints)
@@ -172,8 +165,7 @@ class Coordinator:
         self._mirrors.pop(name, None)
         self._rebalancer.wanted.pop(name, None)
         self._decider.forget_node(name)
-        for lists in (self._session_lists, self._prefix_lists):
-            lists.forget(name)
+        self._holdings.forget(name)
         self._links.forget(name)
         self._revival.forget(name)
         self._tell_endpoints()
@@ -225,8 +217,7 @@ class Coordinator:
                 self._spawn(self._rebalancer.flip(name, self._rebalancer.wanted[name], "it began anew"))
             self._decider.forget_node(name)
             self._boot_ids[name] = report.boot_id
-        for lists in (self._session_lists, self._prefix_lists):
-            lists.heard(name, report)
+        self._holdings.heard(name, report)
         self._links.node_is(name, report.kv.engine_id)
         self._links.observe(name, report.pulls)
 
@@ -241,23 +232,6 @@ class Coordinator:
             raise SlosserveError(f"{name} did not answer within {CALL_TIMEOUT_S:g} s") from None
         finally:
             self._answers.pop(call_id, None)
-
-    # ---- what nodes hold ---------------------------------------------------------------------------------
-
-    async def _list_sessions(self, name: str, _: int) -> SessionsListed:
-        listed: SessionsListed = await self._call(name, ListSessions)
-        return listed
-
-    def _take_sessions(self, name: str, listed: SessionsListed, now_s: float) -> tuple[int, bool]:
-        return listed.version, self._decider.sessions.listed(name, listed.tokens, now_s)
-
-    async def _list_prefixes(self, name: str, known: int) -> PrefixesListed:
-        listed: PrefixesListed = await self._call(name, lambda call_id: ListPrefixes(call_id, known))
-        return listed
-
-    def _take_prefixes(self, name: str, listed: PrefixesListed, now_s: float) -> tuple[int, bool]:
-        self._decider.prefixes.told(name, listed.changes, now_s)
-        return listed.changes.version, True
 
     # ---- links -------------------------------------------------------------------------------------------
 
@@ -333,9 +307,8 @@ class Coordinator:
                     self._mirrors, self._links.by_name(), time.monotonic()
                 ):
                     self._promote(promotion)
-                for lists in (self._session_lists, self._prefix_lists):
-                    for name in lists.due(self._mirrors, time.monotonic()):
-                        self._spawn(lists.fetch(name, self._boot_ids[name]))
+                for fetching in self._holdings.due(self._mirrors, time.monotonic()):
+                    self._spawn(fetching)
                 if self._reviewing is None or self._reviewing.done():
                     self._reviewing = asyncio.create_task(self._review())
                 if self._probing is None or self._probing.done():
@@ -399,7 +372,7 @@ class Coordinator:
         now_s = time.monotonic()
         left = self._decider.finished(finished, self._mirrors, now_s)
         if finished.session is not None and finished.nodes:
-            self._session_lists.again(finished.nodes[-1], now_s)
+            self._holdings.answered(finished.nodes[-1], now_s)
             if left in self._peers:
                 self._peers[left].send(CloseSession(finished.session))
 
