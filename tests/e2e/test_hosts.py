@@ -122,6 +122,7 @@ def test_without_the_key_of_the_endpoint_nothing_is_served(hosted: Client) -> No
 def test_a_link_that_is_cut_costs_no_token_and_its_host_comes_back(hosted: Client, on: RayHosts) -> None:
     prompts = [list(range(start, start + 40)) for start in (100, 200, 300)]
     alone = [_ask(hosted, prompt, LONG) for prompt in prompts]
+    hosted.wait_idle()  # what is seen on the nodes from now on is new
     told: list[list[int]] = [[] for _ in prompts]
     asking = [
         threading.Thread(target=_ask, args=(hosted, prompt, LONG, said))
@@ -148,6 +149,7 @@ def test_a_link_that_is_cut_costs_no_token_and_its_host_comes_back(hosted: Clien
 def test_a_link_that_is_cut_during_a_transfer_costs_no_token_and_no_block(hosted: Client, on: RayHosts) -> None:
     prompt = [100 + at % 700 for at in range(3000)]  # 12 MB of KV
     alone = _ask(hosted, prompt, 24)
+    hosted.wait_idle()  # what is seen on the nodes from now on is new
     near, far = (
         next(name for name, node in hosted.nodes().items() if host.address in node["address"])
         for host in on.hosts
