@@ -20,7 +20,7 @@ from engine.models import load_recipe
 from tests.e2e.conftest import Client
 
 EASY = {"ttft_ms": 5000, "tpot_ms": 500}
-PATIENCE_S = 5.0
+PATIENCE_S = 10.0
 
 
 def _call(cluster: Client, session: str, messages: list[dict[str, Any]], **more: Any) -> httpx.Response:
@@ -111,6 +111,19 @@ def _stream_on(cluster: Client, node: str) -> Iterator[None]:
         streams[-1].close()
 
 
+def _links(cluster: Client) -> list[tuple[str, str]]:
+    """Those that were measured: KV can go over them."""
+    links = cluster.get("/cluster")["links"]
+    return [(link["source"], link["target"]) for link in links if not link.get("error")]
+
+
+def _wait_done(cluster: Client, node: str) -> None:
+    deadline_s = time.monotonic() + PATIENCE_S
+    while cluster.nodes()[node]["requests"] or cluster.nodes()[node]["placed"]:
+        assert time.monotonic() < deadline_s, cluster.nodes()[node]
+        time.sleep(0.05)
+
+
 @pytest.fixture
 def swapped(cluster: Client) -> Iterator[Client]:
     """The cluster, whose nodes have their roles again when a test has exchanged them."""
@@ -123,18 +136,24 @@ def swapped(cluster: Client) -> Iterator[Client]:
 
 def test_a_history_moves_to_another_node_where_the_one_that_has_it_only_prefills(swapped: Client) -> None:
     history: list[dict[str, Any]] = [{"role": "user", "content": "where does this go? " * 40}]
-    first = _call(swapped, "moves", history, slo=EASY)
-    prompt_tokens = first.json()["usage"]["prompt_tokens"]
-    assert _wait_kept(swapped, "moves", 200).json()["node"] == "decode-0"
     swapped.wait_idle()
     assert swapped.set_pools(prefill=0, decode=2).status_code == 200
-    with _stream_on(swapped, "prefill-0"):  # the one with less to do changes its role
+    with _stream_on(swapped, "prefill-0"):  # the one with less to do gets the call, and then the other role
+        first = _call(swapped, "moves", history, slo=EASY)
+        assert first.headers["x-slosserve-placement"] == "decode-0", "nobody else has read this"
+        assert _wait_kept(swapped, "moves", 200).json()["node"] == "decode-0"
+        _wait_done(swapped, "decode-0")
         assert swapped.set_pools(prefill=1, decode=1).status_code == 200
+    prompt_tokens = first.json()["usage"]["prompt_tokens"]
     swapped.wait_idle()
     assert swapped.nodes()["decode-0"]["role"] == "prefill"
+    deadline_s = time.monotonic() + PATIENCE_S
+    while ("decode-0", "prefill-0") not in _links(swapped):
+        assert time.monotonic() < deadline_s, _links(swapped)
+        time.sleep(0.05)
     history += [{"role": "assistant", "content": "To you."}, {"role": "user", "content": "And now?"}]
-    elsewhere = _call(swapped, "nobody's", history, slo=EASY, cache_salt="nothing of it is cached")
     second = _call(swapped, "moves", history, slo=EASY)
+    elsewhere = _call(swapped, "nobody's", history, slo=EASY, cache_salt="nothing of it is cached")
     assert second.headers["x-slosserve-placement"] == "decode-0>prefill-0"
     assert _record(swapped, second)["cached_tokens"] >= 0.8 * prompt_tokens, "only what is new is computed"
     assert second.json()["choices"][0]["message"] == elsewhere.json()["choices"][0]["message"]
