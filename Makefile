@@ -29,8 +29,10 @@ $(STAMP):
 demo: install
 	$(BIN)/slosserve demo
 
+# What only computes shares the cores; what starts engines and clusters has them to itself, one after another.
 test: install
-	$(BIN)/python -m tests
+	$(BIN)/pytest -q -m "not engines" --numprocesses auto --maxprocesses 8
+	$(BIN)/pytest -q -m engines
 
 lint: install
 	$(BIN)/ruff check .
