@@ -471,7 +471,9 @@ def _engine_args(config: VllmEngineConfig, platform: Any) -> dict[str, Any]:
         "max_num_batched_tokens": config.max_batch_tokens,
         "enable_prefix_caching": config.enable_prefix_caching,
         "enable_chunked_prefill": True,
-        "kv_events_config": KVEventsConfig(enable_kv_cache_events=True, publisher="null"),
+        "kv_events_config": KVEventsConfig(
+            enable_kv_cache_events=config.enable_prefix_caching, publisher="null"
+        ),
         "enforce_eager": on_cpu if config.enforce_eager is None else config.enforce_eager,
         "distributed_executor_backend": "uni",
         "async_scheduling": config.async_scheduling,

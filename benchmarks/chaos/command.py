@@ -141,8 +141,9 @@ async def _run(
 
 
 def as_promised(one: Scenario, row: Row) -> bool:
-    """No error that the contract does not allow, no wrong token, no block left; losses noticed in a second, and
-    wrong KV at all."""
+    """No error that the contract does not allow, no wrong token, no block left; losses are noticed in a second,
+    and KV that is to be found wrong is not used.
+    """
     clean = row["client_errors"] == row["wrong_tokens"] == row["blocks_leaked"] == 0
     noticed = not one.detected or (
         row["detection_s"] is not None and row["detection_s"] <= DETECTION_S + LOOKED_S

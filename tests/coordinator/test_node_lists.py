@@ -1,4 +1,4 @@
-"""A node's list of sessions is fetched when it is another one, and again when it may have come too early."""
+"""A list of what a node holds is fetched when it is another one, and again when it may have come too early."""
 
 from __future__ import annotations
 
