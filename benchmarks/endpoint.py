@@ -167,7 +167,6 @@ def _both(model: str, config: str, logs: Path, tell: Callable[[str], None]) -> I
     """Base URLs of our endpoint over one mixed node, and of vLLM's own server with the same engine."""
     from coordinator.cluster_process import ClusterProcess
 
-    # "auto" keeps each model's own type: float32 for tiny, bfloat16 for scale.
     overrides = {"name": "bench-endpoint", "model": model, "dtype": "auto", "endpoint.port": 0}
     resolved = load_config(config, overrides)
     with (

@@ -208,7 +208,7 @@ def _of_profile(path: Path, kv_tokens: int | None) -> Hardware:
         cost=profile.cost,
         speculative_cost=with_draft(profile.cost),
         kv_tokens=kv_tokens,
-        kv_bytes_per_token=_kv_bytes_of(model),
+        kv_bytes_per_token=_count(path, profile, "kv_bytes_per_token", _kv_bytes_of(model)),
         max_batch_tokens=_count(path, profile, "max_batch_tokens", BATCH_TOKENS),
         source=f"{profile.family} fit to {rows}" + (f"; {about['made_of']}" if "made_of" in about else ""),
     )

@@ -241,7 +241,10 @@ PAPER_SLO_CLASSES: dict[str, dict[str, float]] = {
 
 
 class ClusterConfig(Section):
-    """All of it. `model` is a name made by `slosserve model make`, a path, or a Hugging Face name."""
+    """All of it. `model` is a name made by `slosserve model make`, a path, or a Hugging Face name.
+
+    `dtype` auto is vLLM's own choice, but for float32 on a CPU that has no instructions for bfloat16.
+    """
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")] = "slosserve"
     model: str = "tiny"

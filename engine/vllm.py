@@ -28,6 +28,7 @@ from engine.base import (
     Usage,
     Work,
 )
+from engine.dtype import dtype_here
 from engine.errors import EngineError, EngineStartError, MissingHook, RequestError
 from engine.models import lacks_weights
 from engine.ports import interface_of
@@ -465,7 +466,7 @@ def _engine_args(config: VllmEngineConfig, platform: Any) -> dict[str, Any]:
     }
     return {
         "model": config.model,
-        "dtype": config.dtype,
+        "dtype": dtype_here(config.dtype, on_cpu=on_cpu),
         "seed": config.seed,
         "max_num_seqs": config.max_num_seqs,
         "max_num_batched_tokens": config.max_batch_tokens,

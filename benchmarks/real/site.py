@@ -66,7 +66,7 @@ CPU = Site(
     "cpu",
     "colocated",
     "scale",
-    kv_gib=0.25,  # 21,000 tokens: as many requests fit at a time as lengths divided by six leave on 40 GB
+    kv_gib=0.25,  # 21,000 tokens, in float32 half: about as many requests fit as on 80 GB, or on 40, undivided
     block_tokens=32,
     max_model_len=4096,
     divide=6.0,  # the scale model prefills at about a sixth of an A100's speed

@@ -24,6 +24,7 @@ import zmq.asyncio
 
 from coordinator.config import ClusterConfig
 from engine.cost import StepCost
+from engine.dtype import dtype_here
 from engine.errors import SlosserveError
 
 READY_POLL_S = 0.2
@@ -36,7 +37,7 @@ def front_arguments(config: ClusterConfig, model: str, port: int) -> list[str]:
     arguments = [
         f"--model={model}",
         f"--served-model-name={config.served_model_name or config.model}",
-        f"--dtype={config.dtype}",
+        f"--dtype={dtype_here(config.dtype, on_cpu=engine.num_gpus == 0)}",
         f"--host={config.endpoint.host}",
         f"--port={port}",
         f"--max-num-seqs={engine.max_num_seqs}",
