@@ -17,6 +17,7 @@ from engine.errors import EngineError
 from engine.step_table import StepRow
 
 MAX_RESIDENTS = 64
+SHORTER = 0.9  # contexts that do not fit in the KV cache are tried again with the longest so much shorter
 MIN_CONTEXT_TOKENS = 16
 SPARE_SEQS = 4  # for chunks beside the resident decodes
 MAX_TRIES = 50  # steps of the start-up that give nothing
@@ -63,7 +64,13 @@ class StepMeter:
         longest = info.max_model_len - steps - 2
         if longest < MIN_CONTEXT_TOKENS:
             raise EngineError(f"{steps} steps do not fit in a context of {info.max_model_len} tokens")
-        contexts = _contexts(min(MAX_RESIDENTS, info.max_num_seqs - SPARE_SEQS), longest)
+        count = min(MAX_RESIDENTS, info.max_num_seqs - SPARE_SEQS)
+        # Room stays for a batch of chunks, and for what decodes grow by: each is in half of the steps at most.
+        grown = count * (steps // 2 + info.block_size)
+        room = info.num_blocks * info.block_size - info.max_batch_tokens - grown
+        while longest > MIN_CONTEXT_TOKENS and sum(_contexts(count, longest)) + longest > room:
+            longest = max(int(longest * SHORTER), MIN_CONTEXT_TOKENS)
+        contexts = _contexts(count, longest)
         self._residents = {f"resident-{i}": self._tokens(context) for i, context in enumerate(contexts)}
         self._steps = steps
         self._prefix = [*self._residents.values()][-1]

@@ -107,6 +107,15 @@ def test_a_cache_that_is_too_small_is_an_error() -> None:
         prepared(TimedEngine(COST, kv_tokens=200))
 
 
+def test_contexts_are_as_long_as_the_memory_allows() -> None:
+    longest = []
+    for kv_tokens in (1 << 30, 4_000):
+        row = prepared(TimedEngine(COST, kv_tokens=kv_tokens), steps=20).measure(Shape(1, "long")).row
+        assert row is not None
+        longest.append(row.decode_context_tokens)
+    assert longest[1] < longest[0] / 2
+
+
 def test_more_steps_than_the_context_holds_are_an_error() -> None:
     with pytest.raises(EngineError, match="do not fit in a context of 1024"):
         meter_on(TimedEngine(COST), steps=2000)
