@@ -156,14 +156,20 @@ def search(  # type: ignore[no-untyped-def]
             bind_s[tier] = tier_s[tier]
     nobody = np.zeros(max(T, 1), np.int64)
     length_s = _length(full_s, period_s, nobody, active)
+    # Any batch may be as short as the tightest of all that run, whether its tier binds by then or not: what a
+    # label holds must reach to the end of such a batch, and where a longer one follows, to the end of that.
+    shortest_s = full_s
+    for tier in range(T):
+        if running[tier] > 0:
+            shortest_s = min(shortest_s, period_s[tier])
 
     # ---- where plans begin: at once, or after a short batch that ends when a token is due
     first_due_s = due_s[0] if len(due_s) > 0 else np.inf
-    if first_due_s >= length_s - EPS_S:
+    if first_due_s >= min(length_s, shortest_s) - EPS_S:
         t[0], pb[0] = 0.0, 0.0
         w[0, :] = 0.0
         made = 1
-    else:
+    if first_due_s < length_s - EPS_S:
         for candidate in range(-1, I):
             end_s = first_due_s if candidate < 0 else deadlines_s[candidate]
             if candidate >= 0 and (
@@ -171,7 +177,7 @@ def search(  # type: ignore[no-untyped-def]
             ):
                 continue
             held = capacity(end_s, end_s + length_s, line, load, period_s, nobody, bind_s, joined_s)
-            if held >= _needed(end_s + length_s, due_s, due_slots) and made < limit:
+            if held >= _needed(end_s + min(length_s, shortest_s), due_s, due_slots) and made < limit:
                 t[made], pb[made] = _round(end_s), held
                 for k in range(K):
                     w[made, k] = held if kv_from_s[k] <= EPS_S else 0.0
@@ -248,8 +254,8 @@ def search(  # type: ignore[no-untyped-def]
             most_due = 0.0
             for other in range(T):
                 most_due += running[other] * slots[other] * math.ceil(length_s / period_s[other])
-            covered = True
-            if each < most_due:
+            covered = batches == 0 or pb[label] >= _needed(at_s + length_s, due_s, due_slots)
+            if covered and each < most_due:
                 for batch in range(1, batches + 1):
                     if pb[label] + batch * each < _needed(at_s + (batch + 1) * length_s, due_s, due_slots):
                         covered = False
@@ -266,7 +272,7 @@ def search(  # type: ignore[no-untyped-def]
                     row[tier] += 1
                     if not _sustainable(full_s, line, load, period_s, slots, row, running, tier_s, joined_s):
                         continue
-            after_s = _length(full_s, period_s, row, active)
+            after_s = min(_length(full_s, period_s, row, active), shortest_s)
             if activation:
                 active[tier] = was_active
             tightens = activation and period_s[tier] < length_s
@@ -281,11 +287,11 @@ def search(  # type: ignore[no-untyped-def]
                     short = net_budget(
                         rest_s, rest_s + length_s, line, load, period_s, slots, counts[label], bind_s, joined_s
                     )
-                    if short <= 0:
+                    if short <= 0 or pb[label] + gained < _needed(deadline_s, due_s, due_slots):
                         break
                     gained += short
                     until_s = deadline_s
-                    if pb[label] + gained < _needed(deadline_s + length_s, due_s, due_slots):
+                    if pb[label] + gained < _needed(deadline_s + min(length_s, shortest_s), due_s, due_slots):
                         break
                 due = _needed(until_s + after_s, due_s, due_slots)
                 for k in range(1, K if tight else 0):
@@ -419,7 +425,7 @@ def search(  # type: ignore[no-untyped-def]
         length_s = _length(full_s, period_s, counts[label], active)
         each = net_budget(length_s, length_s, line, load, period_s, slots, counts[label], bind_s, joined_s)
         covered = True
-        batch = 1
+        batch = 0
         while t[label] + batch * length_s <= horizon_s + EPS_S:
             if pb[label] + batch * each < _needed(t[label] + (batch + 1) * length_s, due_s, due_slots):
                 covered = False

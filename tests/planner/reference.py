@@ -95,14 +95,16 @@ def _initial(case: Case) -> Iterator[Label]:
     plain = Label(0, 0, (0,) * intervals, (0,) * intervals, active=active)
     length = _length(case, plain)
     first_due = min((each.due for each in case.runners), default=length)
-    if first_due >= length:
+    soonest = min(length, _shortest(case))
+    if first_due >= soonest:
         yield plain
+    if first_due >= length:
         return
     deadlines = [job.deadline for job in (*case.promised, *case.newcomers)]
     cuts = deadlines + [at for at, _ in case.free_kv if _tight(case)]
     for end in (first_due, *(cut for cut in cuts if 0 < cut < first_due)):
         label = replace(_after(case, plain, 0, end, case.cap(end)), at=end)
-        if label.left >= _needed(case, end + length):
+        if label.left >= _needed(case, end + soonest):
             yield label
 
 
@@ -124,6 +126,8 @@ def _covers_the_rest(case: Case, label: Label) -> bool:
     deadlines = [job.deadline for job in (*case.promised, *case.newcomers)]
     until = max(deadlines, default=0) + 2 * max(case.longest, *(tpot for _, tpot in case.tpots))
     length = _length(case, label)
+    if label.at + length <= until and label.left < _needed(case, label.at + length):
+        return False
     while label.at + length <= until:
         label = _after(case, label, label.at, label.at + length, _budget(case, label, length))
         if label.left < _needed(case, label.at + length):
@@ -137,6 +141,8 @@ def _ways(case: Case, item: Item, label: Label) -> Iterator[Label]:
     if label.at > item.at + late:
         return
     length = _length(case, label)
+    if label.at + length <= item.at and label.left < _needed(case, label.at + length):
+        return  # what is due in a batch is in the one before it at the latest
     while label.at + length <= item.at:
         label = _after(case, label, label.at, label.at + length, _budget(case, label, length))
         if label.left < _needed(case, label.at + length):
@@ -145,9 +151,9 @@ def _ways(case: Case, item: Item, label: Label) -> Iterator[Label]:
     rest = item.at - label.at
     if rest <= 0 or (item.kind == ACTIVATION and late >= length):
         return
-    if (budget := _budget(case, label, rest)) > 0:
+    if (budget := _budget(case, label, rest)) > 0 and label.left >= _needed(case, item.at):
         short = _after(case, label, label.at, item.at, budget)
-        if short.left >= _needed(case, item.at + length):
+        if short.left >= _needed(case, item.at + min(length, _shortest(case))):
             yield short
 
 
@@ -160,7 +166,7 @@ def _taken(case: Case, item: Item, label: Label) -> Iterator[Label]:
     after = replace(label, joined=joined, active=active)
     if not _sustainable(case, joined):
         return
-    needed = _needed(case, label.at + _length(case, after))
+    needed = _needed(case, label.at + min(_length(case, after), _shortest(case)))
     if item.job is None:
         if label.left >= needed:
             yield after
@@ -204,6 +210,12 @@ def _after(case: Case, label: Label, begin: int, end: int, tokens: int) -> Label
 def _length(case: Case, label: Label) -> int:
     tpots = dict(case.tpots)
     return min([case.longest, *(tpots[name] for name in (*label.joined, *label.active))])
+
+
+def _shortest(case: Case) -> int:
+    """A batch may always be as short as the tightest tier that runs asks for, binding or not."""
+    tpots = dict(case.tpots)
+    return min([case.longest, *(tpots[each.tier] for each in case.runners)])
 
 
 def _budget(case: Case, label: Label, length: int) -> int:

@@ -54,6 +54,17 @@ def test_decodes_that_are_ahead_cost_a_batch_nothing_until_they_bind() -> None:
     assert solve(replace(long_decodes(due_s=0.05), newcomers=soon)).admitted == ()
 
 
+def test_decodes_a_little_ahead_of_a_pace_that_is_twice_the_shortest_step_are_kept() -> None:
+    """The longest batch takes 30 times the pace: a plan need not leave room for one before they bind."""
+    slow = StepCost((Piece(0.054, 1.6e-3), Piece(0.009, 1.84e-3)))
+    decodes = (Decode("r0", "loose", 0.102, 91), Decode("r1", "loose", 0.551, 305))
+    instance = Instance(slow, 2048, (LOOSE,), decodes=decodes, newcomers=[asks("a", 84, 0.95)])
+    plan = solve(instance)
+    assert plan.kept
+    assert plan.admitted == ("a",)
+    assert not replay(instance, plan).missed
+
+
 def test_decodes_that_are_ahead_must_still_be_kept_for_ever() -> None:
     too_many = [Decode(f"r{index}", "tight", 2.0, 3000) for index in range(90)]  # 38 ms of context in 50
     instance = Instance(
