@@ -28,6 +28,7 @@ PRECISION = 0.03
 FIRST_STEP = 1.3
 NEAR_STEP = 1.1  # from the capacity on another seed
 LEAST_RATE = 1e-3
+DIGITS = 9  # of rates after the point
 # Files, and folders, of which no baseline runs a line.
 OURS_ONLY = (
     "benchmarks/simulator/slosserve.py",
@@ -190,59 +191,83 @@ def capacity(
 ) -> tuple[float, list[Point]]:
     """Highest rate per GPU that holds, by bracketing from `guess` and bisection. Returns it with all points.
 
+    Rates are powers of 1 + `precision`: a search that begins where another has ended asks for the same ones.
     The bracket grows from a factor of `first_step` on: small where the guess is a good one.
 
     The figure is the rate that really came at the highest point that held below the first that did not.
     """
     points: list[Point] = []
 
-    def holds(rate: float) -> bool:
-        point = at(rate)
+    def holds(power: int) -> bool:
+        point = at(_rate(power, precision))
         points.append(point)
         return point.holds(share)
 
-    low, high = 0.0, math.inf
-    rate, step = guess, first_step
+    low: int | None = None
+    high: int | None = None
+    power, step = _power(guess, precision), first_step
     for _ in range(MOST_DOUBLINGS):
-        if holds(rate):
-            low = rate
-            if high < math.inf:
+        if holds(power):
+            low = power
+            if high is not None:
                 break
-            rate *= step
+            power += max(_power(step, precision), 1)
         else:
-            high = rate
-            if low > 0 or rate < LEAST_RATE:
+            high = power
+            if low is not None or _rate(power, precision) < LEAST_RATE:
                 break
-            rate /= step
+            power -= max(_power(step, precision), 1)
         step = min(step * 1.3, 3.0)
-    while low > 0 and high < math.inf and high / low > 1 + precision:
-        middle = math.sqrt(low * high)
+    while low is not None and high is not None and high - low > 1:
+        middle = (low + high) // 2
         if holds(middle):
             low = middle
         else:
             high = middle
-    best = [point.rate_per_gpu for point in points if point.asked_per_gpu == low]
-    return (best[0] if best else 0.0), points
+    held = [point for point in points if point.holds(share)]
+    best = max(held, key=lambda point: point.asked_per_gpu, default=None)
+    return (0.0 if best is None else best.rate_per_gpu), points
 
 
-def tune(setting: Setting, share: float, guess: float, seed: int, cache: Cache) -> tuple[Tuning, float]:
+def _rate(power: int, precision: float) -> float:
+    """Rounded, so that it is the same number wherever it is asked for."""
+    return round((1 + precision) ** power, DIGITS)
+
+
+def _power(rate: float, precision: float) -> int:
+    """Of 1 + `precision`, the one that is nearest."""
+    return round(math.log(rate) / math.log(1 + precision))
+
+
+def highest_held(points: Sequence[Point], share: float) -> float:
+    """The highest rate asked for that held; 0 if none did."""
+    return max((point.asked_per_gpu for point in points if point.holds(share)), default=0.0)
+
+
+def tune(
+    setting: Setting,
+    share: float,
+    guess: float,
+    seed: int,
+    cache: Cache,
+    first_step: float = FIRST_STEP,
+) -> tuple[Tuning, float]:
     """The best settings on a seed of its own: one thing after another, each kept if it holds a higher rate.
 
-    In runs as long as those that are reported: shorter ones choose worse where arrivals are bursty.
+    Returns them and the highest rate asked for that held. It begins with the setting's own, at `guess`. In runs
+    as long as those that are reported: shorter ones choose worse where arrivals are bursty.
     """
 
     def at(tuning: Tuning) -> Callable[[float], Point]:
         trial = replace(setting, tuning=tuning)
         return lambda rate: cache.point(trial, rate, seed, share)
 
-    best, rate, asked = setting.tuning, 0.0, guess
+    def search(tuning: Tuning, start: float, first_step: float) -> float:
+        _, points = capacity(at(tuning), share, start, PRECISION, first_step)
+        return highest_held(points, share)
 
-    def search(tuning: Tuning, start: float) -> tuple[float, float]:
-        found, points = capacity(at(tuning), share, start, 2 * PRECISION)
-        held = [point.asked_per_gpu for point in points if point.holds(share)]
-        return found, max(held, default=0.0)
-
-    rate, asked = search(best, guess)
+    best = setting.tuning
+    most = search(best, guess, first_step)
     for field, values in design(setting.system).tried.items():
         if field == "ratio" and not setting.tuning.prefill:
             continue
@@ -250,12 +275,10 @@ def tune(setting: Setting, share: float, guess: float, seed: int, cache: Cache) 
             trial = tuned(design(setting.system), field, value, best)
             if trial == best:
                 continue
-            start = max(asked, LEAST_RATE) * (1 + PRECISION)
-            if at(trial)(start).holds(share):
-                found, held = search(trial, start)
-                if found > rate:
-                    best, rate, asked = trial, found, held
-    return best, rate
+            next_rate = _rate(_power(max(most, LEAST_RATE), PRECISION) + 1, PRECISION)
+            if at(trial)(next_rate).holds(share):
+                best, most = trial, search(trial, next_rate, NEAR_STEP)
+    return best, most
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.earlier import earlier
+from benchmarks.simulator.systems import Tuning
 
 Row = dict[str, Any]
 TABLES = ("rows", "bounds", "fixed_rates")
 # What makes two rows figures of the same thing.
 CELL = ("hardware", "scenario", "system", "mode", "column", "acceptance")
 BOUND = ("hardware", "scenario", "acceptance")
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """Where the searches of a cell begin: at what an earlier run of it has found.
+
+    `tuning`, and what it held on the tuning seed if that is known; for every share the rates of its seeds.
+    """
+
+    tuning: Tuning
+    tuned_at: float | None
+    at: dict[float, list[float]]
+
+
+def begins(rows: Iterable[Row]) -> dict[tuple[Hashable, ...], Begin]:
+    """By cell, as `CELL` names it. Figures of other code are as good a place to begin as any."""
+    found: dict[tuple[Hashable, ...], Begin] = {}
+    for row in rows:
+        asked = row.get("asked_per_seed", row["per_seed"])
+        begin = found.setdefault(cell_of(row), Begin(Tuning(**row["settings"]), row.get("tuned_at"), {}))
+        begin.at[row["share"]] = [rate for rate in asked if rate > 0]
+    return found
 
 
 def of_other_runs(path: Path, settings: Row) -> dict[str, list[Row]]:
@@ -35,10 +59,15 @@ def joined(before: dict[str, list[Row]], now: dict[str, list[Row]]) -> dict[str,
     }
 
 
+def cell_of(row: Row) -> tuple[Hashable, ...]:
+    """What a row is the figure of, but for the share."""
+    return _key(CELL)(row)
+
+
 def _joined(before: Sequence[Row], now: Sequence[Row], key: Callable[[Row], Hashable]) -> list[Row]:
     fresh = {key(row) for row in now}
     return [row for row in before if key(row) not in fresh] + list(now)
 
 
-def _key(fields: Sequence[str]) -> Callable[[Row], Hashable]:
+def _key(fields: Sequence[str]) -> Callable[[Row], tuple[Hashable, ...]]:
     return lambda row: tuple(row[field] for field in fields)

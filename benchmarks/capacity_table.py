@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -40,10 +40,11 @@ from benchmarks.capacity import (
     Setting,
     capacity,
     code_fingerprint,
+    highest_held,
     spread,
     tune,
 )
-from benchmarks.capacity_file import joined, of_other_runs
+from benchmarks.capacity_file import Begin, begins, cell_of, joined, of_other_runs
 from benchmarks.hardware import hardware
 from benchmarks.provenance import commit, provenance
 from benchmarks.scenarios import SCENARIOS, TRACES, make
@@ -61,12 +62,16 @@ QUICK_SECONDS = 120.0
 BURSTY = tuple(name for name, parts in SCENARIOS.items() if any(one.arrivals == "bursty" for one in parts))
 PACED_BOUND = ("coder",)  # where outputs are short the bound may look at each token's due time
 BOUND_SECONDS = 600.0
+SHIPPED = Path(__file__).parent / "results" / "capacity.json"
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """What one worker measures: a system in a mode, as it comes or tuned, in a scenario on a hardware."""
+    """What one worker measures: a system in a mode, as it comes or tuned, in a scenario on a hardware.
+
+    Searches begin where `begin` says, or, without it, around `guess`.
+    """
 
     setting: Setting
     tuned: bool
@@ -74,6 +79,7 @@ class Cell:
     bound_per_gpu: float
     seeds: tuple[int, ...]
     shares: tuple[float, ...]
+    begin: Begin | None = None
 
     @property
     def name(self) -> str:
@@ -124,7 +130,7 @@ def bench_capacity(
             found[key] = row
             bounds.append(row)
             progress.advance(task)
-        cells = _cells(plan, found, tuple(range(1, seeds + 1)))
+        cells = _cells(plan, found, tuple(range(1, seeds + 1)), _begins(before["rows"]))
         progress.update(task, total=len(settings) + len(cells))
         futures: dict[Future[tuple[list[Row], list[Row]]], Cell] = {
             pool.submit(_measure, cell, cache): cell for cell in cells
@@ -232,7 +238,18 @@ def _bound(where: Where) -> Row:
     }
 
 
-def _cells(plan: Iterable[Setting], bounds: Mapping[Where, Row], seeds: tuple[int, ...]) -> list[Cell]:
+def _begins(before: Sequence[Row]) -> dict[tuple[Hashable, ...], Begin]:
+    """What the file has, and of what it lacks, the results that ship: most of a search is finding the place."""
+    shipped = json.loads(SHIPPED.read_text()) if SHIPPED.is_file() else {"rows": []}
+    return begins(shipped["rows"]) | begins(before)
+
+
+def _cells(
+    plan: Iterable[Setting],
+    bounds: Mapping[Where, Row],
+    seeds: tuple[int, ...],
+    begin: Mapping[tuple[Hashable, ...], Begin],
+) -> list[Cell]:
     """A cell per setting and column: first what is quick, then ours, mode after mode."""
     cells = []
     for setting in plan:
@@ -242,7 +259,9 @@ def _cells(plan: Iterable[Setting], bounds: Mapping[Where, Row], seeds: tuple[in
         plain = setting.duration_s is None and setting.acceptance is None
         shares = SHARES if plain else SHARES[:1]
         columns = (True,) if setting.system == OURS_NAME else (False, True)
-        cells += [Cell(setting, tuned, guess, blind, seeds, shares) for tuned in columns]
+        for tuned in columns:
+            known = begin.get(cell_of(_about(setting, tuned)))
+            cells.append(Cell(setting, tuned, guess, blind, seeds, shares, known))
 
     def effort(cell: Cell) -> tuple[bool, int, float]:
         setting = cell.setting
@@ -254,24 +273,51 @@ def _cells(plan: Iterable[Setting], bounds: Mapping[Where, Row], seeds: tuple[in
 def _measure(cell: Cell, folder: Path) -> tuple[list[Row], list[Row]]:
     """Tune, then search the capacity for every share and seed; then the attainment at fixed rates."""
     cache = Cache(folder)
-    setting, guess = cell.setting, cell.guess
-    tries = cell.tuned and (setting.system != OURS_NAME or setting.mode == "disaggregated")
-    if tries:
-        tuning, rate = tune(setting, cell.shares[0], guess, TUNING_SEED, cache)
-        setting, guess = replace(setting, tuning=tuning), rate or guess
+    setting, guess, tuned_at = _tuned(cell, cache)
     rows = []
     step = FIRST_STEP
     for share in cell.shares:
-        per_seed = []
-        for seed in cell.seeds:
+        known = [] if cell.begin is None else cell.begin.at.get(share, [])
+        per_seed, asked_per_seed = [], []
+        for number, seed in enumerate(cell.seeds):
+            if number < len(known):
+                guess, step = known[number], 1 + PRECISION
             found, points = _search(setting, guess, seed, share, cache, step)
+            asked = highest_held(points, share)
             per_seed.append(found)
-            step = NEAR_STEP
-            held = [point.asked_per_gpu for point in points if point.holds(share)]
-            guess = max(held, default=guess)
+            asked_per_seed.append(asked)
+            guess, step = asked or guess, NEAR_STEP
         guess, step = guess * 0.85, FIRST_STEP
-        rows.append(_row(cell, setting, share, per_seed))
+        rows.append(
+            {
+                **_about(setting, cell.tuned),
+                "share": share,
+                "gpus": setting.deployment().gpus,
+                "tuning": setting.tuning.words,
+                "settings": asdict(setting.tuning),
+                "tuned_at": tuned_at,
+                "seconds": setting.seconds,
+                "seeds": list(cell.seeds),
+                "per_seed": per_seed,
+                "asked_per_seed": asked_per_seed,
+                **spread(per_seed),
+            }
+        )
     return rows, [_at_rate(cell, setting, fraction, cache) for fraction in _fractions(cell)]
+
+
+def _tuned(cell: Cell, cache: Cache) -> tuple[Setting, float, float | None]:
+    """The setting to report, where it holds about, and what it held on the tuning seed if it was tuned."""
+    setting, begin = cell.setting, cell.begin
+    if not cell.tuned or (setting.system == OURS_NAME and setting.mode != "disaggregated"):
+        return setting, cell.guess, None
+    guess, step = cell.guess, FIRST_STEP
+    if begin is not None:
+        known = begin.at.get(cell.shares[0], [])
+        setting = replace(setting, tuning=begin.tuning)
+        guess, step = begin.tuned_at or (sum(known) / len(known) if known else guess), 1 + PRECISION
+    tuning, most = tune(setting, cell.shares[0], guess, TUNING_SEED, cache, step)
+    return replace(setting, tuning=tuning), most or guess, most
 
 
 def _search(
@@ -283,22 +329,15 @@ def _search(
     return capacity(at, share, guess, PRECISION, first_step)
 
 
-def _row(cell: Cell, setting: Setting, share: float, per_seed: Sequence[float]) -> Row:
+def _about(setting: Setting, tuned: bool) -> Row:
+    """What makes a row the figure of a cell."""
     return {
         "hardware": setting.hardware,
         "scenario": setting.scenario,
-        "share": share,
         "system": setting.system,
         "mode": setting.mode,
-        "column": "tuned" if cell.tuned else "default",
+        "column": "tuned" if tuned else "default",
         "acceptance": setting.acceptance,
-        "gpus": setting.deployment().gpus,
-        "tuning": setting.tuning.words,
-        "settings": asdict(setting.tuning),
-        "seconds": setting.seconds,
-        "seeds": list(cell.seeds),
-        "per_seed": list(per_seed),
-        **spread(per_seed),
     }
 
 

@@ -7,6 +7,7 @@ leave out the host's share, so every fit has HOST_S added.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +33,8 @@ DRAFT_STEP_SHARE = 0.05  # of the shortest step; no draft model was measured bes
 FP16_BYTES = 2
 BATCH_TOKENS = 2048  # vLLM's own default, and about the largest batch of the tables
 SCALE_KV_TOKENS = 20_000
+TIGHTEST_TPOT_S = 0.05  # of the SLO classes
+LARGEST_FLOOR = 0.6  # of that pace, for the shortest step; on the paper's machine it is 0.5
 
 
 def _kv_bytes(layers: int, kv_heads: int, head_dim: int, value_bytes: int = FP16_BYTES) -> int:
@@ -212,6 +215,13 @@ def _of_profile(path: Path, kv_tokens: int | None) -> Hardware:
         max_batch_tokens=_count(path, profile, "max_batch_tokens", BATCH_TOKENS),
         source=f"{profile.family} fit to {rows}" + (f"; {about['made_of']}" if "made_of" in about else ""),
     )
+
+
+def fitting_tpot_scale(cost: StepCost) -> float:
+    """How many times as long paces are for a replica that is slow, as they are for models of 13B and larger: a
+    whole number, so that the shortest step takes at most LARGEST_FLOOR of the tightest.
+    """
+    return max(float(math.ceil(cost.predict(1, seqs=1) / (LARGEST_FLOOR * TIGHTEST_TPOT_S))), 1.0)
 
 
 def with_draft(cost: StepCost, share: float = DRAFT_STEP_SHARE) -> StepCost:

@@ -25,7 +25,7 @@ from benchmarks.agents.measure import Row, add_up, loop_seconds
 from benchmarks.agents.simulated import LOADS as SIMULATED_LOADS
 from benchmarks.agents.simulated import SIMULATED_ON, SimulatedAgents
 from benchmarks.fidelity.own_profile import Here, profile_here
-from benchmarks.hardware import Hardware, hardware
+from benchmarks.hardware import Hardware, fitting_tpot_scale, hardware
 from benchmarks.provenance import commit, provenance
 from benchmarks.real.command import PROFILE_MINUTES
 from benchmarks.real.running import Running, running
@@ -207,6 +207,7 @@ def told(rows: Sequence[Row], agents: Agents | SimulatedAgents) -> Row:
         "targets": {"prompt_tokens_reused_share": REUSE_TARGET, "loop_p99_ratio_vs_stock": RATIO_TARGET},
         "ways": {way.name: way.label for way in WAYS},
         "engines": agents.engines,
+        "tpot_scale": agents.hardware.tpot_scale,
         "simulated": isinstance(agents, SimulatedAgents),
         "measured_on": {
             "device": agents.device,
@@ -298,7 +299,8 @@ def _agents(
     here = Here(site.devices()[0], site.profiles(folder), folder)
     profile = profile_here(base, step_profile, here, profile_minutes, say)
     known = hardware(profile, kv_tokens=1, max_batch_tokens=base.engine.max_batch_tokens)
-    known = replace(known, kv_tokens=int(site.kv_gib * 2**30 / known.kv_bytes_per_token))
+    kv_tokens = int(site.kv_gib * 2**30 / known.kv_bytes_per_token)
+    known = replace(known, kv_tokens=kv_tokens, tpot_scale=fitting_tpot_scale(known.cost))
     return Agents(site, model, engines, known, profile, folder, SECONDS, say)
 
 

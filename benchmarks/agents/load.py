@@ -83,7 +83,7 @@ def _calls(hardware: Hardware, rng: np.random.Generator, times: int) -> list[Cal
         tool_s = min(max(MEDIAN_TOOL_S * float(rng.lognormal(0.0, TOOL_SIGMA)), LEAST_TOOL_S), MOST_TOOL_S)
         prompt = known + new
         alone_s = hardware.cost.prefill_alone_s(prompt, hardware.max_batch_tokens)
-        tpot_s = ANSWER_TPOT_S if last else CALL_TPOT_S
+        tpot_s = hardware.tpot_scale * (ANSWER_TPOT_S if last else CALL_TPOT_S)
         calls.append(Call(new, output, tool_s, prompt, TTFT_SCALE * alone_s, tpot_s))
         known = prompt + output - 1  # the token that ends an output is no part of the history
     return calls

@@ -13,7 +13,7 @@ from typing import Self
 
 from benchmarks.capacity import Cache
 from benchmarks.fidelity.own_profile import Here, profile_here
-from benchmarks.hardware import hardware
+from benchmarks.hardware import fitting_tpot_scale, hardware
 from benchmarks.provenance import commit
 from benchmarks.real.cells import Cell
 from benchmarks.real.fingerprint import fingerprint
@@ -72,7 +72,8 @@ class Bench:
         profile = profile_here(base, step_profile, here, profile_minutes, say)
         known = hardware(profile, kv_tokens=1, max_batch_tokens=base.engine.max_batch_tokens)
         kv_tokens = int(site.kv_gib * 2**30 / known.kv_bytes_per_token)
-        machine = Machine(replace(known, kv_tokens=kv_tokens), site)
+        scale = fitting_tpot_scale(known.cost)
+        machine = Machine(replace(known, kv_tokens=kv_tokens, tpot_scale=scale), site)
         return cls(machine, model, profile, folder, Cache(cache), say)
 
     def window(self, cell: Cell, system: RealSystem, tuning: Tuning, rate_per_s: float, seed: int) -> Row:
@@ -108,7 +109,7 @@ class Bench:
     ) -> Row:
         if time.monotonic() > self.ends_s:
             raise OutOfTime
-        workload = cell.workload(self.machine.site, rate_per_s, seconds, seed)
+        workload = self.machine.workload(cell, rate_per_s, seconds, seed)
         slos = self.machine.promises(workload)
         text = f"{cell.text}: {system.label}, {rate_per_s:.2f} req/s, seed {seed}"
         started = self._running(cell, system, tuning)
@@ -143,7 +144,7 @@ class Bench:
             config = configuration(site, system, tuning, self.model, self.profile)
             self.say(f"starting {system.label}")
             started = self._stack.enter_context(running(site, system, config, self.folder, self.say))
-            workload = cell.workload(site, WARM_UP_RATE, WARM_UP_S, TUNING_SEED)
+            workload = self.machine.workload(cell, WARM_UP_RATE, WARM_UP_S, TUNING_SEED)
             slos = self.machine.promises(workload)
             measure(started, system, self.model, workload, slos, TUNING_SEED, self.folder, lambda _: None)
             self._started = key, started

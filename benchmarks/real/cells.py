@@ -42,10 +42,19 @@ class Cell:
         """For people."""
         return f"{self.scenario} on {self.engines}"
 
-    def workload(self, site: Site, rate_per_s: float, seconds: float, seed: int) -> Workload:
-        """Requests for `seconds`, all engines together."""
-        arrivals = ARRIVALS[self.scenario]
-        made = make(self.scenario, rate_per_s, seconds, seed, divide=site.divide, arrivals=arrivals)
+    def workload(
+        self, site: Site, rate_per_s: float, seconds: float, seed: int, tpot_scale: float = 1.0
+    ) -> Workload:
+        """Requests for `seconds`, all engines together; paces are `tpot_scale` times as long."""
+        made = make(
+            self.scenario,
+            rate_per_s,
+            seconds,
+            seed,
+            divide=site.divide,
+            arrivals=ARRIVALS[self.scenario],
+            tpot_scale=tpot_scale,
+        )
         return _shorter(made, site.further.get(self.scenario, 1.0))
 
 

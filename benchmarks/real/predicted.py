@@ -32,13 +32,17 @@ class Machine:
     hardware: Hardware
     site: Site
 
+    def workload(self, cell: Cell, rate_per_s: float, seconds: float, seed: int) -> Workload:
+        """Requests of a cell, with paces that suit these engines."""
+        return cell.workload(self.site, rate_per_s, seconds, seed, self.hardware.tpot_scale)
+
     def promises(self, workload: Workload) -> list[Slo]:
         """The same for every system: from the step times that were measured beforehand."""
         return promises(workload, self.hardware)
 
     def seconds(self, cell: Cell, rate_per_s: float) -> float:
         """How long a window of this cell is at this rate."""
-        sample = cell.workload(self.site, 10.0, SAMPLE_S, TUNING_SEED)
+        sample = self.workload(cell, 10.0, SAMPLE_S, TUNING_SEED)
         return window_s(sample, self.promises(sample), rate_per_s)
 
     def serve(
@@ -80,7 +84,7 @@ class Machine:
 
     def guess(self, cell: Cell) -> float:
         """Requests a second that the engines of a cell are about busy with: where a search may begin."""
-        some, cost = cell.workload(self.site, 10.0, SAMPLE_S, TUNING_SEED), self.hardware.cost
+        some, cost = self.workload(cell, 10.0, SAMPLE_S, TUNING_SEED), self.hardware.cost
         prompt, output = float(some.prompt_tokens.mean()), float(some.output_tokens.mean())
         seqs = 16
         step_s = cost.predict(seqs, seqs=seqs, context_tokens=int(seqs * (prompt + output / 2)))
@@ -90,7 +94,7 @@ class Machine:
     def _at(self, cell: Cell, system: RealSystem, tuning: Tuning, seed: int) -> Callable[[float], Point]:
 
         def at(rate_per_s: float) -> Point:
-            workload = cell.workload(self.site, rate_per_s, self.seconds(cell, rate_per_s), seed)
+            workload = self.workload(cell, rate_per_s, self.seconds(cell, rate_per_s), seed)
             out = self.serve(system, tuning, workload, seed, stop_below=SHARE)
             return Point(rate_per_s, workload.rate_per_s, out.attainment, out.drained, {})
 

@@ -83,7 +83,7 @@ class Results:
 
     def method(self) -> Row:
         """What must be the same for figures of two runs to stand side by side."""
-        site = self.bench.machine.site
+        site, tpot_scale = self.bench.machine.site, self.bench.machine.hardware.tpot_scale
         return {
             "model": self.bench.model,
             "site": site.name,
@@ -96,6 +96,7 @@ class Results:
             "share_not_counted": WARM_UP_SHARE,
             "rates_apart": STEP,
             "loads": list(LOADS),
+            "tpot_scale": None if tpot_scale == 1.0 else tpot_scale,  # None: paces are those of the classes
             "window_s": self.bench.window_s,  # None: as long as each cell asks for
         }
 

@@ -63,6 +63,7 @@ def agents(file: Row, plots: Path) -> list[str]:
         "seconds of a loop are without those of its tools. Reused: of the prompt tokens that had been computed "
         "before, in whole blocks, those that no engine computed again."
     )
+    text += _paces(file.get("tpot_scale"))
     compared = [
         ["prompt tokens reused", percent(reused, 1), f"at least {aims['prompt_tokens_reused_share']:.0%}"],
         ["p99 of a loop, over vLLM's", ratio(p99, "x"), f"at most {aims['loop_p99_ratio_vs_stock']:g}x"],
@@ -150,9 +151,18 @@ def _setting(method: Row) -> str:
         f"process of its own; {lengths}. Latency counts from when a request should have been sent. Half of the "
         "scenarios come smoothly, half in bursts (gamma, CV 3). Nothing is drafted unless it says so."
     )
+    text += _paces(method.get("tpot_scale"))
     if method.get("site") != "gpu":
         text += " Two engines on two cores leave none to client and endpoint: there only ratios count."
     return text
+
+
+def _paces(times: float | None) -> str:
+    if times in (None, 1.0):
+        return ""
+    return (
+        f" Paces are {times:g} times those of the SLO classes: a step takes that much longer here at the least."
+    )
 
 
 def _target(target: tuple[str, str, str, float | None], file: Row) -> list[str]:

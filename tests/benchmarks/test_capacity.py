@@ -12,8 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import capacity as module
-from benchmarks.capacity import PRECISION, Cache, Point, Setting, capacity, measure, spread, tune
-from benchmarks.capacity_file import joined, of_other_runs
+from benchmarks.capacity import (
+    PRECISION,
+    Cache,
+    Point,
+    Setting,
+    capacity,
+    highest_held,
+    measure,
+    spread,
+    tune,
+)
+from benchmarks.capacity_file import begins, cell_of, joined, of_other_runs
 from benchmarks.capacity_table import headline
 from benchmarks.simulator.systems import DESIGNS, Tuning
 from engine.errors import ConfigError
@@ -29,9 +39,21 @@ def point(rate: float, attainment: float, *, drained: bool = True) -> Point:
 def test_the_highest_rate_that_holds_is_found_from_any_guess(knee: float, guess: float) -> None:
     found, points = capacity(lambda rate: point(rate, 1.0 if rate <= knee else 0.5), 0.9, guess)
     asked = max(one.asked_per_gpu for one in points if one.holds(0.9))
-    assert asked <= knee <= asked * (1 + PRECISION)
+    assert asked <= knee <= asked * (1 + PRECISION) + 1e-8
     assert found == pytest.approx(asked * 0.98), "the rate that came counts, not the one asked for"
     assert len(points) <= 25
+
+
+@given(knee=st.floats(0.02, 200), guess=st.floats(0.02, 200))
+def test_a_search_that_begins_where_another_ended_asks_for_nothing_new(knee: float, guess: float) -> None:
+    def at(rate: float) -> Point:
+        return point(rate, 1.0 if rate <= knee else 0.5)
+
+    found, points = capacity(at, 0.9, guess)
+    again, fewer = capacity(at, 0.9, highest_held(points, 0.9), first_step=1 + PRECISION)
+    assert again == found
+    assert len(fewer) == 2
+    assert {one.asked_per_gpu for one in fewer} <= {one.asked_per_gpu for one in points}
 
 
 def test_a_queue_that_does_not_drain_is_beyond_capacity() -> None:
@@ -158,6 +180,17 @@ def test_what_a_run_does_not_measure_stays_with_its_commit(tmp_path: Path) -> No
     assert (rows["vllm"]["mean"], rows["vllm"]["commit"]) == (3.0, "old")
     assert (rows["ours"]["mean"], rows["ours"]["commit"]) == (5.0, "new")
     assert len(rows) == 2
+
+
+def test_a_search_begins_at_what_an_earlier_run_has_found() -> None:
+    settings = {"token_budget": 1024, "prefill": 1, "decode": 2}
+    old = _part("ours", 4.0, per_seed=[3.9, 0.0, 4.1], settings=settings)
+    newer = _part("vllm", 3.0, per_seed=[3.0], asked_per_seed=[3.1], tuned_at=3.2, settings={})
+    found = begins([old, {**old, "share": 0.98, "per_seed": [2.0]}, newer])
+    ours, vllm = found[cell_of(old)], found[cell_of(newer)]
+    assert (ours.tuning, ours.tuned_at) == (Tuning(1024, prefill=1, decode=2), None)
+    assert ours.at == {0.9: [3.9, 4.1], 0.98: [2.0]}
+    assert (vllm.tuned_at, vllm.at) == (3.2, {0.9: [3.1]})
 
 
 def test_both_shares_of_a_cell_are_replaced_together(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from benchmarks.hardware import (
     LINKS,
     MEASURED,
     fit_measured,
+    fitting_tpot_scale,
     hardware,
     with_draft,
 )
@@ -104,6 +106,19 @@ def test_faster_machines_are_faster() -> None:
     assert seconds["h100-llama-2-7b"] < seconds["a100-llama-2-7b"]
     assert seconds["a100-opt-13b-tp2"] < seconds["a100-opt-13b"]
     assert seconds["a100-opt-6.7b"] < seconds["a100-opt-13b"]
+
+
+def test_a_slow_machine_has_longer_paces_by_a_whole_number() -> None:
+    for floor_s, times in ((0.009, 1.0), (0.0248, 1.0), (0.031, 2.0), (0.054, 2.0), (0.062, 3.0)):
+        assert fitting_tpot_scale(StepCost.line(base_s=floor_s, per_token_s=0.0)) == times
+
+
+def test_a_profile_says_how_many_bytes_its_engine_keeps_of_a_token(tmp_path: Path) -> None:
+    saved = json.loads((CONFIGS / "profiles" / "scale.json").read_text())
+    saved["about"] = {"model": "scale", "kv_bytes_per_token": "24576"}
+    (tmp_path / "mine.json").write_text(json.dumps(saved))
+    assert hardware(tmp_path / "mine.json", kv_tokens=100).kv_bytes_per_token == 24_576
+    assert hardware("scale").kv_bytes_per_token == 12_288
 
 
 def test_what_is_given_replaces_what_is_known() -> None:
