@@ -33,7 +33,7 @@ def begins(rows: Iterable[Row]) -> dict[tuple[Hashable, ...], Begin]:
     """By cell, as `CELL` names it. Figures of other code are as good a place to begin as any."""
     found: dict[tuple[Hashable, ...], Begin] = {}
     for row in rows:
-        asked = row.get("asked_per_seed", row["per_seed"])
+        asked: list[float] = row.get("asked_per_seed") or row["per_seed"]
         begin = found.setdefault(cell_of(row), Begin(Tuning(**row["settings"]), row.get("tuned_at"), {}))
         begin.at[row["share"]] = [rate for rate in asked if rate > 0]
     return found

@@ -110,7 +110,7 @@ def test_faster_machines_are_faster() -> None:
 
 def test_a_slow_machine_has_longer_paces_by_a_whole_number() -> None:
     for floor_s, times in ((0.009, 1.0), (0.0248, 1.0), (0.031, 2.0), (0.054, 2.0), (0.062, 3.0)):
-        assert fitting_tpot_scale(StepCost.line(base_s=floor_s, per_token_s=0.0)) == times
+        assert fitting_tpot_scale(StepCost.line(base_s=floor_s, per_token_s=1e-5)) == times
 
 
 def test_a_profile_says_how_many_bytes_its_engine_keeps_of_a_token(tmp_path: Path) -> None:
