@@ -243,7 +243,8 @@ PAPER_SLO_CLASSES: dict[str, dict[str, float]] = {
 class ClusterConfig(Section):
     """All of it. `model` is a name made by `slosserve model make`, a path, or a Hugging Face name.
 
-    `dtype` auto is vLLM's own choice, but for float32 on a CPU that has no instructions for bfloat16.
+    `dtype` auto is vLLM's own choice, but for float32 on a CPU that has no instructions for bfloat16. Where
+    hosts differ in that, say which: KV is handed over only between engines of the same.
     """
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")] = "slosserve"
