@@ -20,6 +20,7 @@ import zmq
 
 from engine.errors import ProtocolError
 from engine.messages import Alive, Message, Report, Reports, Watch, decode, encode
+from engine.socket import Heard
 
 logger = logging.getLogger(__name__)
 
@@ -163,7 +164,7 @@ class HostedLine:
         self.reported_s = 0.0
         self.step_began_s: float | None = None
         self._host = host
-        self._inbox: collections.deque[tuple[bytes, Message]] = collections.deque()
+        self._inbox: collections.deque[Heard] = collections.deque()
         self._peers: dict[bytes, None] = {}
         self._report: Report | None = None
         self._told: Report | None = None
@@ -189,7 +190,7 @@ class HostedLine:
     def take(self, peer: bytes, message: Message) -> None:
         """Something has come for the node."""
         self._peers[peer] = None
-        self._inbox.append((peer, message))
+        self._inbox.append(Heard(peer, message, self._host.heard_s(peer)))
 
     def start(self) -> None:
         """The host serves already."""
@@ -201,7 +202,7 @@ class HostedLine:
         """Say something to a peer."""
         self._host.send(peer, message)
 
-    def drain(self, wait_s: float = 0.0) -> list[tuple[bytes, Message]]:
+    def drain(self, wait_s: float = 0.0) -> list[Heard]:
         """What has come since the last call; never waits."""
         taken = list(self._inbox)
         self._inbox.clear()

@@ -51,7 +51,7 @@ from engine.request import RoleName, WorkKind
 from engine.residuals import Residuals
 from engine.role import Role
 from engine.sessions import KV_SHARE, TTL_S, Sessions
-from engine.socket import Line
+from engine.socket import Heard, Line
 from engine.tally import Tally
 from kv_transfer.base import Link, Pull, PullOutcome, TransferError
 
@@ -167,8 +167,8 @@ class Node:
 
     def hear(self, wait_s: float = 0.0) -> None:
         """Do what peers have asked for since the last call, waiting up to `wait_s` for the first."""
-        for peer, message in self._socket.drain(wait_s):
-            self._handle(peer, message)
+        for heard in self._socket.drain(wait_s):
+            self._handle(heard)
 
     def keep_up(self) -> None:
         """What is due now and then: peers and offers that are gone, what drafts are worth, a report."""
@@ -187,24 +187,25 @@ class Node:
 
     # ---- what peers ask ----------------------------------------------------------------------------------
 
-    def _handle(self, peer: bytes, message: Message) -> None:
+    def _handle(self, heard: Heard) -> None:
         """Do what a message asks. One that cannot be done costs its sender an answer, and others nothing."""
+        peer, message = heard.peer, heard.message
         try:
-            self._do(peer, message)
+            self._do(peer, message, heard.at_s)
         except Exception as error:
             logger.exception("%s: handling %s of %r", self.name, type(message).__name__, peer)
             self._answer_failed(peer, message, f"{self.name} failed to take it: {error}")
 
-    def _do(self, peer: bytes, message: Message) -> None:
+    def _do(self, peer: bytes, message: Message, came_s: float) -> None:
         match message:
             case Submit():
-                self._submit(peer, message)
+                self._submit(peer, message, came_s)
             case Cancel() | Release():
                 if peer in self._outboxes:
                     self._outboxes[peer].forget(attempt_key(message))
                 self._drop([attempt_key(message)], ended=isinstance(message, Cancel) and message.ended)
             case Promote():
-                self._promote(message)
+                self._promote(message, came_s)
             case Credit(messages):
                 outbox = self._outboxes.setdefault(peer, Outbox())
                 outbox.credit += messages
@@ -238,12 +239,12 @@ class Node:
             case _:
                 pass
 
-    def _submit(self, peer: bytes, submit: Submit) -> None:
+    def _submit(self, peer: bytes, submit: Submit, came_s: float) -> None:
         reason = self._declines(peer, submit)
         if reason is not None:
             self._socket.send(peer, Declined(submit.request_id, submit.attempt, reason))
             return
-        promise = Promise.of(submit, peer, self._clock(), self._drafting)
+        promise = Promise.of(submit, peer, came_s, self._drafting)
         work = promise.work()
         self._promises[work.work_id] = promise
         if promise.session is not None:
@@ -271,10 +272,10 @@ class Node:
         self._role = self._roles[role]
         self._publish_report()
 
-    def _promote(self, message: Promote) -> None:
+    def _promote(self, message: Promote, came_s: float) -> None:
         promise = self._promises.get(attempt_key(message))
         if promise is not None and promise.duty.best_effort:
-            promise.promote(message.pace, self._clock())
+            promise.promote(message.pace, came_s)
 
     def _declines(self, peer: bytes, submit: Submit) -> str | None:
         """Why this work is not taken; None if it is."""

@@ -46,7 +46,7 @@ class Promise:
 
     @classmethod
     def of(cls, submit: Submit, peer: bytes, now_s: float, drafting: Drafting) -> Self:
-        """What a peer asked for just now."""
+        """What a peer asked for at `now_s`, when its message came."""
         pace, said_tokens = submit.pace, len(submit.said_token_ids)
         prompt_tokens = len(submit.prompt_token_ids) + said_tokens
         duty = Duty(

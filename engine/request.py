@@ -61,9 +61,10 @@ class Slo:
 class Pace:
     """A promise as it travels to a node: the time LEFT to the first token, then seconds per token.
 
-    Clock readings never leave a host, so a node turns `first_token_left_s` into its own clock on receipt.
-    `answer_tpot_s`: seconds per token once thinking has ended, where `tpot_s` is the pace of thinking. `begun`:
-    the answer began elsewhere, so that its first token here is one in the pace; late, it delays none after it.
+    Clock readings never leave a host, so a node turns `first_token_left_s` into its own clock, counted from
+    when the message came. `answer_tpot_s`: seconds per token once thinking has ended, where `tpot_s` is the
+    pace of thinking. `begun`: the answer began elsewhere, so that its first token here is one in the pace;
+    late, it delays none after it.
     """
 
     first_token_left_s: float

@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import zmq
@@ -16,6 +16,16 @@ from engine.errors import ProtocolError
 from engine.messages import Alive, Message, Report, Watch, decode, encode
 
 WATCHES_S = 1.0  # a peer that has not asked for so long is told nothing unasked
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """A message, from whom, and when it came, on the node's clock: what it asks for counts from then, however
+    long the step takes that runs meanwhile."""
+
+    peer: bytes
+    message: Message
+    at_s: float
 
 
 class Line(Protocol):
@@ -38,7 +48,7 @@ class Line(Protocol):
     def send(self, peer: bytes, message: Message) -> None:
         """Queue a message for a peer."""
 
-    def drain(self, wait_s: float = 0.0) -> list[tuple[bytes, Message]]:
+    def drain(self, wait_s: float = 0.0) -> list[Heard]:
         """What has come since the last call, waiting up to `wait_s` for the first."""
 
     def heard(self) -> list[tuple[bytes, float]]:
@@ -69,7 +79,7 @@ class NodeSocket:
         self._router.setsockopt(zmq.SNDHWM, 0)
         port = self._router.bind_to_random_port(f"tcp://{host}")
         self.address = f"tcp://{host}:{port}"
-        self._inbox: collections.deque[tuple[bytes, Message]] = collections.deque()
+        self._inbox: collections.deque[Heard] = collections.deque()
         self._outbox: collections.deque[tuple[bytes, list[bytes]]] = collections.deque()
         self._arrived = threading.Event()
         self._wake_read, self._wake_write = os.pipe()
@@ -98,7 +108,7 @@ class NodeSocket:
         self._outbox.append((peer, encode(message)))
         os.write(self._wake_write, b"x")
 
-    def drain(self, wait_s: float = 0.0) -> list[tuple[bytes, Message]]:
+    def drain(self, wait_s: float = 0.0) -> list[Heard]:
         """What has come since the last call, waiting up to `wait_s` for the first."""
         if wait_s > 0 and not self._inbox:
             self._arrived.wait(wait_s)
@@ -182,11 +192,12 @@ class NodeSocket:
             except ProtocolError:
                 self.rejected_messages += 1
                 continue
-            self._heard_s[peer] = self._clock()
+            heard = Heard(peer, message, self._clock())
+            self._heard_s[peer] = heard.at_s
             if isinstance(message, Watch):
                 self._answer_watch(peer, message)
             else:
-                self._inbox.append((peer, message))
+                self._inbox.append(heard)
                 arrived = True
         if arrived:
             self._arrived.set()

@@ -504,6 +504,27 @@ def test_a_report_shows_leases_with_their_time_left(serve: Serve) -> None:
     assert the_work(report).prefill_left_tokens == 0
 
 
+def test_what_comes_during_a_step_is_due_by_when_it_came(serve: Serve) -> None:
+    served = serve()
+    client, coordinator = served.client("endpoint"), served.coordinator()
+    client.send(submit("before", max_tokens=LONG), submit("promoted", max_tokens=LONG, pace=BEST_EFFORT))
+    coordinator.report(lambda report: len(report.works) == 2)
+    served.engine.gate.clear()
+    coordinator.until(Report, lambda report: report.stuck_s > 0.05)
+    client.send(
+        submit("during", max_tokens=LONG, pace=Pace(10.0, 1.0)), Promote("promoted", 1, Pace(20.0, 1.0))
+    )
+    sent_s = time.monotonic()
+    coordinator.until(Report, lambda report: report.stuck_s > 0.8)
+    served.engine.gate.set()
+    report = coordinator.report(lambda report: len(report.works) == 3)
+    gone_s = time.monotonic() - sent_s
+    left_s = {work.request_id: work.first_token_left_s for work in report.works}
+    assert gone_s > 0.6
+    assert left_s["during"] == pytest.approx(10.0 - gone_s, abs=0.2)
+    assert left_s["promoted"] == pytest.approx(20.0 - gone_s, abs=0.2)
+
+
 def test_a_step_that_hangs_is_told_while_it_hangs(serve: Serve) -> None:
     served = serve()
     client, coordinator = served.client("endpoint"), served.coordinator()
