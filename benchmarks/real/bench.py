@@ -1,4 +1,4 @@
-"""The bench itself: real systems, one at a time, and windows on them that are measured once."""
+"""The bench itself: real systems that are asked by turns, and windows on them that are measured once."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class OutOfTime(Exception):
 
 @dataclass(slots=True)
 class Bench:
-    """What windows are measured with: one system runs at a time, until another one is asked.
+    """What windows are measured with: one system is asked at a time, and those asked last go on running.
 
     No window begins after `ends_s` (monotonic). `window_s`: shorter than cells ask for, for a look.
     """
@@ -46,8 +46,7 @@ class Bench:
     say: Callable[[str], None]
     ends_s: float = math.inf
     window_s: float | None = None
-    _stack: ExitStack = field(default_factory=ExitStack)
-    _started: tuple[tuple[RealSystem, Tuning], Running] | None = None
+    _started: dict[tuple[RealSystem, Tuning], tuple[ExitStack, Running]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -101,8 +100,8 @@ class Bench:
 
     def close(self) -> None:
         """Stop what runs."""
-        self._started = None
-        self._stack.close()
+        while self._started:
+            self._stop(next(iter(self._started)))
 
     def _measured(
         self, cell: Cell, system: RealSystem, tuning: Tuning, rate_per_s: float, seconds: float, seed: int
@@ -138,14 +137,22 @@ class Bench:
 
     def _running(self, cell: Cell, system: RealSystem, tuning: Tuning) -> Running:
         key = (system, tuning)
-        if self._started is None or self._started[0] != key:
-            self.close()
-            site = self.machine.site
-            config = configuration(site, system, tuning, self.model, self.profile)
-            self.say(f"starting {system.label}")
-            started = self._stack.enter_context(running(site, system, config, self.folder, self.say))
+        if key in self._started:
+            self._started[key] = self._started.pop(key)  # the last one that was asked
+            return self._started[key][1]
+        site = self.machine.site
+        while len(self._started) >= site.at_once:
+            self._stop(next(iter(self._started)))
+        config = configuration(site, system, tuning, self.model, self.profile)
+        self.say(f"starting {system.label}")
+        with ExitStack() as stack:
+            started = stack.enter_context(running(site, system, config, self.folder, self.say))
             workload = self.machine.workload(cell, WARM_UP_RATE, WARM_UP_S, TUNING_SEED)
             slos = self.machine.promises(workload)
             measure(started, system, self.model, workload, slos, TUNING_SEED, self.folder, lambda _: None)
-            self._started = key, started
-        return self._started[1]
+            self._started[key] = stack.pop_all(), started
+        return started
+
+    def _stop(self, key: tuple[RealSystem, Tuning]) -> None:
+        stack, _ = self._started.pop(key)
+        stack.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,20 +53,30 @@ class Results:
             )
 
     def measure(self, cell: Cell, chosen: Sequence[RealSystem]) -> None:
-        """Every system in this cell, one after another. Raises as `check`."""
+        """Every system in this cell, seed by seed and by turns: what is compared is minutes apart, as machines
+        change within an hour. Raises as `check`.
+        """
         self.check(cell, chosen)
+        searches = []
         for system in chosen:
             self.bench.say(f"{cell.text}: {system.label}, where the simulator sees its knee")
-            tuning, knee = self.bench.expected(cell, system)
-            if self.quick:
+            searches.append(_Search(self, cell, system, *self.bench.expected(cell, system)))
+        if self.quick:
+            for search in searches:
                 for fraction in QUICK_FRACTIONS:
-                    self._window(cell, system, tuning, fraction * knee, self.seeds[0])
-                continue
-            row = self._capacity(cell, system, tuning, knee)
+                    search.window(fraction * search.knee, self.seeds[0])
+            return
+        alike = {(one.system, one.tuning): one for one in searches}
+        for seed in self.seeds:
+            for search in searches:
+                if search.twin_in(alike) is None:
+                    search.run(seed)
+        for search in searches:
+            row = (search.twin_in(alike) or search).row() | search.about()
             self.rows.append(row)
-            if system.ours and not system.drafts and row["mean"] > 0:
+            if search.system.ours and not search.system.drafts and row["mean"] > 0:
                 for load in LOADS:
-                    window = self._window(cell, system, tuning, load * row["mean"], self.seeds[0])
+                    window = search.window(load * row["mean"], self.seeds[0])
                     self.loads.append({"load": load, **window})
         self._whole.add(cell)
 
@@ -100,41 +110,64 @@ class Results:
             "window_s": self.bench.window_s,  # None: as long as each cell asks for
         }
 
-    def _window(self, cell: Cell, system: RealSystem, tuning: Tuning, rate: float, seed: int) -> Row:
-        row = self.bench.window(cell, system, tuning, rate, seed)
-        if row not in self.windows:
-            self.windows.append(row)
+
+@dataclass(slots=True)
+class _Search:
+    """For the capacity of one system in one cell, seed after seed; a seed begins where the last one ended."""
+
+    results: Results
+    cell: Cell
+    system: RealSystem
+    tuning: Tuning
+    knee: float
+    per_seed: list[float] = field(default_factory=list)
+    windows: list[Row] = field(default_factory=list)
+    guess: float = 0.0
+
+    def window(self, rate_per_s: float, seed: int) -> Row:
+        """One that is among the results from then on."""
+        row = self.results.bench.window(self.cell, self.system, self.tuning, rate_per_s, seed)
+        if row not in self.results.windows:
+            self.results.windows.append(row)
         return row
 
-    def _capacity(self, cell: Cell, system: RealSystem, tuning: Tuning, knee: float) -> Row:
-        per_seed, guess = [], knee
-        windows: list[Row] = []
-        for seed in self.seeds:
+    def run(self, seed: int) -> None:
+        """With one seed."""
 
-            def at(rate: float, seed: int = seed) -> Point:
-                if rate < knee / HOPELESS:
-                    return Point(rate, 0.0, SHARE, True, {})  # not measured: next to nothing is held
-                row = self._window(cell, system, tuning, rate, seed)
-                windows.append(row)
-                return Point(rate, row["rate_per_s"], row["attainment"] or 0.0, row["drained"], {})
+        def at(rate: float) -> Point:
+            if rate < self.knee / HOPELESS:
+                return Point(rate, 0.0, SHARE, True, {})  # not measured: next to nothing is held
+            row = self.window(rate, seed)
+            self.windows.append(row)
+            return Point(rate, row["rate_per_s"], row["attainment"] or 0.0, row["drained"], {})
 
-            _, points = capacity(at, SHARE, guess, STEP - 1 + 1e-6, STEP)
-            per_seed.append(crossing(points))
-            guess = max((one.asked_per_gpu for one in points if one.holds(SHARE)), default=guess)
+        guess = self.guess or self.knee
+        _, points = capacity(at, SHARE, guess, STEP - 1 + 1e-6, STEP)
+        self.per_seed.append(crossing(points))
+        self.guess = max((one.asked_per_gpu for one in points if one.holds(SHARE)), default=guess)
+
+    def twin_in(self, searches: Mapping[tuple[RealSystem, Tuning], _Search]) -> _Search | None:
+        """Where tuning has found nothing better: the system as it comes, of which all windows are its own."""
+        return searches.get((self.system.untuned, self.tuning)) if self.system.tuned else None
+
+    def about(self) -> Row:
+        """What a row says of the system."""
         return {
-            "scenario": cell.scenario,
-            "engines": cell.engines,
-            "arrivals": ARRIVALS[cell.scenario],
-            "system": system.name,
-            "ours": system.ours,
-            "tuned": system.tuned,
-            "drafts": system.drafts,
-            "tuning": tuning.words,
-            "predicted": knee,
-            "per_seed": per_seed,
-            **spread(per_seed),
-            "measured_on": _measured_on(windows),
+            "scenario": self.cell.scenario,
+            "engines": self.cell.engines,
+            "arrivals": ARRIVALS[self.cell.scenario],
+            "system": self.system.name,
+            "ours": self.system.ours,
+            "tuned": self.system.tuned,
+            "drafts": self.system.drafts,
+            "tuning": self.tuning.words,
+            "predicted": self.knee,
         }
+
+    def row(self) -> Row:
+        """What was found."""
+        found = {"per_seed": self.per_seed, **spread(self.per_seed)}
+        return {**self.about(), **found, "measured_on": _measured_on(self.windows)}
 
 
 def crossing(points: Sequence[Point]) -> float:

@@ -113,6 +113,7 @@ def _ours(
 def _stock(
     site: Site, system: RealSystem, config: ClusterConfig, logs: Path, tell: Callable[[str], None]
 ) -> Iterator[Running]:
+    others_children = {one.pid for one in psutil.Process().children(recursive=True)}  # of systems beside it
     with ExitStack() as stack:
         targets = []
         for number in range(system.engines):
@@ -120,7 +121,8 @@ def _stock(
             server = own_server(config, logs / f"vllm-{number}.log", site.environment(number))
             targets.append(stack.enter_context(server))
         engines, others = cores_of(system.engines, site.engine_cores)
-        children = psutil.Process().children(recursive=True)
+        family = psutil.Process().children(recursive=True)
+        children = [one for one in family if one.pid not in others_children]
         found = sorted(one.pid for one in children if ENGINE_TITLE in _title(one))
         if len(found) != system.engines:
             raise EngineError(f"vLLM's servers have {len(found)} engine processes, not {system.engines}")

@@ -22,6 +22,7 @@ class Site:
 
     `config`: what ships for one replica there. `kv_gib`: memory for KV, of every engine. Lengths of scenarios
     are divided by `divide`, outputs of a scenario once more by `further`. `engine_cores`: kept for each engine.
+    `at_once`: systems that run on the same devices and are asked by turns; one that idles costs memory alone.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Site:
     stock_defaults: Tuning
     our_defaults: Tuning
     engine_cores: int
+    at_once: int
     further: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -74,6 +76,7 @@ CPU = Site(
     stock_defaults=Tuning(token_budget=2048, max_seqs=256),
     our_defaults=Tuning(token_budget=2048, max_seqs=64),
     engine_cores=1,
+    at_once=3,  # 3 GiB each
 )
 GPU = Site(
     "gpu",
@@ -86,6 +89,7 @@ GPU = Site(
     stock_defaults=Tuning(token_budget=8192, max_seqs=1024),
     our_defaults=Tuning(token_budget=8192, max_seqs=256),
     engine_cores=2,
+    at_once=1,
 )
 
 

@@ -33,6 +33,11 @@ class RealSystem:
     drafts: int = 0
 
     @property
+    def untuned(self) -> RealSystem:
+        """The same as it comes: with the same settings, nothing is different."""
+        return SYSTEMS[self.name.removesuffix("-tuned")]
+
+    @property
     def ours(self) -> bool:
         """Whether our planner is in charge."""
         return self.design == OURS_NAME
@@ -78,7 +83,7 @@ def configuration(
     if system.mode == "disaggregated":
         pools = {"mixed": 0, "prefill": 1, "decode": 1}
     overrides: dict[str, Any] = {
-        "name": "bench-real",
+        "name": f"bench-real-{system.name}",
         "model": model,
         "dtype": "auto",
         "endpoint.port": 0,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from benchmarks.capacity_table import BURSTY
+from benchmarks.capacity_cell import BURSTY
 from benchmarks.report.capacity_view import HEAD_SHARE, Row, View, geomean, key_of, machine_words, name_of
 from benchmarks.report.markdown import NOTHING, mean, percent, ratio, table
 from benchmarks.scenarios import SCENARIOS

@@ -170,12 +170,45 @@ def test_what_failed_was_late_or_was_cut_short_is_a_miss() -> None:
 def test_a_window_is_measured_once_and_none_begins_when_time_is_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    started: list[str] = []
+    bench, events = _bench_of_fakes(tmp_path, monkeypatch)
+    system = SYSTEMS["vllm"]
+    rows = [bench.window(CHAT, system, system.defaults(CPU), rate, 1) for rate in (2.0, 3.0, 2.0)]
+    assert rows[0] == rows[2] != rows[1]
+    assert events == ["vllm starts"]
+    assert rows[0]["predicted"]["attainment"] > 0.5
+    bench.ends_s = -math.inf
+    assert bench.window(CHAT, system, system.defaults(CPU), 3.0, 1) == rows[1]
+    with pytest.raises(OutOfTime):
+        bench.window(CHAT, system, system.defaults(CPU), 4.0, 1)
+    bench.close()
+    assert events == ["vllm starts", "vllm stops"]
+
+
+def test_systems_that_take_turns_go_on_running_and_the_one_not_asked_longest_makes_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, events = _bench_of_fakes(tmp_path, monkeypatch)
+    assert CPU.at_once == 3
+    for seed, name in enumerate(["vllm", "ours", "vllm-ngram", "vllm", "ours-ngram", "vllm"]):
+        bench.window(CHAT, SYSTEMS[name], SYSTEMS[name].defaults(CPU), 2.0, seed)
+    assert events == [
+        "vllm starts", "ours starts", "vllm-ngram starts", "ours stops", "ours-ngram starts",
+    ]  # fmt: skip
+    bench.close()
+    assert [event for event in events if event.endswith("stops")] == [
+        "ours stops", "vllm-ngram stops", "ours-ngram stops", "vllm stops",
+    ]  # fmt: skip
+
+
+def _bench_of_fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Bench, list[str]]:
+    """A bench whose systems keep every promise, and what has started and stopped."""
+    events: list[str] = []
 
     @contextmanager
     def fake(_site: Any, system: Any, *_: Any) -> Iterator[Running]:
-        started.append(system.name)
+        events.append(f"{system.name} starts")
         yield Running((), False, "m", ())
+        events.append(f"{system.name} stops")
 
     def served(_: Running, system: Any, recipe: str, workload: Workload, slos: list[Slo], *rest: Any) -> Any:
         return summary(workload, slos, _perfect(workload, slos))
@@ -185,16 +218,7 @@ def test_a_window_is_measured_once_and_none_begins_when_time_is_up(
     profile = Path("configs/profiles/scale.json")
     bench = Bench(MACHINE, "scale", profile, tmp_path, Cache(tmp_path / "kept"), lambda _: None)
     bench.window_s = 10.0
-    system = SYSTEMS["vllm"]
-    rows = [bench.window(CHAT, system, system.defaults(CPU), rate, 1) for rate in (2.0, 3.0, 2.0)]
-    assert rows[0] == rows[2] != rows[1]
-    assert started == ["vllm"]
-    assert rows[0]["predicted"]["attainment"] > 0.5
-    bench.ends_s = -math.inf
-    assert bench.window(CHAT, system, system.defaults(CPU), 3.0, 1) == rows[1]
-    with pytest.raises(OutOfTime):
-        bench.window(CHAT, system, system.defaults(CPU), 4.0, 1)
-    bench.close()
+    return bench, events
 
 
 # ---- what they add up to -----------------------------------------------------------------------------------
@@ -243,6 +267,7 @@ class _NoBench:
 
     def __init__(self, windows: int) -> None:
         self.machine, self.model, self.left, self.window_s = MACHINE, "scale", windows, None
+        self.asked: list[tuple[str, int]] = []
         self.on = {"device": "a CPU", "commit": f"commit {windows}", "date": "2026-01-02"}
 
     def say(self, text: str) -> None:
@@ -256,6 +281,7 @@ class _NoBench:
         if self.left == 0:
             raise OutOfTime
         self.left -= 1
+        self.asked.append((system.name, seed))
         held = 0.95 if rate < 10 else 0.5
         where = {"scenario": cell.scenario, "engines": cell.engines, "system": system.name, "seed": seed}
         return {**where, "rate_per_s": rate, "asked_per_s": rate, "attainment": held, "drained": True,
@@ -290,6 +316,16 @@ def test_another_run_adds_its_cells_and_what_it_did_not_finish_replaces_nothing(
     assert {row["scenario"] for row in told["windows"]} == {row["scenario"] for row in told["loads"]}
     with pytest.raises(ConfigError, match="chatbot on 1 have ours as well"):
         third.measure(CHAT, chosen[:1])
+
+
+def test_what_is_compared_is_measured_by_turns_and_the_same_settings_only_once() -> None:
+    results = _results(1000)
+    results.measure(CHAT, systems(1, ["vllm", "vllm-tuned", "ours"]))
+    asked = cast("_NoBench", results.bench).asked
+    searched = [turn for turn in dict.fromkeys(asked) if turn[0] != "vllm-tuned"]
+    assert searched == list(dict.fromkeys(asked)) == [("vllm", 1), ("ours", 1), ("vllm", 2), ("ours", 2)]
+    rows = {row["system"]: row for row in results.told()["rows"]}
+    assert rows["vllm-tuned"] == {**rows["vllm"], "system": "vllm-tuned", "tuned": True}
 
 
 def test_figures_of_another_method_are_not_mixed_with_these(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.capacity_table import FIXED_FRACTIONS, SEEDS, SHARES, headline
+from benchmarks.capacity_cell import FIXED_FRACTIONS
+from benchmarks.capacity_table import SEEDS, SHARES, headline
 from benchmarks.report.capacity import in_parts
 from benchmarks.report.markdown import number, ratio, source, spread
 from benchmarks.report.page import commands, page, read, report
