@@ -48,7 +48,7 @@ from engine.messages import (
 from engine.outbox import Outbox, attempt_key
 from engine.promise import Promise, note_batched
 from engine.request import RoleName, WorkKind
-from engine.residuals import Caution, Residuals
+from engine.residuals import Residuals
 from engine.role import Role
 from engine.sessions import KV_SHARE, TTL_S, Sessions
 from engine.socket import Heard, Line
@@ -63,6 +63,7 @@ LEASE_WAIT_S = 0.005  # nobody waits: only leases, and bytes of pulls that were 
 REPORT_EVERY_S = 0.1
 FORGET_PEER_S = 60.0  # after its work was dropped
 RECENT_PULLS = 64
+MARGIN_QUANTILE = 0.95  # of steps, that the margin covers: a full replica's promises nearly all depend on it
 ROLE_GRACE_S = 10.0  # for what was placed here before a change of role, and comes after it
 KV_BOUND_SHARE = 0.9  # of the blocks in use: from there on memory is what binds
 NO_CREDIT = "no credit granted: reconnect"  # an endpoint knows this reason, and does
@@ -101,7 +102,7 @@ class Node:
         self._pauses_since_s: float | None = None  # a change of role, the end of the batch before it
         self._cost = cost
         self._idle_cost = cost
-        self._residuals, self._caution = Residuals(), Caution()
+        self._residuals = Residuals()
         self._drafting = Drafting(info.max_draft_tokens)
         self._depths: Mapping[str, int] = {}
         self._socket = socket
@@ -426,10 +427,7 @@ class Node:
             drafted.estimate = self._drafting.verified(drafted.class_name, drafted.estimate, drafts, new)
             promise.account.drafted_tokens += drafts
             promise.account.accepted_tokens += min(new - 1, drafts)
-        now_s = self._clock()
-        if output.token_ids and (late := promise.first_token_late(now_s)) is not None:
-            self._caution.note(late=late)
-        delta, starved = promise.say(output, now_s)
+        delta, starved = promise.say(output, self._clock())
         self._promises_starved += starved
         if output.handoff is None and output.finish_reason is not None:
             self._forget(output.work_id)
@@ -535,7 +533,7 @@ class Node:
             idle_cost=self._idle_cost,
             promises_preempted=self._promises_preempted,
             promises_starved=self._promises_starved,
-            cost_margin=self._residuals.margin(self._caution.quantile),
+            cost_margin=self._residuals.margin(MARGIN_QUANTILE),
             steps=self._steps,
             step_s=self._step_s or 0.0,
             stuck_s=0.0,

@@ -148,15 +148,6 @@ class Promise:
         )
         return delta, starved
 
-    def first_token_late(self, now_s: float) -> bool | None:
-        """Whether its first token, said now, is later than the score tolerates. None if what it says now is not
-        its first token, or nothing was promised.
-        """
-        if self.duty.best_effort or self.first_token_s is not None or self.submit.pace.begun:
-            return None
-        due_s = self.duty.first_token_due_s
-        return now_s > due_s + TOLERANCE * max(due_s - self.received_s, 0.0)
-
     def state(self, at_s: float, chunk_tokens: int) -> WorkState:
         """As it will be at `at_s`, when a batch has ended in which it has a chunk (0: in which it is not)."""
         submit, duty = self.submit, self.duty

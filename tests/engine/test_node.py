@@ -504,21 +504,6 @@ def test_a_report_shows_leases_with_their_time_left(serve: Serve) -> None:
     assert the_work(report).prefill_left_tokens == 0
 
 
-def test_promises_that_were_late_ask_for_a_wider_margin(serve: Serve) -> None:
-    served = serve()
-    client, coordinator = served.client("endpoint"), served.coordinator()
-    margins = []
-    for number, left_s in enumerate([30.0, 1e-4, 30.0]):
-        for step_s in (0.002, 0.004):  # the margin is what the longest of them need
-            served.engine.step_s = step_s
-            ask = submit(f"{number}-{step_s}", max_tokens=20, pace=Pace(left_s, 1.0))
-            client.send(ask)
-            client.stream(ask.request_id)
-        margins.append(coordinator.report().cost_margin)
-    assert margins[1] > margins[0]
-    assert margins[2] > margins[0]
-
-
 def test_what_comes_during_a_step_is_due_by_when_it_came(serve: Serve) -> None:
     served = serve()
     client, coordinator = served.client("endpoint"), served.coordinator()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from engine.base import StepReport
 from engine.cost import StepCost
-from engine.residuals import FEWEST_COVERED, LATE_SHARE, MOST_COVERED, Caution, Residuals
+from engine.residuals import Residuals
 
 COST = StepCost.line(10e-3, 1e-4)
 
@@ -62,36 +62,3 @@ def test_an_empty_batch_says_nothing() -> None:
 def test_a_share_beyond_all_is_an_error(share: float) -> None:
     with pytest.raises(ValueError, match="between 0 and 1"):
         Residuals().margin(share)
-
-
-@given(st.lists(st.booleans(), max_size=400))
-def test_caution_stays_between_its_bounds(late: list[bool]) -> None:
-    caution = Caution()
-    for one in late:
-        caution.note(late=one)
-        assert FEWEST_COVERED - 1e-9 <= caution.quantile <= MOST_COVERED + 1e-9
-
-
-@pytest.mark.parametrize("needing", [0.1, 0.3, 0.6], ids=lambda share: f"{share:.0%} without slack")
-def test_however_many_promises_have_no_slack_one_in_a_hundred_is_late(needing: float) -> None:
-    noise = random.Random(1)
-    residuals, caution = Residuals(), Caution()
-    late_ones, promises, margin = 0, 20_000, 0.0
-    for number in range(promises):
-        ran = step(noise.lognormvariate(0.0, 0.1))
-        late = noise.random() < needing and ran.seconds > COST.predict(100) * (1 + margin)
-        caution.note(late=late)
-        residuals.note(COST, ran)
-        late_ones += late
-        if number % 10 == 0:
-            margin = residuals.margin(caution.quantile)
-    assert late_ones / promises == pytest.approx(LATE_SHARE, rel=0.3)
-
-
-def test_where_promises_are_kept_admission_is_as_bold_as_it_may_be() -> None:
-    caution = Caution()
-    caution.note(late=True)
-    assert caution.quantile > FEWEST_COVERED
-    for _ in range(100):
-        caution.note(late=False)
-    assert caution.quantile == pytest.approx(FEWEST_COVERED)
