@@ -60,7 +60,7 @@ def spawn(
             stdout=out,
             stderr=err,
             start_new_session=True,
-            preexec_fn=_die_with_parent if die_with_parent and sys.platform == "linux" else None,
+            preexec_fn=end_with_parent if die_with_parent else None,
         )
     return ProcessId.of(child.pid)
 
@@ -186,5 +186,7 @@ def _signal(process: psutil.Process, number: int) -> None:
         return
 
 
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+def end_with_parent() -> None:
+    """For `preexec_fn`: the child gets SIGTERM when the thread that starts it ends (on Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -17,6 +17,7 @@ from typing import Self
 from benchmarks.provenance import provenance
 from coordinator.config import ClusterConfig
 from coordinator.config_layers import find_profile
+from coordinator.process_tree import end_with_parent
 from engine.errors import ConfigError, EngineStartError
 from engine.profile import StepProfile
 
@@ -80,7 +81,12 @@ def _is_of(here: Here, profile: StepProfile, env: Mapping[str, str]) -> bool:
 def _run(env: Mapping[str, str], *arguments: str) -> None:
     # A process of its own: vLLM stays in a process that has loaded it, and this one is a client afterwards.
     done = subprocess.run(
-        [*CLI, *arguments], env={**os.environ, **env}, capture_output=True, text=True, check=False
+        [*CLI, *arguments],
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=end_with_parent,
     )
     if done.returncode != 0:
         raise EngineStartError(f"slosserve profile {arguments[0]} failed:\n{done.stderr[-2000:]}")

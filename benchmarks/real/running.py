@@ -22,6 +22,7 @@ from benchmarks.real.site import Site
 from benchmarks.real.systems import RealSystem
 from benchmarks.startup import step
 from coordinator.config import ClusterConfig
+from coordinator.process_tree import end_with_parent
 from engine.errors import EngineError
 
 CLIENT = "benchmarks.real.client"
@@ -62,7 +63,9 @@ class Running:
         answered.unlink(missing_ok=True)
         asked.write_bytes(msgspec.json.encode(job))
         command = [sys.executable, "-m", client, str(asked), str(answered)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=end_with_parent
+        ) as process:
             os.sched_setaffinity(process.pid, self.client_cores)
             assert process.stdout is not None
             assert process.stderr is not None
