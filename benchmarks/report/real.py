@@ -229,7 +229,8 @@ def _load(row: Row) -> list[str]:
         percent(row["attainment"]),
         f"{row['admitted']:,} of {row['counted']:,}",
         percent(row["admitted_kept"]),
-        f"{row['best_effort_completed']:,} of {row['best_effort']:,}",
+        # Of all that was not promised: what has said nothing yet when a window is closed has no verdict either.
+        f"{row['best_effort_completed']:,} of {row['counted'] - row['admitted']:,}",
     ]
 
 
