@@ -149,7 +149,8 @@ def _setting(method: Row) -> str:
     text = (
         f"vLLM engines with the `{method['model']}` model, each on {where}, asked over HTTP by a client in a "
         f"process of its own; {lengths}. Latency counts from when a request should have been sent. Half of the "
-        "scenarios come smoothly, half in bursts (gamma, CV 3). Nothing is drafted unless it says so."
+        "scenarios come smoothly, half in bursts (gamma, CV 3). Nothing is drafted unless it says so. "
+        "Where tuning finds nothing better than what ships, its row is that of the system as it comes."
     )
     text += _paces(method.get("tpot_scale"))
     if method.get("site") != "gpu":
