@@ -19,10 +19,11 @@ install: $(STAMP)
 $(STAMP):
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed, and none was found" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --no-deps --extra-index-url $(TORCH_INDEX) $(TORCH)
-	$(BIN)/pip install --quiet --no-deps -r $(LOCK)
-	$(BIN)/pip install --quiet --no-deps $(WITHOUT_DEPS)
+	$(BIN)/pip install --quiet --no-compile --no-deps --extra-index-url $(TORCH_INDEX) $(TORCH)
+	$(BIN)/pip install --quiet --no-compile --no-deps -r $(LOCK)
+	$(BIN)/pip install --quiet --no-compile --no-deps $(WITHOUT_DEPS)
 	$(BIN)/pip install --quiet --no-deps --editable .
+	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true  # on all cores; some files are templates
 	rm -f $(VENV)/.installed-*
 	touch $@
 

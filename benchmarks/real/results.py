@@ -102,7 +102,7 @@ class Results:
             "tuning_seed": TUNING_SEED,
             "lengths_divided_by": site.divide,
             "outputs_divided_further_by": dict(site.further),
-            "arrivals": ARRIVALS,
+            "arrivals": {str(engines): name for engines, name in ARRIVALS.items()},
             "share_not_counted": WARM_UP_SHARE,
             "rates_apart": STEP,
             "loads": list(LOADS),
@@ -155,7 +155,7 @@ class _Search:
         return {
             "scenario": self.cell.scenario,
             "engines": self.cell.engines,
-            "arrivals": ARRIVALS[self.cell.scenario],
+            "arrivals": self.cell.arrivals,
             "system": self.system.name,
             "ours": self.system.ours,
             "tuned": self.system.tuned,

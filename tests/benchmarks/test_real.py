@@ -21,7 +21,7 @@ from benchmarks.hardware import hardware
 from benchmarks.real import bench as bench_module
 from benchmarks.real import running as running_module
 from benchmarks.real.bench import Bench, OutOfTime
-from benchmarks.real.cells import ARRIVALS, LAYOUTS, LEAST_SECONDS, Cell
+from benchmarks.real.cells import LAYOUTS, LEAST_SECONDS, Cell
 from benchmarks.real.client import NO_ANSWER, Job, Seen, run
 from benchmarks.real.headline import headline, ratios
 from benchmarks.real.predicted import SHARE, Machine
@@ -133,7 +133,13 @@ def test_windows_are_long_enough_for_requests_and_for_many_of_them() -> None:
         for name in names:
             assert MACHINE.seconds(Cell(name, engines), 20.0) >= LEAST_SECONDS
     assert MACHINE.seconds(CHAT, 0.25) == pytest.approx(240.0)
-    assert {ARRIVALS[name] for names in LAYOUTS.values() for name in names} == {"poisson", "bursty"}
+
+
+def test_cells_are_smooth_as_well_as_in_bursts() -> None:
+    assert {Cell(name, engines).arrivals for engines, names in LAYOUTS.items() for name in names} == {
+        "poisson",
+        "bursty",
+    }
 
 
 def test_thinking_is_scaled_to_fit_and_an_answer_stays() -> None:
@@ -370,7 +376,7 @@ def test_a_profile_can_be_measured_and_every_request_fits(site: Site) -> None:
     config = configuration(site, SYSTEMS["ours"], site.our_defaults, site.model, None).engine
     assert config.max_model_len is not None
     assert config.max_model_len > config.max_batch_tokens, "chunks over KV that is there are measured as well"
-    for scenario in ARRIVALS:
+    for scenario in {name for names in LAYOUTS.values() for name in names}:
         load = Cell(scenario, 1).workload(site, 2.0, 120.0, 1)
         assert (load.prompt_tokens + load.max_tokens).max() <= config.max_model_len
 
