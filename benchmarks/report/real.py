@@ -148,8 +148,8 @@ def _setting(method: Row) -> str:
         where, lengths = "a core of its own", f"lengths divided by {method['lengths_divided_by']:g}"
     text = (
         f"vLLM engines with the `{method['model']}` model, each on {where}, asked over HTTP by a client in a "
-        f"process of its own; {lengths}. Latency counts from when a request should have been sent. Half of the "
-        "scenarios come smoothly, half in bursts (gamma, CV 3). Nothing is drafted unless it says so. "
+        f"process of its own; {lengths}. Latency counts from when a request should have been sent. Requests "
+        "come smoothly on one engine, in bursts (gamma, CV 3) on two. Nothing is drafted unless it says so. "
         "Where tuning finds nothing better than what ships, its row is that of the system as it comes."
     )
     text += _paces(method.get("tpot_scale"))
