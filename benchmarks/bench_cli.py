@@ -22,6 +22,7 @@ COMMANDS = {
     "rebalance": ("benchmarks.studies.rebalance:rebalance", "Pools that follow a shift of the load."),
     "distserve-facts": ("benchmarks.distserve_facts:distserve_facts", "The published figures of DistServe."),
     "fidelity": ("benchmarks.fidelity.command:fidelity", "The virtual engine beside the real one."),
+    "shift": ("benchmarks.real.shift:bench_shift", "A shift of the mix on real engines: pools that follow it."),
     "real": ("benchmarks.real.command:bench_real", "Real engines: ours beside vLLM as it ships."),
     "agents": ("benchmarks.agents.command:bench_agents", "Tool loops: with sessions, without, and vLLM."),
     "goodput": ("benchmarks.real.goodput:goodput", "vLLM's own client, and our scorecard."),

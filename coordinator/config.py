@@ -67,6 +67,7 @@ class EngineConfig(Section):
 
     `step_profile`: what steps cost, from `slosserve profile fit`: a file, or the name of one that ships. None
     takes the one that ships for the model, if any; else a node fits a line to a few steps when it starts.
+    `hold_steps`: no step takes less than the profile says: a small model rehearses the pace of a large one.
     `async_scheduling`: a step is composed while the one before it runs; on GPUs only.
     """
 
@@ -79,6 +80,7 @@ class EngineConfig(Section):
     speculative: dict[str, Any] | None = None
     async_scheduling: bool = False
     step_profile: str | None = None
+    hold_steps: bool = False
     num_cpus: Annotated[float, Field(ge=0)] = 1.0
     num_gpus: Annotated[float, Field(ge=0)] = 0.0
     env: dict[str, str] = Field(default_factory=dict)
@@ -264,6 +266,15 @@ class ClusterConfig(Section):
     timeouts: TimeoutsConfig = TimeoutsConfig()
     # By node, in seconds. For tests: a node whose clock is off keeps its promises all the same.
     clock_skew_s: dict[str, float] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _steps_can_be_held(self) -> ClusterConfig:
+        if self.engine.hold_steps and (self.engines == "virtual" or self.engine.step_profile is None):
+            raise ValueError(
+                "engine.hold_steps holds the steps of real engines to engine.step_profile: give one, or leave "
+                "engine.hold_steps out"
+            )
+        return self
 
     @property
     def step_profile(self) -> Path | None:

@@ -65,6 +65,7 @@ def node_spec(config: ClusterConfig, name: str, run_dir: Path) -> dict[str, Any]
         "log": str(run_dir / "logs" / f"{name}.log"),
         "roles": ROLES,
         "step_profile": None if config.step_profile is None else config.step_profile.read_text("utf-8"),
+        "hold_steps": engine.hold_steps,
         "max_waiting": config.endpoint.max_waiting,
         "peer_silent_s": config.timeouts.endpoint_silent_s,
         "session_ttl_s": config.sessions.ttl_s,

@@ -22,6 +22,7 @@ from engine import batch
 from engine.base import Engine, EngineInfo, StepReport
 from engine.cost import StepCost
 from engine.errors import EngineStartError, SlosserveError
+from engine.held import HeldEngine
 from engine.models import resolve_model
 from engine.node import Node
 from engine.ports import side_channel_port
@@ -49,7 +50,7 @@ class NodeActor:
     """`spec`: name, role, host, log, engine (kind and its settings), roles (name -> class path), limits.
 
     `step_profile` in the spec, the text of a profile, says what steps cost; without it a line is fitted at the
-    start. A model and a log are of the host that this runs on.
+    start, and with `hold_steps` no step takes less. A model and a log are of the host that this runs on.
     `clock_skew_s` in the spec shifts this node's clock: a test proves that nobody depends on it.
     """
 
@@ -141,6 +142,8 @@ class NodeActor:
             "side_channel_port": side_channel_port(host),
         }
         engine = build_engine(settings)
+        if spec.get("hold_steps"):
+            engine = HeldEngine(engine, StepProfile.parse(spec["step_profile"].encode()).cost)
         try:
             self._node = self._node_around(engine, engine.start(), host)
         except BaseException:

@@ -43,23 +43,7 @@ def measure(
 
     Raises EngineError if the client fails; requests that fail are counted.
     """
-    job = Job(
-        targets=list(started.targets),
-        pair=started.pair,
-        model=started.model,
-        vocab_size=load_recipe(recipe).vocab_size,
-        seed=seed,
-        hang_up=bool(system.drafts),
-        arrival_s=workload.arrival_s.tolist(),
-        prompt_tokens=workload.prompt_tokens.tolist(),
-        output_tokens=workload.output_tokens.tolist(),
-        max_tokens=workload.max_tokens.tolist(),
-        slos=[_field(slo) if system.ours else None for slo in slos],
-        after=followers(workload),
-        cut_off_s=last_due_s(workload, slos) + DRAIN_S,
-        # A random model would end its thinking by chance: it is held to the pace of thinking throughout.
-        never=[token_id_of(recipe, THINK_END)],
-    )
+    job = job_of(started, recipe, workload, slos, seed, with_slos=system.ours, hang_up=bool(system.drafts))
     before = started.nodes() if system.ours else []
     row = summary(workload, slos, started.ask(job, folder, tell))
     if system.ours:
@@ -69,12 +53,42 @@ def measure(
     return row
 
 
+def job_of(
+    started: Running,
+    recipe: str,
+    workload: Workload,
+    slos: Sequence[Slo],
+    seed: int,
+    *,
+    with_slos: bool = True,
+    hang_up: bool = False,
+) -> Job:
+    """All requests of a workload, for a client process."""
+    return Job(
+        targets=list(started.targets),
+        pair=started.pair,
+        model=started.model,
+        vocab_size=load_recipe(recipe).vocab_size,
+        seed=seed,
+        hang_up=hang_up,
+        arrival_s=workload.arrival_s.tolist(),
+        prompt_tokens=workload.prompt_tokens.tolist(),
+        output_tokens=workload.output_tokens.tolist(),
+        max_tokens=workload.max_tokens.tolist(),
+        slos=[_field(slo) if with_slos else None for slo in slos],
+        after=followers(workload),
+        cut_off_s=last_due_s(workload, slos) + DRAIN_S,
+        # A random model would end its thinking by chance: it is held to the pace of thinking throughout.
+        never=[token_id_of(recipe, THINK_END)],
+    )
+
+
 def summary(workload: Workload, slos: Sequence[Slo], seen: Sequence[Seen]) -> Row:
     """What clients saw, requests of the warm-up left out."""
     counted = np.flatnonzero(workload.arrival_s >= WARM_UP_SHARE * workload.duration_s).tolist()
-    scores = {index: _score(workload, slos[index], seen[index], index) for index in counted}
+    scores = {index: score_of(workload, slos[index], seen[index], index) for index in counted}
     met = [scores[index].met for index in counted]
-    done = [index for index in counted if _completed(workload, seen[index], index)]
+    done = [index for index in counted if was_completed(workload, seen[index], index)]
     admitted = [index for index in counted if seen[index].verdict == ADMITTED]
     others = [index for index in counted if seen[index].verdict not in (ADMITTED, None)]
     late_ms = np.array([one.late_s for one in seen]) * 1e3
@@ -96,7 +110,7 @@ def summary(workload: Workload, slos: Sequence[Slo], seen: Sequence[Seen]) -> Ro
         "admitted_kept": _mean([scores[index].met for index in admitted]),
         "kept_per_s": sum(met) / ((1 - WARM_UP_SHARE) * workload.duration_s),
         "best_effort": len(others),
-        "best_effort_completed": sum(_completed(workload, seen[index], index) for index in others),
+        "best_effort_completed": sum(was_completed(workload, seen[index], index) for index in others),
         "drained": all(one.error != NO_ANSWER for one in seen),
         "ttft_s": _quantiles([seen[index].token_times_s[0] for index in done]),
         "tpot_s": _quantiles([_tpot_s(seen[index]) for index in done if len(seen[index].token_times_s) > 1]),
@@ -137,13 +151,15 @@ def _field(slo: Slo) -> dict[str, Any]:
     return field if slo.thinking_tpot_s is None else field | {"thinking_tpot_ms": slo.thinking_tpot_s * 1e3}
 
 
-def _score(workload: Workload, slo: Slo, seen: Seen, index: int) -> Score:
+def score_of(workload: Workload, slo: Slo, seen: Seen, index: int) -> Score:
+    """How well a promise was kept, by what the client saw."""
     thinking = int(workload.thinking_tokens[index])
-    completed = _completed(workload, seen, index)
+    completed = was_completed(workload, seen, index)
     return score(slo, seen.token_times_s, completed=completed, thinking_tokens=thinking)
 
 
-def _completed(workload: Workload, seen: Seen, index: int) -> bool:
+def was_completed(workload: Workload, seen: Seen, index: int) -> bool:
+    """Whether all that was to be said came."""
     return seen.error is None and len(seen.token_times_s) == int(workload.output_tokens[index])
 
 

@@ -54,6 +54,7 @@ STUDIES = (
     Study("scaling", "More replicas", "slosserve bench scaling", serving.scaling),
     Study("burst", "Through a spike", "slosserve bench burst", serving.burst),
     Study("rebalance", "Changing roles under load", "slosserve bench rebalance", serving.rebalance),
+    Study("shift", "Changing roles under load, real engines", "slosserve bench shift", serving.shift),
     Study("lengths", "Unknown lengths", "slosserve bench lengths", studies.lengths),
     Study("speculation", "Models of drafting", "python -m benchmarks.speculation", studies.speculation),
     Study("planner", "The time of an admission", "python -m benchmarks.planner", studies.planner),

@@ -153,7 +153,49 @@ def _series(rows: Sequence[Row], what: str, label: str = "system") -> list[Line]
 def rebalance(file: Row, plots: Path) -> list[str]:
     """Roles that follow a shift of the mix, beside those that stay."""
     method = file["method"]
+    about = (
+        f"{method['replicas']} replicas, {machine_words(method['hardware'])}, links {method['link']}. "
+        + _shifts(file)
+    )
+    return [about, *_around_a_shift(file, plots, "rebalance")]
+
+
+def shift(file: Row, plots: Path) -> list[str]:
+    """The same on real engines."""
+    method = file["method"]
+    about = (
+        f"{method['replicas']} vLLM engines with the `{method['model']}` model on "
+        f"{file['provenance']['hardware']['cpu']}, every step held to {method['times']:g} times what it takes "
+        f"the `{method['held_to']}` model on a core of its own, paces as many times as long; KV goes over NIXL, "
+        "and one cluster serves all, its pools resized between runs. " + _shifts(file)
+    )
+    changed = [
+        f"{row['arrangement']}: "
+        + ", ".join(f"{one['before']} to {one['after']} after {one['at_s']:.0f} s" for one in row["changes"])
+        for row in file["rows"]
+        if row["changes"]
+    ]
+    errors = sum(row["errors"] for row in file["rows"])
+    return [
+        about,
+        *_around_a_shift(file, plots, "shift"),
+        f"Roles changed: {'; '.join(changed) or 'none'}. Requests that failed: {errors}.",
+    ]
+
+
+def _shifts(file: Row) -> str:
+    method = file["method"]
     shift = method["shift"]
+    best = ", ".join(f"{name}: {one['best']}" for name, one in file["pools"].items())
+    return (
+        f"Most requests are {shift['before']} for {shift['half_s']:g} s, then {shift['after']}: "
+        f"{method['load']}. The best pools of each alone: {best}. Dip: {method['dip']}."
+    )
+
+
+def _around_a_shift(file: Row, plots: Path, name: str) -> list[str]:
+    """The table and the picture."""
+    shift = file["method"]["shift"]
     rows = []
     for row in file["rows"]:
         shares = (
@@ -168,14 +210,10 @@ def rebalance(file: Row, plots: Path) -> list[str]:
                   shaded=(shift["half_s"], 2 * shift["half_s"]), xlabel="time of arrival [s]",
                   ylabel="promises kept")  # fmt: skip
     title = f"Most requests are {shift['before']}, then (shaded) {shift['after']}"
-    draw_lines(plots / "rebalance.png", [panel], title, width=8.0)
-    best = ", ".join(f"{name}: {one['best']}" for name, one in file["pools"].items())
+    draw_lines(plots / f"{name}.png", [panel], title, width=8.0)
     return [
-        f"{method['replicas']} replicas, {machine_words(method['hardware'])}, links {method['link']}. "
-        f"Most requests are {shift['before']} for {shift['half_s']:g} s, then {shift['after']}: "
-        f"{method['load']}. The best pools of each alone: {best}. Dip: {method['dip']}.",
         table(["roles", "before", "dip", "after", "settled", "TTFT p99 after", "TPOT p99 after"], rows),
-        image("results/plots/rebalance.png", "promises kept over time while the mix shifts, by arrangement"),
+        image(f"results/plots/{name}.png", "promises kept over time while the mix shifts, by arrangement"),
     ]
 
 

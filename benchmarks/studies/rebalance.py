@@ -23,7 +23,7 @@ from benchmarks.simulator.slosserve import Resize
 from benchmarks.simulator.systems import OURS_NAME, Deployment, Tuning, roles_for
 from benchmarks.studies.crew import Crew, Job, Row, write
 from benchmarks.studies.search import SHARE, TUNING_SEED, guess, search
-from benchmarks.studies.timeline import Window, between, bins, figures, pooled, serve
+from benchmarks.studies.timeline import Requests, Window, between, bins, figures, pooled, serve
 from engine.errors import ConfigError
 from engine.request import RoleName
 
@@ -110,14 +110,17 @@ def rebalance(
     results = {
         "rows": rows,
         "pools": {
-            name: {"best": _words(best[name]), "per_gpu": {_words(one): rate for one, rate in rates.items()}}
+            name: {
+                "best": words_of(best[name]),
+                "per_gpu": {words_of(one): rate for one, rate in rates.items()},
+            }
             for name, rates in searched.items()
         },
         "method": _method(shift, windows, link, quick, numbers),
         "provenance": provenance(numbers[0]),
     }
     write(out, results)
-    console.print(_table(rows, shift))
+    console.print(shift_table(rows, shift))
     console.print(f"figures in {out}")
 
 
@@ -134,7 +137,7 @@ def search_pools(
             link_bytes_per_s=bytes_per_s, arrivals="poisson", duration_s=QUICK_SEARCH_S if quick else SEARCH_S,
         )  # fmt: skip
         once = partial(search, setting, TUNING_SEED, guess(name) / 2, folder, precision)
-        jobs.append(Job(f"{_words((prefill, decode))}: {name}", once))
+        jobs.append(Job(f"{words_of((prefill, decode))}: {name}", once))
     found: dict[str, dict[Ratio, float]] = {name: {} for name in names}
     for (name, ratio), row in zip(keys, crew.run(jobs), strict=True):
         found[name][ratio] = row["capacity_per_gpu"]
@@ -147,18 +150,18 @@ def arrangements(before: Ratio, after: Ratio, shift_s: float) -> list[Arrangemen
     mixed = roles_for("mixed", REPLICAS)
     first = roles_for("disaggregated", 0, *before)
     return [
-        *(Arrangement(f"{_words(one)}, stays", roles_for("disaggregated", 0, *one)) for one in RATIOS),
+        *(Arrangement(f"{words_of(one)}, stays", roles_for("disaggregated", 0, *one)) for one in RATIOS),
         Arrangement("colocated", mixed, one_node=True),
         Arrangement("mixed", mixed),
         *(
             Arrangement(
-                f"{_words(before)} to {_words(after)}, {words}",
+                f"{words_of(before)} to {words_of(after)}, {words}",
                 first,
                 (Resize(shift_s + late_s, *after),),
             )
             for late_s, words in ((0.0, "at the shift"), (LATE_S, f"{LATE_S:g} s late"))
         ),
-        Arrangement(f"{_words(before)}, follows the load", first, follows_load=True),
+        Arrangement(f"{words_of(before)}, follows the load", first, follows_load=True),
     ]
 
 
@@ -178,22 +181,28 @@ def measure(
     rows = []
     for one in listed:
         mine = [next(runs) for _ in seeds]
-        requests = pooled(mine)
-        dips = [row for row in bins(requests, end_s, DIP_BIN_S) if shift_s <= row["from_s"] < shift_s + DIP_S]
         rows.append(
             {
                 "arrangement": one.name,
                 "roles": [str(role) for role in one.roles],
                 "resizes": [asdict(each) for each in one.resizes],
-                "before": figures(between(requests, WARM_UP * shift_s, shift_s)),
-                "after": figures(between(requests, shift_s, end_s)),
-                "settled": figures(between(requests, min(shift_s + DIP_S, end_s - BIN_S), end_s)),
-                "dip": min((row["attainment"] for row in dips if row["requests"]), default=None),
+                **around(pooled(mine), shift_s, end_s),
                 "drained": all(each["drained"] for each in mine),
-                "series": bins(requests, end_s, BIN_S),
             }
         )
     return rows
+
+
+def around(requests: Requests, shift_s: float, end_s: float) -> Row:
+    """What became of requests before a shift, right after it, and since then."""
+    dips = [row for row in bins(requests, end_s, DIP_BIN_S) if shift_s <= row["from_s"] < shift_s + DIP_S]
+    return {
+        "before": figures(between(requests, WARM_UP * shift_s, shift_s)),
+        "after": figures(between(requests, shift_s, end_s)),
+        "settled": figures(between(requests, min(shift_s + DIP_S, end_s - BIN_S), end_s)),
+        "dip": min((row["attainment"] for row in dips if row["requests"]), default=None),
+        "series": bins(requests, end_s, BIN_S),
+    }
 
 
 def _check(before: str, after: str, link: str) -> None:
@@ -225,11 +234,13 @@ def _method(shift: Shift, windows: Sequence[Window], link: str, quick: bool, see
     }
 
 
-def _words(ratio: Ratio) -> str:
+def words_of(ratio: Ratio) -> str:
+    """As people write it: 3P1D."""
     return f"{ratio[0]}P{ratio[1]}D"
 
 
-def _table(rows: Sequence[Row], shift: Shift) -> Table:
+def shift_table(rows: Sequence[Row], shift: Shift) -> Table:
+    """Promises kept, for people."""
     title = f"requests met while most are {shift.before}, then {shift.after}"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("four replicas", no_wrap=True)

@@ -31,13 +31,19 @@ class Window:
     seconds: float
     rates_per_s: tuple[tuple[str, float], ...]
 
-    def load(self, seed: int, tpot_scale: float) -> Workload:
+    def load(self, seed: int, tpot_scale: float, divide: float = 1.0) -> Workload:
         """Its requests, Poisson: what is not steady is meant to be the change from window to window."""
         parts = [
-            make(name, rate, self.seconds, seed, arrivals="poisson", tpot_scale=tpot_scale)
+            make(name, rate, self.seconds, seed, divide=divide, arrivals="poisson", tpot_scale=tpot_scale)
             for name, rate in self.rates_per_s
         ]
         return joined("+".join(name for name, _ in self.rates_per_s), parts)
+
+
+def loads(windows: Sequence[Window], seed: int, tpot_scale: float, divide: float = 1.0) -> Workload:
+    """Windows in turn, each drawn from a seed of its own."""
+    parts = [window.load(seed * SEEDS_APART + at, tpot_scale, divide) for at, window in enumerate(windows)]
+    return in_turn("timeline", parts)
 
 
 # A request of a run: NaN where there is no time. `promised` counts what was promised in the end.
@@ -111,8 +117,7 @@ def serve(
 
 def _served(deployment: Deployment, windows: Sequence[Window], bytes_per_s: float, seed: int) -> Outcome:
     scale = deployment.hardware.tpot_scale
-    loads = [window.load(seed * SEEDS_APART + at, scale) for at, window in enumerate(windows)]
-    load = in_turn("timeline", loads).clipped((deployment.kv_tokens or deployment.hardware.kv_tokens) // 2)
+    load = loads(windows, seed, scale).clipped((deployment.kv_tokens or deployment.hardware.kv_tokens) // 2)
     return run(load, deployment, Network(bytes_per_s=bytes_per_s), seed=seed)
 
 

@@ -183,6 +183,14 @@ def test_a_step_profile_is_found_by_name_by_path_or_by_the_model() -> None:
         load_config(None, {"engine.step_profile": "nowhere.json"})
 
 
+def test_steps_are_held_to_a_profile_that_is_named() -> None:
+    assert load_config(None, {"engine.hold_steps": True, "engine.step_profile": "scale"}).engine.hold_steps
+    with pytest.raises(ConfigError, match=r"engine\.hold_steps .*give one"):
+        load_config(None, {"engine.hold_steps": True})
+    with pytest.raises(ConfigError, match=r"engine\.hold_steps holds the steps of real engines"):
+        load_config("virtual", {"engine.hold_steps": True, "engine.step_profile": "scale"})
+
+
 def test_virtual_engines_cost_what_their_own_section_says() -> None:
     config = load_config("virtual")
     assert config.engines == "virtual"

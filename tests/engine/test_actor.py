@@ -12,8 +12,11 @@ from typing import Any
 
 import pytest
 
+from coordinator.config_layers import find_profile
 from engine import actor
 from engine.errors import EngineStartError
+from engine.node import Node
+from engine.profile import StepProfile
 from kv_transfer.fake import FakeFabric
 from tests.engine.scripted_engine import ScriptedEngine
 
@@ -73,4 +76,18 @@ def test_a_start_that_failed_frees_the_engine_and_can_be_repeated(
     node._spec["roles"] = spec["roles"]
     assert node.start()["name"] == "node-0"
     assert [engine.stopped for engine in built] == [True, False]
+    node.stop()
+
+
+def test_steps_are_held_to_the_profile_when_that_is_asked_for(
+    spec: dict[str, Any], built: list[ScriptedEngine]
+) -> None:
+    profile = find_profile("scale", "").read_text("utf-8")
+    node = actor.NodeActor({**spec, "step_profile": profile, "hold_steps": True})
+    node.start()
+    assert isinstance(node._node, Node)
+    assert node._node._idle_cost.predict(64) == pytest.approx(
+        StepProfile.parse(profile.encode()).cost.predict(64)
+    )
+    assert built[0].profile_step_times()[1].seconds < node._node._idle_cost.predict(64)
     node.stop()
