@@ -166,8 +166,8 @@ def shift(file: Row, plots: Path) -> list[str]:
     about = (
         f"{method['replicas']} vLLM engines with the `{method['model']}` model on "
         f"{file['provenance']['hardware']['cpu']}, every step held to {method['times']:g} times what it takes "
-        f"the `{method['held_to']}` model on a core of its own, paces as many times as long; KV goes over NIXL, "
-        "and one cluster serves all, its pools resized between runs. " + _shifts(file)
+        f"the `{method['held_to']}` model on a core of its own, paces as many times as long; KV goes over "
+        "NIXL, and one cluster serves all, its pools resized between runs. " + _shifts(file)
     )
     changed = [
         f"{row['arrangement']}: "
