@@ -321,7 +321,9 @@ class AcceptanceEstimate:
             raise ValueError(f"a verify of {drafted} drafts cannot accept {accepted}")
         rejected = int(accepted < drafted)
         kept = (1 - 1 / self.memory_tokens) ** max(accepted + rejected, 1)
-        return replace(self, accepted=self.accepted * kept + accepted, rejected=self.rejected * kept + rejected)
+        return AcceptanceEstimate(
+            self.prior, self.memory_tokens, self.accepted * kept + accepted, self.rejected * kept + rejected
+        )
 
     def for_request(self) -> AcceptanceEstimate:
         """The estimate that a new request of this class begins with."""
