@@ -27,6 +27,7 @@ from benchmarks.simulator.systems import OURS_NAME, Deployment, Tuning, design, 
 PRECISION = 0.03
 FIRST_STEP = 1.3
 NEAR_STEP = 1.1  # from the capacity on another seed
+MOST_STEP = 3.0
 LEAST_RATE = 1e-3
 DIGITS = 9  # of rates after the point
 # Files, and folders, of which no baseline runs a line.
@@ -192,7 +193,7 @@ def capacity(
     """Highest rate per GPU that holds, by bracketing from `guess` and bisection. Returns it with all points.
 
     Rates are powers of 1 + `precision`: a search that begins where another has ended asks for the same ones.
-    The bracket grows from a factor of `first_step` on: small where the guess is a good one.
+    The bracket grows from a factor of `first_step` on, each step twice as far: small where the guess is good.
 
     The figure is the rate that really came at the highest point that held below the first that did not.
     """
@@ -217,7 +218,7 @@ def capacity(
             if low is not None or _rate(power, precision) < LEAST_RATE:
                 break
             power -= max(_power(step, precision), 1)
-        step = min(step * 1.3, 3.0)
+        step = min(1 + 2 * (step - 1), MOST_STEP)
     while low is not None and high is not None and high - low > 1:
         middle = (low + high) // 2
         if holds(middle):

@@ -56,6 +56,14 @@ def test_a_search_that_begins_where_another_ended_asks_for_nothing_new(knee: flo
     assert {one.asked_per_gpu for one in fewer} <= {one.asked_per_gpu for one in points}
 
 
+def test_a_guess_that_is_nearly_right_costs_few_points() -> None:
+    _, points = capacity(
+        lambda rate: point(rate, 1.0 if rate <= 4.0 else 0.5), 0.9, 3.75, first_step=1 + PRECISION
+    )
+    assert len(points) <= 4
+    assert max(point.asked_per_gpu for point in points) < 4.3
+
+
 def test_a_queue_that_does_not_drain_is_beyond_capacity() -> None:
     found, _ = capacity(lambda rate: point(rate, 1.0, drained=rate <= 3.0), 0.9, 2.0)
     assert found == pytest.approx(3.0, rel=0.06)
