@@ -33,7 +33,7 @@ from kv_transfer.base import Link, PeerAddress
 
 TURN_S = 0.1  # the coordinator asks again about deferred requests (coordinator/service.py)
 TICK_S = 0.1  # a node plans how deep it drafts (engine/node.py)
-MAX_WAITING = 256  # a node with so many declines
+MAX_WAITING = 256  # a node with so many declines what is promised nothing
 MAX_ATTEMPTS = 5
 KV_BOUND_SHARE = 0.9
 ENDPOINT = b"endpoint"
@@ -262,7 +262,7 @@ class Slosserve:
         first = placed.decode if placed.prefill is None else placed.prefill
         replica = _index(first.node)
         counts = world.stations[replica].replica.counts
-        if counts[LIVE] - counts[RUNNING] >= MAX_WAITING:
+        if placed.verdict != "admitted" and counts[LIVE] - counts[RUNNING] >= MAX_WAITING:
             for mirror in self._mirrors.values():
                 mirror.forget(_name(request), question.attempt)
             if len(avoid) + 1 >= MAX_ATTEMPTS:

@@ -11,6 +11,7 @@ import asyncio
 import contextvars
 import hmac
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -32,6 +33,8 @@ GENERATE_PATHS = (
 )
 SESSION_HEADERS = (b"x-session-id", b"session-id", b"x-session-affinity", b"x-claude-code-session-id")
 MOST_SESSION_ID = 256  # characters; what is longer is cut
+# Of the requests that may be in flight: best effort takes no more, and keeps out nobody who asks for a promise.
+BEST_EFFORT_SHARE = 0.75
 MAX_PEEK_BYTES = 64 * 1024 * 1024
 
 _current: contextvars.ContextVar[RequestContext | None] = contextvars.ContextVar("request", default=None)
@@ -75,7 +78,8 @@ class RequestContextMiddleware:
 
     Where there is an `api_key`, the body of a request without it is not read: the front turns it away. One
     that comes while `most_open` are being answered is turned away before anybody looks into its body: under a
-    flood that alone would hold up the tokens of those. `turned_away` is told of it.
+    flood that alone would hold up the tokens of those. The last of that room is for requests that ask for a
+    promise, or belong to a session that may have one. `turned_away` is told of who does not get in.
     """
 
     def __init__(
@@ -102,7 +106,10 @@ class RequestContextMiddleware:
         arrived_s = time.monotonic()
         if self._most_open is not None and self._open >= self._most_open:
             await _skip_body(receive)
-            await self._turn_away(RequestContext(arrived_s, self._asked(scope, b"")), send)
+            full = (
+                f"{self._open} requests are in flight here, of {self._most_open} at most (endpoint.max_waiting)"
+            )
+            await self._turn_away(full, RequestContext(arrived_s, self._asked(scope, b"")), send)
             return
         self._open += 1
         try:
@@ -110,26 +117,32 @@ class RequestContextMiddleware:
         finally:
             self._open -= 1
 
-    async def _turn_away(self, context: RequestContext, send: Send) -> None:
-        full = NoCapacity(
-            f"{self._open} requests are in flight here, of {self._most_open} at most (endpoint.max_waiting)",
-            reason="endpoint_full",
-            retry_after_s=1.0,
-        )
+    async def _turn_away(self, why: str, context: RequestContext, send: Send) -> None:
         self._turned_away(context)
-        await send_refusal(full, context, send)
+        await send_refusal(NoCapacity(why, reason="endpoint_full", retry_after_s=1.0), context, send)
 
     async def _answer(self, arrived_s: float, scope: Scope, receive: Receive, send: Send) -> None:
         messages, body = await _read_body(receive)
         context = RequestContext(arrived_s, self._asked(scope, body), _session_id(scope), _previous(body))
         if context.asked.malformed:
             context.headers["x-slosserve-slo"] = f"malformed, served best effort: {context.asked.malformed}"
+        if context.asked.empty and context.session_id is None and self._spare_room_is_full:
+            full = (
+                f"{self._open} requests are in flight here, and the last of {self._most_open} "
+                "(endpoint.max_waiting) are for those that ask for an SLO"
+            )
+            await self._turn_away(full, context, send)
+            return
         token = _current.set(context)
         try:
             await self._app(scope, _replay(messages, receive), _Response(context, send))
         finally:
             _current.reset(token)
             context.end()
+
+    @property
+    def _spare_room_is_full(self) -> bool:
+        return self._most_open is not None and self._open > math.ceil(BEST_EFFORT_SHARE * self._most_open)
 
     def _admits(self, scope: Scope) -> bool:
         given = dict(scope["headers"]).get(b"authorization", b"")

@@ -72,6 +72,43 @@ async def test_a_refused_stream_becomes_a_429_with_retry_after() -> None:
     assert json.loads(body["body"])["error"]["code"] == "slo_unattainable"
 
 
+async def test_best_effort_leaves_room_for_those_who_ask_for_a_promise() -> None:
+    going, inside = asyncio.Event(), []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        inside.append(current().asked.empty)
+        await going.wait()
+        current().decide()
+        await send(START | {"headers": []})
+        await send(_body(b"{}", more=False))
+
+    front = RequestContextMiddleware(app, CLASSES, None, 4)
+
+    async def request(body: bytes = b"{}", headers: tuple[tuple[bytes, bytes], ...] = ()) -> list[Any]:
+        sent: list[Any] = []
+
+        async def receive() -> Any:
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        await front({"type": "http", "path": "/v1/completions", "headers": list(headers)}, receive, send)
+        return sent
+
+    first = [asyncio.create_task(request()) for _ in range(3)]
+    await asyncio.sleep(0)
+    start, body = await request()
+    assert start["status"] == 503
+    assert "for those that ask for an SLO" in json.loads(body["body"])["error"]["message"]
+    promised = asyncio.create_task(request(b'{"slo": {"ttft_ms": 500}}'))
+    await asyncio.sleep(0)
+    assert inside == [True, True, True, False]
+    going.set()
+    assert [(await one)[0]["status"] for one in [*first, promised]] == [200] * 4
+    assert (await request(headers=((b"x-session-id", b"s"),)))[0]["status"] == 200
+
+
 async def test_a_flood_is_turned_away_unread_and_counted_by_what_its_headers_ask() -> None:
     going, away = asyncio.Event(), []
 

@@ -216,11 +216,22 @@ def test_what_is_too_much_to_wait_is_declined(serve: Serve) -> None:
     client = served.client("endpoint")
     client.send(submit("first", max_tokens=LONG))
     client.until(Deltas)
-    client.send(*(submit(name) for name in ("second", "third", "fourth")))
+    client.send(*(submit(name, pace=BEST_EFFORT) for name in ("second", "third", "fourth")))
     declined = client.until(Declined)
     assert (declined.request_id, declined.reason) == ("fourth", "2 requests wait here already")
     client.send(Cancel("first", 1))
     assert client.stream("second") == client.stream("third") == expected(submit("second"))
+
+
+def test_a_promise_is_taken_however_much_best_effort_waits(serve: Serve) -> None:
+    served = serve(max_waiting=1)
+    served.engine.slots = 1
+    client = served.client("endpoint")
+    client.send(submit("first", max_tokens=LONG))
+    client.until(Deltas)
+    client.send(submit("spare", pace=BEST_EFFORT), submit("promised"), Cancel("first", 1))
+    assert client.stream("promised") == expected(submit("promised"))
+    assert client.stream("spare") == expected(submit("spare"))
 
 
 def test_what_the_engine_can_never_run_is_the_clients_error(serve: Serve) -> None:

@@ -9,6 +9,7 @@ import pytest
 from watching import LONG_S, PAPER, deployment, workload, world_of
 
 from benchmarks.capacity import Setting, measure
+from benchmarks.parts import joined
 from benchmarks.scenarios import make
 from benchmarks.simulator.outcome import score_request
 from benchmarks.simulator.systems import OURS_NAME, Tuning, roles_for
@@ -50,6 +51,25 @@ def test_pools_keep_what_they_admit_beyond_their_capacity(name: str, rate_per_s:
         assert len(admitted) > len(load) / 4
         kept += [score_request(world, one).met for one in admitted]
     assert np.mean(kept) >= 0.97
+
+
+@pytest.mark.parametrize("mode", ["colocated", "disaggregated"])
+def test_best_effort_beyond_all_capacity_costs_no_promise(mode: str) -> None:
+    """Hundreds of it wait at every node; who is promised something is taken before them."""
+    tools = make("tool", 1.0, 60.0, 1, arrivals="poisson")
+    others = make("summarizer", 25.0, 60.0, 2, arrivals="poisson")
+    hopeless = others.slo_classes["summarizer"].model_copy(update={"ttft_ms": 0.5})
+    others = replace(others, class_names=("other",), slo_classes={"other": hopeless})
+    roles = roles_for("mixed" if mode == "colocated" else mode, 2, 1, 1)
+    cluster = replace(deployment("ours"), roles=roles, one_node=mode == "colocated")
+    load = joined("tools beside others", [tools, others])
+    world, _ = world_of(load, cluster, watch=False)
+    assert world.run(LONG_S)
+    is_tool = load.class_index != load.class_names.index("other")
+    assert is_tool.sum() > 40
+    met = [score_request(world, one).met for one in np.flatnonzero(is_tool).tolist()]
+    assert np.mean(met) >= 0.97
+    assert world.dropped[~is_tool].any(), "too many of the others, so that some were turned away"
 
 
 def test_pools_keep_what_they_admit_where_steps_read_long_contexts() -> None:
