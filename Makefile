@@ -40,12 +40,12 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The headline table; everything that it measures is kept and not measured again.
+# The headline table, nothing drafted; everything that it measures is kept and not measured again.
 bench: install
-	$(BIN)/slosserve bench capacity --on paper --no-traces
+	$(BIN)/slosserve bench capacity --on paper --no-traces --no-speculation
 	$(BIN)/slosserve bench report --from out/bench --out out/bench/RESULTS.md
 
-# Traces and a second GPU as well, and every study: hours, in as many runs as it takes.
+# Speculation, traces and a second GPU as well, and every study: hours, in as many runs as it takes.
 bench-full: install
 	$(BIN)/slosserve bench capacity
 	$(BIN)/slosserve bench ablation
