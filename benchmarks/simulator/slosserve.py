@@ -262,7 +262,8 @@ class Slosserve:
         first = placed.decode if placed.prefill is None else placed.prefill
         replica = _index(first.node)
         counts = world.stations[replica].replica.counts
-        if placed.verdict != "admitted" and counts[LIVE] - counts[RUNNING] >= MAX_WAITING:
+        may_decline = placed.verdict != "admitted" or not self._variant.plans
+        if may_decline and counts[LIVE] - counts[RUNNING] >= MAX_WAITING:
             for mirror in self._mirrors.values():
                 mirror.forget(_name(request), question.attempt)
             if len(avoid) + 1 >= MAX_ATTEMPTS:

@@ -52,12 +52,14 @@ class Variant:
     """What is other than usual.
 
     `by_turns`: a request is offered to one node alone, the next in turn. `defers`: one that does not fit may
-    wait as best effort. `tells_lengths`: clients ask for exactly the tokens that they will get.
+    wait as best effort. `plans`: what is promised has room, so that no node declines it. `tells_lengths`:
+    clients ask for exactly the tokens that they will get.
     """
 
     decider: type[Decider] = Decider
     by_turns: bool = False
     defers: bool = True
+    plans: bool = True
     tells_lengths: bool = False
 
 
@@ -73,7 +75,7 @@ VARIANTS: Mapping[str, Variant] = {
     "": FULL,
     NO_ROUTING: Variant(by_turns=True),
     NO_BURSTS: Variant(defers=False),
-    NO_ADMISSION: Variant(PromisesAll),
+    NO_ADMISSION: Variant(PromisesAll, plans=False),
     NO_PRICE: Variant(AtNoPrice),
     KNOWN_LENGTHS: Variant(Oracle, tells_lengths=True),
 }
