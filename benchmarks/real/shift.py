@@ -30,6 +30,7 @@ from benchmarks.provenance import provenance
 from benchmarks.real.client import Seen
 from benchmarks.real.running import Running, served_model
 from benchmarks.real.site import CPU
+from benchmarks.real.systems import FLOORS
 from benchmarks.real.window import ADMITTED, job_of, score_of, was_completed
 from benchmarks.scenarios import SCENARIOS
 from benchmarks.simulator.run import promises, run
@@ -70,7 +71,6 @@ PRECISION = 0.08
 GUESS_PER_S = 30.0
 SETTLE_S = 60.0  # at most, until roles are as asked for and nothing is left of the run before
 POLL_S = 0.2
-FLOORS = ("chatbot", "coder", "summarizer", "tool", "reasoning")
 
 
 @dataclass(frozen=True, slots=True)
