@@ -53,7 +53,7 @@ from benchmarks.studies.rebalance import (
     words_of,
 )
 from benchmarks.studies.search import SHARE, TUNING_SEED
-from benchmarks.studies.timeline import REQUEST, Requests, Window, loads
+from benchmarks.studies.timeline import REQUEST, SEEDS_APART, Requests, Window, loads
 from benchmarks.workload import Workload
 from coordinator.cluster_process import ClusterProcess
 from coordinator.config import ClusterConfig, load_config
@@ -208,7 +208,7 @@ def _serve(
         started.ask(
             job_of(started, MODEL, warm_up, promises(warm_up, plan.slow), TUNING_SEED), folder, lambda _: None
         )
-        for ratio, follows in [*((ratio, False) for ratio in RATIOS), (first, True)]:
+        for number, (ratio, follows) in enumerate([*((ratio, False) for ratio in RATIOS), (first, True)]):
             name = f"{words_of(ratio)}, {'follows the load' if follows else 'stays'}"
             _arrange(url, ratio, follows)
             began_s = time.time()
@@ -216,7 +216,9 @@ def _serve(
             def tell(at_s: float, name: str = name) -> None:
                 say(f"{name}: {at_s:.0f} of {workload.duration_s:.0f} s")
 
-            seen = started.ask(job_of(started, MODEL, workload, slos, seed), folder, tell)
+            # Prompts of their own: the cache of the run before knows none of them.
+            prompts = seed * SEEDS_APART + number
+            seen = started.ask(job_of(started, MODEL, workload, slos, prompts), folder, tell)
             after = _cluster(url)
             rows.append(
                 {
