@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -45,6 +46,7 @@ REPLICAS = 2
 GUESS_OF_BOUND = 0.6
 QUICK_SECONDS = 120.0
 BOUND_SECONDS = 600.0
+COLUMNS = 6  # of scenarios beside each other: a terminal of 80 characters shows them
 SHIPPED = Path(__file__).parent / "results" / "capacity.json"
 Row = dict[str, Any]
 
@@ -336,21 +338,28 @@ def _table(console: Console, results: Mapping[str, Any], machine: str, acceptanc
     if not rows:
         return
     drafts = "" if acceptance is None else f", acceptance {acceptance}"
-    table = Table(title=f"{machine}{drafts}: requests a second and GPU at 90 %")
-    columns = list(dict.fromkeys((row["system"], row["mode"], row["column"]) for row in rows))
-    columns.sort(key=lambda key: (list(DESIGNS).index(key[0]), key[2], MODES.index(key[1])))
-    table.add_column("scenario")
-    for system, mode, column in columns:
-        table.add_column(f"{system}\n{mode if system == OURS_NAME else column}", justify="right")
-    table.add_column("bound", justify="right")
+    systems = list(dict.fromkeys((row["system"], row["mode"], row["column"]) for row in rows))
+    systems.sort(key=lambda key: (list(DESIGNS).index(key[0]), key[2], MODES.index(key[1])))
     blind = {
         row["scenario"]: row["blind_per_gpu"]
         for row in results["bounds"]
         if row["hardware"] == machine and row["acceptance"] == acceptance
     }
     figures = {(row["scenario"], row["system"], row["mode"], row["column"]): row["mean"] for row in rows}
-    for name in dict.fromkeys(row["scenario"] for row in rows):
-        cells = [figures.get((name, *key)) for key in columns]
-        words = ["-" if value is None else f"{value:.2f}" for value in cells]
-        table.add_row(name, *words, f"{blind.get(name, math.nan):.2f}")
-    console.print(table)
+    names = list(dict.fromkeys(row["scenario"] for row in rows))
+    for at in range(0, len(names), COLUMNS):
+        some = names[at : at + COLUMNS]
+        title = f"{machine}{drafts}: requests a second and GPU at 90 %"
+        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table.add_column("", no_wrap=True)
+        for name in some:
+            table.add_column(name.replace("-", "\n"), justify="right")
+        for system, mode, column in systems:
+            found = [figures.get((name, system, mode, column)) for name in some]
+            table.add_row(f"{system}, {mode if system == OURS_NAME else column}", *map(_words, found))
+        table.add_row("bound", *(_words(blind.get(name)) for name in some))
+        console.print(table)
+
+
+def _words(rate: float | None) -> str:
+    return "-" if rate is None or math.isnan(rate) else f"{rate:.2f}" if rate >= 1 else f"{rate:.3f}"
