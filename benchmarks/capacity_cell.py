@@ -63,16 +63,19 @@ def measure(cell: Cell, folder: Path) -> tuple[list[Row], list[Row]]:
     setting, guess, tuned_at = _tuned(cell, cache)
     rows = []
     step = FIRST_STEP
+    moved = 1.0  # by how much the last capacity was more than what an earlier run had found there
     for share in cell.shares:
         known = [] if cell.begin is None else cell.begin.at.get(share, [])
         per_seed, asked_per_seed = [], []
         for number, seed in enumerate(cell.seeds):
             if number < len(known):
-                guess, step = known[number], 1 + PRECISION
+                guess, step = known[number] * moved, 1 + PRECISION
             found, points = _search(setting, guess, seed, share, cache, step)
             asked = highest_held(points, share)
             per_seed.append(found)
             asked_per_seed.append(asked)
+            if number < len(known) and asked and known[number]:
+                moved = asked / known[number]
             guess, step = asked or guess, NEAR_STEP
         guess, step = guess * 0.85, FIRST_STEP
         rows.append(

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import capacity as module
+from benchmarks import capacity_cell
 from benchmarks.capacity import (
     PRECISION,
     Cache,
@@ -23,7 +24,7 @@ from benchmarks.capacity import (
     spread,
     tune,
 )
-from benchmarks.capacity_file import begins, cell_of, joined, of_other_runs
+from benchmarks.capacity_file import Begin, begins, cell_of, joined, of_other_runs
 from benchmarks.capacity_table import headline
 from benchmarks.simulator.systems import DESIGNS, Tuning
 from engine.errors import ConfigError
@@ -199,6 +200,26 @@ def test_a_search_begins_at_what_an_earlier_run_has_found() -> None:
     assert (ours.tuning, ours.tuned_at) == (Tuning(1024, prefill=1, decode=2), None)
     assert ours.at == {0.9: [3.9, 4.1], 0.98: [2.0]}
     assert (vllm.tuned_at, vllm.at) == (3.2, {0.9: [3.1]})
+
+
+def test_where_one_seed_has_moved_the_next_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+
+    class Known:
+        def __init__(self, folder: Path) -> None:
+            del folder
+
+        def point(self, setting: Setting, rate: float, seed: int, share: float | None) -> Point:
+            del setting, seed, share
+            asked.append(rate)
+            return point(rate, 1.0 if rate <= 8.0 else 0.5)
+
+    monkeypatch.setattr(capacity_cell, "Cache", Known)
+    begin = Begin(SETTING.tuning, None, {0.9: [4.0, 4.1, 3.9], 0.98: [3.8, 3.9, 3.7]})
+    cell = capacity_cell.Cell(replace(SETTING, system="ours"), False, 4.0, 10.0, (1, 2, 3), (0.9, 0.98), begin)
+    rows, _ = capacity_cell.measure(cell, Path())
+    assert [row["mean"] for row in rows] == pytest.approx([7.8, 7.8], rel=0.03)
+    assert len(asked) < 30, "the first seed climbs, and the others begin where it has ended"
 
 
 def test_both_shares_of_a_cell_are_replaced_together(tmp_path: Path) -> None:
