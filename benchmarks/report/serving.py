@@ -9,6 +9,7 @@ from typing import Any
 from benchmarks.report.capacity_view import machine_words, name_of
 from benchmarks.report.markdown import NOTHING, image, is_number, number, percent, ratio, table
 from benchmarks.report.plots import Bar, Line, Panel, draw_bars, draw_lines
+from benchmarks.simulator.world import DRAIN_S
 
 Row = Mapping[str, Any]
 MOST_TIMES = 3.0  # longer bars of the ablation are cut
@@ -175,11 +176,12 @@ def shift(file: Row, plots: Path) -> list[str]:
         for row in file["rows"]
         if row["changes"]
     ]
-    errors = sum(row["errors"] for row in file["rows"])
+    lost = [f"{row['arrangement']}: {row['errors']}" for row in file["rows"] if row["errors"]]
     return [
         about,
         *_around_a_shift(file, plots, "shift"),
-        f"Roles changed: {'; '.join(changed) or 'none'}. Requests that failed: {errors}.",
+        f"Roles changed: {'; '.join(changed) or 'none'}. Requests without a whole answer when the client left, "
+        f"{DRAIN_S:g} s after the last token was due, or turned away: {'; '.join(lost) or 'none'}.",
     ]
 
 
