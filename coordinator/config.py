@@ -154,7 +154,6 @@ class EndpointConfig(Section):
     """The OpenAI front. `count` processes listen on `port`, `port + 1`, ...; port 0 takes free ones.
 
     `max_waiting` requests may be in flight in each, of which the last quarter is for those that ask for an SLO.
-
     `api_key` is asked for by everything below /v1, `admin_key` by what changes the cluster. Where `host` is not
     loopback and no admin key is given, one is made up for each run.
     """

@@ -288,10 +288,9 @@ class Node:
             reason = self._former.declines(submit.kind)
         if reason is not None:
             return reason
+        # What is promised has its place in the plan, however much waits.
         if submit.pace.best_effort and self._engine.usage().waiting >= self._max_waiting:
-            return (
-                f"{self._max_waiting} requests wait here already"  # what is promised has its place in the plan
-            )
+            return f"{self._max_waiting} requests wait here already"
         return "this attempt is here already" if attempt_key(submit) in self._promises else None
 
     def _drop(self, keys: Sequence[str], *, ended: bool = False) -> None:

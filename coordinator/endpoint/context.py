@@ -106,9 +106,7 @@ class RequestContextMiddleware:
         arrived_s = time.monotonic()
         if self._most_open is not None and self._open >= self._most_open:
             await _skip_body(receive)
-            full = (
-                f"{self._open} requests are in flight here, of {self._most_open} at most (endpoint.max_waiting)"
-            )
+            full = f"{self._open} requests are in flight here, of {self._most_open} (endpoint.max_waiting)"
             await self._turn_away(full, RequestContext(arrived_s, self._asked(scope, b"")), send)
             return
         self._open += 1
@@ -129,7 +127,7 @@ class RequestContextMiddleware:
         if context.asked.empty and context.session_id is None and self._spare_room_is_full:
             full = (
                 f"{self._open} requests are in flight here, and the last of {self._most_open} "
-                "(endpoint.max_waiting) are for those that ask for an SLO"
+                "(endpoint.max_waiting) are for those that ask for an SLO: ask for one, or try again later"
             )
             await self._turn_away(full, context, send)
             return
