@@ -67,9 +67,7 @@ def _queue_s(asking: Asking, prefill: NodeMirror, decode: NodeMirror, link: Link
     this decode node, less what the link carries until this prefill ends at the earliest.
     """
     assert prefill.report is not None
-    cost = prefill.report.cost.pieces[0]
-    tokens = asking.tokens + prefill.promised_prefill_tokens
-    ends_s = cost.base_s + cost.per_token_s * tokens
+    ends_s = prefill.report.cost.predict(asking.tokens + prefill.promised_prefill_tokens)
     kv_bytes = decode.promised_pull_tokens * prefill.report.info.kv_bytes_per_token
     return max(kv_bytes / link.bytes_per_s - ends_s, 0.0)
 
@@ -85,8 +83,19 @@ def _step_s(decode: NodeMirror, more_tokens: int) -> float:
 
 def _handoff_s(moving_s: float, step_s: float, decode: NodeMirror) -> float:
     """Seconds from the end of a prefill to the token after it, at most. A pull begins between two steps of the
-    decode node and is seen between two: it waits for a step to end, and its own step follows.
+    decode node and is seen between two: it waits for the batch under way, and its own step follows.
     """
     if not decode.requests:
         return moving_s + step_s
-    return step_s * (HANDOFF_STEPS + math.ceil(moving_s / step_s))
+    return _under_way_s(decode, step_s) + step_s * (HANDOFF_STEPS - 1 + math.ceil(moving_s / step_s))
+
+
+def _under_way_s(decode: NodeMirror, step_s: float) -> float:
+    """The longest batch that may be under way when KV is offered: where there are prompts to compute, they fill
+    it up to the tightest pace that is kept there."""
+    assert decode.report is not None
+    prompt_tokens = sum(work.prefill_left_tokens for work in decode.works)
+    if prompt_tokens == 0:
+        return step_s
+    tokens = min(prompt_tokens + decode.requests, decode.report.info.max_batch_tokens)
+    return max(step_s, min(decode.report.cost.predict(tokens), decode.tightest_s))

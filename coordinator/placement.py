@@ -16,7 +16,7 @@ from itertools import islice, zip_longest
 from operator import attrgetter
 
 from coordinator.mirror import NodeMirror
-from coordinator.pairs import HANDOFF_STEPS, lead_s, taken_up, transfer_s
+from coordinator.pairs import lead_s, taken_up, transfer_s
 from coordinator.planner.admission import Plan, Problem, solve_problem
 from coordinator.planner.instance import Instance
 from coordinator.planner.lengths import Lengths
@@ -130,12 +130,12 @@ def place(
     candidates = _judged(request, _shortlist(ways), knowledge, now_s, enough)
     judged = {candidate.name: candidate.words for candidate in candidates}
     feasible = [candidate for candidate in candidates if candidate.feasible]
+    further: list[Candidate] = []
     if not feasible and not request.one_node:
         asked = {candidate.name for candidate in candidates}
-        others = [Candidate(*way) for way in (*_short_ways(request, willing), *_mixed_pairs(willing))]
+        others = [Candidate(*way) for way in (*_decoders_alone(willing), *_mixed_pairs(willing))]
         ways = [(other.prefill, other.decode) for other in others if other.name not in asked]
         further = _judged(request, ways, knowledge, now_s, len(ways))
-        candidates += further
         judged |= {candidate.name: candidate.words for candidate in further}
         feasible = [candidate for candidate in further if candidate.feasible]
     if price is not None:
@@ -145,8 +145,9 @@ def place(
         chosen = (
             _best_by_loss(feasible, request, knowledge) if short else _fastest(feasible, request, knowledge)
         )
-        return _accept(request, chosen, "admitted", judged, now_s), candidates
-    return _turn_away(request, _fallback(candidates, request, knowledge), judged, now_s), candidates
+        return _accept(request, chosen, "admitted", judged, now_s), [*candidates, *further]
+    fallback = _fallback(candidates, request, knowledge)
+    return _turn_away(request, fallback, judged, now_s), [*candidates, *further]
 
 
 def _candidate(way: tuple[NodeMirror | None, NodeMirror]) -> Candidate:
@@ -155,13 +156,16 @@ def _candidate(way: tuple[NodeMirror | None, NodeMirror]) -> Candidate:
 
 def _fallback(candidates: Iterable[Candidate], request: Place, knowledge: Knowledge) -> Candidate:
     """Where it goes without a promise: where its history is, if that is not much busier than others; else to
-    the least loaded."""
+    the least loaded. It may be promised there later: what its node believes to hold of it is said now."""
     known = list(candidates)
     home = knowledge.sessions.home(request.session)
     bound = min(candidate.load for candidate in known) + HOME_LOAD
-    return min(
+    chosen = min(
         known, key=lambda candidate: (candidate.decode.name != home or candidate.load > bound, candidate.load)
     )
+    first = chosen.decode if chosen.prefill is None else chosen.prefill
+    cached_tokens = min(knowledge.cached_tokens(first.name, request), request.prompt_tokens - 1)
+    return replace(chosen, cached_tokens=max(cached_tokens, 0))
 
 
 def _judged(
@@ -202,9 +206,9 @@ def expected_work_s(request: Place, nodes: Sequence[NodeMirror], knowledge: Know
     most = max(request.max_tokens, 1)
     known = knowledge.lengths.lengths(request.class_name or "", request.prompt_tokens, most)
     kv_tokens = report.info.num_blocks * report.info.block_size
-    base_s, per_token_s = report.cost.pieces[0].base_s, report.cost.pieces[0].per_token_s
     output_tokens = known.mean_remaining() * request.sequences
-    return work_s(base_s, per_token_s, kv_tokens, request.prompt_tokens, output_tokens)
+    least_s, per_token_s = report.cost.predict(1), report.cost.per_token_s
+    return work_s(least_s, per_token_s, kv_tokens, request.prompt_tokens, output_tokens)
 
 
 def _within_reach(request: Place, nodes: Sequence[NodeMirror], knowledge: Knowledge) -> bool:
@@ -294,19 +298,11 @@ def _moves(
         yield home, node
 
 
-def _short_ways(request: Place, nodes: Sequence[NodeMirror]) -> list[tuple[NodeMirror | None, NodeMirror]]:
-    """Decode nodes alone, for a prompt whose prefill takes no longer than the steps that a handoff waits for.
-
-    They are asked about where no pair can keep the promise: often there is no time for a handoff.
-    """
-    ways: list[tuple[NodeMirror | None, NodeMirror]] = []
-    for node in sorted(nodes, key=attrgetter("requests")):
-        if node.role is RoleName.DECODE and len(ways) < MOST_CANDIDATES // 2:
-            assert node.report is not None
-            line = node.report.cost.pieces[0]
-            if line.per_token_s * request.prompt_tokens <= HANDOFF_STEPS * line.base_s:
-                ways.append((None, node))
-    return ways
+def _decoders_alone(nodes: Sequence[NodeMirror]) -> list[tuple[None, NodeMirror]]:
+    """Decode nodes, the least loaded first. They are asked about where no pair can keep the promise: there is
+    no time for a handoff, or the prefill nodes are full and these have budget left."""
+    decoders = sorted((node for node in nodes if node.role is RoleName.DECODE), key=attrgetter("requests"))
+    return [(None, node) for node in decoders[: MOST_CANDIDATES // 2]]
 
 
 def _mixed_pairs(nodes: Sequence[NodeMirror]) -> list[tuple[NodeMirror, NodeMirror]]:

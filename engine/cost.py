@@ -69,6 +69,11 @@ class StepCost:
         """One line in the tokens, which is the form of most published fits."""
         return cls((Piece(base_s, per_token_s),))
 
+    @property
+    def per_token_s(self) -> float:
+        """Seconds that one more token adds to a large batch: by the steepest piece."""
+        return max(piece.per_token_s for piece in self.pieces) * self.drift
+
     def predict(
         self,
         tokens: int,

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from engine.cost import StepCost
+from engine.paces import grouped
 from engine.speculation import (
     AcceptanceEstimate,
     Depths,
@@ -61,9 +62,11 @@ class Drafting:
         self, decodes: Iterable[Drafted], cost: StepCost, max_batch_tokens: int, *, kv_bound: bool
     ) -> None:
         """Set the depth of each decode: the best for its pace, or less if it accepts too little to pay."""
+        decodes = list(decodes)
+        groups = grouped(decode.tpot_s for decode in decodes)
         tiers: defaultdict[float, list[Drafted]] = defaultdict(list)
         for decode in decodes:
-            tiers[decode.tpot_s].append(decode)
+            tiers[groups[decode.tpot_s]].append(decode)
         if not tiers:
             return
         paces = sorted(tiers)

@@ -3,6 +3,7 @@
     SlosserveError
     |-- ConfigError            the configuration is wrong: which key, in which file, what to do
     |-- RequestError           400  the client asked for something that cannot be served
+    |-- Unauthorized           401  the key is missing, or another one
     |-- Refused                429  the promise cannot be made and the client asked to be told so
     |-- NoCapacity             503  nothing can serve this now; try again after `retry_after_s`
     |-- EngineError
@@ -45,6 +46,13 @@ class RequestError(SlosserveError):
 
     http_status = 400
     reason = "bad_request"
+
+
+class Unauthorized(SlosserveError):
+    """The client did not give the key that is asked for."""
+
+    http_status = 401
+    reason = "api_key"
 
 
 class Refused(SlosserveError):

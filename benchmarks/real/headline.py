@@ -12,22 +12,26 @@ Row = dict[str, Any]
 Key = tuple[str, int]
 
 
-def headline(rows: Sequence[Row], loads: Sequence[Row]) -> Row:
+def headline(rows: Sequence[Row], loads: Sequence[Row], windows: Sequence[Row]) -> Row:
     """Ours in its best mode over the best stock system, without speculation; None where nothing is compared.
 
-    `admitted_kept`: the least share of the admitted that met every stage, over all loads. `kept_at_twice`:
-    requests kept a second at twice the capacity, over those at the capacity; the least.
+    `admitted_kept`: the least share of the admitted that met every stage, over all windows of ours on one
+    engine, up to twice its capacity, and `admitted_kept_in_all` that of these windows together: two engines
+    here leave no core for those who ask. `kept_at_twice`: requests kept a second at twice the capacity, over
+    those at the capacity; the least.
     """
     plain = [row for row in rows if not row["drafts"]]
     default, tuned = ratios(plain, tuned=False), ratios(plain, tuned=True)
     drafting = ratios([row for row in rows if row["drafts"]], tuned=False)
-    kept = [row["admitted_kept"] for row in loads if row["admitted_kept"] is not None]
+    promised = [(int(one["admitted"]), float(one["admitted_kept"])) for one in _promised(plain, windows)]
+    admitted = sum(count for count, _ in promised)
     twice = [row for row in loads if row["load"] == 2.0]
     return {
         "geomean_vs_stock_default": _geomean(default.values()),
         "geomean_vs_stock_tuned": _geomean(tuned.values()),
         "worst_ratio": min(tuned.values(), default=None),
-        "admitted_kept": min(kept, default=None),
+        "admitted_kept": min((kept for _, kept in promised), default=None),
+        "admitted_kept_in_all": sum(count * kept for count, kept in promised) / admitted if admitted else None,
         "kept_at_twice": min(_known(_over_capacity(row, loads) for row in twice), default=None),
         "geomean_with_drafts": _geomean(drafting.values()),
         "ratios": {
@@ -35,6 +39,22 @@ def headline(rows: Sequence[Row], loads: Sequence[Row]) -> Row:
             for name, found in (("default", default), ("tuned", tuned), ("with drafts", drafting))
         },
     }
+
+
+def _promised(rows: Iterable[Row], windows: Iterable[Row]) -> list[Row]:
+    """Windows of ours on one engine, at up to twice what it holds, in which something was admitted."""
+    most = {(row["scenario"], row["system"]): 2.0 * row["mean"] for row in rows if _alone(row)}
+    return [
+        one
+        for one in windows
+        if one["engines"] == 1
+        and one["asked_per_s"] <= most.get((one["scenario"], one["system"]), 0.0) * (1 + 1e-9)
+        and one["admitted"]
+    ]
+
+
+def _alone(row: Row) -> bool:
+    return bool(row["ours"]) and row["engines"] == 1
 
 
 def ratios(rows: Iterable[Row], *, tuned: bool) -> dict[Key, float]:

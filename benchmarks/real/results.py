@@ -21,7 +21,7 @@ from engine.errors import ConfigError
 
 SEEDS = (1, 2, 3)
 STEP = 1.15  # between two rates; the knee is read off the line between them
-LOADS = (0.5, 1.0, 1.5, 2.0)  # of our capacity: what was admitted is to be kept at each
+LOADS = (0.5, 1.0, 1.5, 2.0)  # of our capacity on one engine: what was admitted is to be kept at each
 HOPELESS = 10.0  # times below what the simulator says, a search ends
 QUICK_FRACTIONS = (0.8, 1.0, 1.2)
 
@@ -74,7 +74,8 @@ class Results:
         for search in searches:
             row = (search.twin_in(alike) or search).row() | search.about()
             self.rows.append(row)
-            if search.system.ours and not search.system.drafts and row["mean"] > 0:
+            promises = search.system.ours and not search.system.drafts and cell.engines == 1
+            if promises and row["mean"] > 0:
                 for load in LOADS:
                     window = search.window(load * row["mean"], self.seeds[0])
                     self.loads.append({"load": load, **window})
@@ -89,7 +90,7 @@ class Results:
             parts[name] = kept + [row for row in mine if _cell_of(row) not in others]
         method = {**self.method(), "devices": self.bench.machine.site.devices()}
         about = provenance(self.seeds[0])
-        return {**headline(parts["rows"], parts["loads"]), **parts, "method": method, "provenance": about}
+        return {**headline(**parts), **parts, "method": method, "provenance": about}
 
     def method(self) -> Row:
         """What must be the same for figures of two runs to stand side by side."""

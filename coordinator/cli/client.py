@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import quote
 
@@ -20,18 +20,28 @@ REBALANCE_S = 600.0
 
 @dataclass(frozen=True, slots=True)
 class ClusterClient:
-    """One endpoint of a cluster. `admin_key` is what its administrative routes ask for."""
+    """One endpoint of a cluster. `admin_key` is what its administrative routes ask for.
+
+    `others`: those of its endpoints that listen beside it.
+    """
 
     url: str
     admin_key: str | None = None
+    others: tuple[str, ...] = ()
 
     def cluster(self) -> dict[str, Any]:
         """GET /cluster. Raises NoCapacity if nothing answers, SlosserveError with the error it answered."""
         return self._ask("GET", "/cluster", None, ANSWER_S)
 
     def explain(self, request_id: str) -> dict[str, Any]:
-        """GET /explain/ID. Raises as `cluster`; RequestError for a request that is not known there."""
-        return self._ask("GET", f"/explain/{quote(request_id, safe='')}", None, ANSWER_S)
+        """GET /explain/ID of the endpoint that served it. Raises as `cluster`; RequestError if none did."""
+        path = f"/explain/{quote(request_id, safe='')}"
+        for url in self.others:
+            try:
+                return replace(self, url=url)._ask("GET", path, None, ANSWER_S)
+            except RequestError:
+                continue  # each knows its own
+        return self._ask("GET", path, None, ANSWER_S)
 
     def set_pools(self, prefill: int, decode: int, mixed: int, *, dry_run: bool) -> dict[str, Any]:
         """POST /cluster/pools. Raises as `cluster`."""
@@ -82,7 +92,7 @@ def find_cluster(url: str | None, name: str | None, admin_key: str | None = None
             f"the cluster {run.name!r} is still starting. Logs: {run_directory(run.name) / 'logs'}"
         )
     config = ClusterConfig.read(run_directory(run.name))
-    return ClusterClient(run.urls[0], admin_key or config.endpoint.admin_key)
+    return ClusterClient(run.urls[0], admin_key or config.endpoint.admin_key, tuple(run.urls[1:]))
 
 
 def _error_of(answer: httpx.Response) -> str:

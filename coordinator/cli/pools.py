@@ -62,9 +62,10 @@ def rebalance(
 
     Example: slosserve rebalance --prefill 0 --decode 2 --wait
     """
-    cluster = find_cluster(url, name, admin_key)
-    if (auto is None) == (prefill is None or decode is None):
+    some, both = prefill is not None or decode is not None, prefill is not None and decode is not None
+    if (auto is None and not both) or (auto is not None and (some or mixed or dry_run or wait)):
         raise typer.BadParameter("give either --prefill and --decode, or --auto (or --no-auto) alone")
+    cluster = find_cluster(url, name, admin_key)
     if auto is not None:
         answer = cluster.follow_load(auto)
         told = "pools follow the load" if auto else "pools stay as they are"

@@ -21,8 +21,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from coordinator.config import SloClass
 from coordinator.endpoint.loops import ToolCallSeen
-from coordinator.endpoint.slo import HEADER_FIELDS, Asked, read_asked
-from engine.errors import NoCapacity, SlosserveError
+from coordinator.endpoint.slo import HEADER_FIELDS, XARGS_FIELDS, Asked, read_asked
+from engine.errors import NoCapacity, SlosserveError, Unauthorized
 
 GENERATE_PATHS = (
     "/v1/chat/completions",
@@ -35,7 +35,15 @@ SESSION_HEADERS = (b"x-session-id", b"session-id", b"x-session-affinity", b"x-cl
 MOST_SESSION_ID = 256  # characters; what is longer is cut
 # Of the requests that may be in flight: best effort takes no more, and keeps out nobody who asks for a promise.
 BEST_EFFORT_SHARE = 0.75
+NO_KEY = "this endpoint serves those who give its key: Authorization: Bearer KEY (endpoint.api_key)"
 MAX_PEEK_BYTES = 64 * 1024 * 1024
+PEEKED = (b'"slo', b'"session_id"', b'"previous_response_id"')  # names of what is looked for in a body
+ERROR_TYPES = {  # as OpenAI calls them
+    400: "invalid_request_error",
+    401: "authentication_error",
+    429: "rate_limit_error",
+    503: "service_unavailable",
+}
 
 _current: contextvars.ContextVar[RequestContext | None] = contextvars.ContextVar("request", default=None)
 
@@ -76,10 +84,11 @@ def current() -> RequestContext:
 class RequestContextMiddleware:
     """Makes the context, and puts refusals and headers into the response.
 
-    Where there is an `api_key`, the body of a request without it is not read: the front turns it away. One
-    that comes while `most_open` are being answered is turned away before anybody looks into its body: under a
-    flood that alone would hold up the tokens of those. The last of that room is for requests that ask for a
-    promise, or belong to a session that may have one. `turned_away` is told of who does not get in.
+    Where there is an `api_key`, a request without it gets a 401 on every path that generates: vLLM's front asks
+    for it below /v1 alone. One that comes while `most_open` are being answered is turned away before anybody
+    looks into its body: under a flood that alone would hold up the tokens of those. The last of that room is
+    for requests that ask for a promise, or belong to a session that may have one. `turned_away` is told of who
+    does not get in.
     """
 
     def __init__(
@@ -95,19 +104,23 @@ class RequestContextMiddleware:
         self._most_open = most_open
         self._turned_away = turned_away
         self._open = 0
-        self._bearer = None if api_key is None else f"Bearer {api_key}".encode()
+        self._api_key = None if api_key is None else api_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        ours = scope["type"] == "http" and scope["path"].startswith(GENERATE_PATHS)
-        if not ours or not self._admits(scope):
+        generates = scope["type"] == "http" and scope["path"].startswith(GENERATE_PATHS)
+        if not generates or scope["method"] == "OPTIONS":
             await self._app(scope, receive, send)
             return
         arrived_s = time.monotonic()
+        if not self._admits(scope):
+            await _skip_body(receive)
+            await send_refusal(Unauthorized(NO_KEY), RequestContext(arrived_s, Asked()), send)
+            return
         if self._most_open is not None and self._open >= self._most_open:
             await _skip_body(receive)
             full = f"{self._open} requests are in flight here, of {self._most_open} (endpoint.max_waiting)"
-            await self._turn_away(full, RequestContext(arrived_s, self._asked(scope, b"")), send)
+            await self._turn_away(full, RequestContext(arrived_s, self._asked(scope, {})), send)
             return
         self._open += 1
         try:
@@ -121,10 +134,13 @@ class RequestContextMiddleware:
 
     async def _answer(self, arrived_s: float, scope: Scope, receive: Receive, send: Send) -> None:
         messages, body = await _read_body(receive)
-        context = RequestContext(arrived_s, self._asked(scope, body), _session_id(scope), _previous(body))
+        said = _peek(body)
+        session_id = _session_id(scope) or _text(said, "session_id") or _text(_xargs(said), "session_id")
+        previous = _text(said, "previous_response_id")
+        context = RequestContext(arrived_s, self._asked(scope, said), session_id, previous)
         if context.asked.malformed:
             context.headers["x-slosserve-slo"] = f"malformed, served best effort: {context.asked.malformed}"
-        if context.asked.empty and context.session_id is None and self._spare_room_is_full:
+        if context.asked.empty and session_id is None and previous is None and self._spare_room_is_full:
             full = (
                 f"{self._open} requests are in flight here, and the last of {self._most_open} "
                 "(endpoint.max_waiting) are for those that ask for an SLO: ask for one, or try again later"
@@ -143,38 +159,43 @@ class RequestContextMiddleware:
         return self._most_open is not None and self._open > math.ceil(BEST_EFFORT_SHARE * self._most_open)
 
     def _admits(self, scope: Scope) -> bool:
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        return self._bearer is None or hmac.compare_digest(given, self._bearer)
+        scheme, _, key = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+        is_right = self._api_key is not None and hmac.compare_digest(key, self._api_key)
+        return self._api_key is None or (scheme.lower() == b"bearer" and is_right)
 
-    def _asked(self, scope: Scope, body: bytes) -> Asked:
-        fields: dict[str, Any] = {}
-        if b'"slo"' in body:
-            slo = _slo_of(body)
-            if not isinstance(slo, dict):
-                return Asked(malformed=f"slo must be an object, not {type(slo).__name__}")
-            fields.update(slo)
+    def _asked(self, scope: Scope, said: Mapping[str, Any]) -> Asked:
+        """What headers, the `slo` of the body and its `vllm_xargs` ask for together; the former go first."""
+        slo = said.get("slo")
+        if slo is not None and not isinstance(slo, dict):
+            return Asked(malformed=f"slo must be an object, not {type(slo).__name__}")
+        xargs = _xargs(said).items()
+        fields = {XARGS_FIELDS.get(name, name): value for name, value in xargs if name.startswith("slo_")}
+        fields.update(slo or {})
         for name, value in scope["headers"]:
             if name in HEADER_FIELDS:
                 fields[HEADER_FIELDS[name]] = value.decode("latin-1")
         return read_asked(fields, self._classes)
 
 
-def _slo_of(body: bytes) -> Any:
-    return _field(body, "slo", {})
-
-
-def _previous(body: bytes) -> str | None:
-    """The response that a request to /v1/responses goes on from."""
-    name = "previous_response_id"
-    named = _field(body, name, None) if name.encode() in body else None
-    return named[:MOST_SESSION_ID] if isinstance(named, str) else None
-
-
-def _field(body: bytes, name: str, default: Any) -> Any:
+def _peek(body: bytes) -> Mapping[str, Any]:
+    """The body as JSON, if anything in it may matter here. Of what is no JSON the front says so itself."""
+    if not any(name in body for name in PEEKED):
+        return {}
     try:
-        return json.loads(body).get(name, default)
-    except (ValueError, AttributeError, RecursionError):
-        return default  # not JSON, or no object: the front answers that with its own 400
+        said = json.loads(body)
+    except (ValueError, RecursionError):
+        return {}
+    return said if isinstance(said, dict) else {}
+
+
+def _xargs(said: Mapping[str, Any]) -> Mapping[str, Any]:
+    xargs = said.get("vllm_xargs")
+    return xargs if isinstance(xargs, dict) else {}
+
+
+def _text(said: Mapping[str, Any], name: str) -> str | None:
+    value = said.get(name)
+    return value[:MOST_SESSION_ID] if isinstance(value, str) and value else None
 
 
 def _session_id(scope: Scope) -> str | None:
@@ -288,6 +309,5 @@ def _is_stream(message: Message) -> bool:
 
 def error_body(error: SlosserveError) -> dict[str, Any]:
     """An error as OpenAI's clients expect it."""
-    kinds = {400: "invalid_request_error", 429: "rate_limit_error", 503: "service_unavailable"}
-    kind = kinds.get(error.http_status, "server_error")
+    kind = ERROR_TYPES.get(error.http_status, "server_error")
     return {"error": {"message": str(error), "type": kind, "code": error.reason, "param": None}}

@@ -40,7 +40,7 @@ from coordinator.endpoint.links import CoordinatorLink, NodeLinks
 from coordinator.endpoint.loops import Loops, Share, ToolCallSeen
 from coordinator.endpoint.metrics import EndpointMetrics
 from coordinator.endpoint.responses import ResponseSessions
-from coordinator.endpoint.slo import XARGS_FIELDS, Asked, read_asked, to_slo
+from coordinator.endpoint.slo import Asked, to_slo
 from coordinator.endpoint.text_client import TextEngineClient
 from engine.base import Output
 from engine.cost import StepCost
@@ -246,10 +246,8 @@ class ClusterEngine(TextEngineClient):
         self, context: RequestContext, params: SamplingParams, prompt_token_ids: Sequence[int] | None
     ) -> tuple[Slo | None, Share | None]:
         """What is asked for this call, and its part of a loop that has a deadline."""
-        asked, classes = self._asked(context, params), self._config.slo_classes
-        loop_class = self._loops.class_of(context.session_id)
-        if asked.empty and asked.malformed is None and loop_class is not None:
-            asked = replace(asked, class_name=loop_class)  # a call that says nothing is one of its loop
+        asked = context.asked = self._asked(context)
+        classes = self._config.slo_classes
         prompt_tokens = len(prompt_token_ids or ())
         slo = to_slo(asked, classes, prompt_tokens, self._idle_cost, self._max_batch_tokens)
         session = context.session_id
@@ -265,17 +263,19 @@ class ClusterEngine(TextEngineClient):
         )
         return slo if share is None else self._loops.within(slo, share, params.max_tokens or 1), share
 
-    def _asked(self, context: RequestContext, params: SamplingParams) -> Asked:
-        extra = params.extra_args or {}
-        fields = {XARGS_FIELDS[key]: value for key, value in extra.items() if key in XARGS_FIELDS}
-        asked = context.asked
-        if fields and asked.empty and not asked.malformed:
-            asked = read_asked(fields, self._config.slo_classes)
+    def _asked(self, context: RequestContext) -> Asked:
+        """What is asked for, now that the session is known: a call that says nothing is one of its loop."""
+        asked, wrong = context.asked, None
+        loop_class = self._loops.class_of(context.session_id)
         if asked.loop_ms is not None and context.session_id is None:
-            asked = Asked(malformed="loop_ms is of the calls of a session: send x-session-id with each of them")
-        if asked.malformed:
-            context.headers["x-slosserve-slo"] = f"malformed, served best effort: {asked.malformed}"
-        context.asked = asked
+            wrong = "loop_ms is of the calls of a session: send x-session-id with each of them"
+        elif asked.empty and asked.malformed is None and loop_class is not None:
+            asked = replace(asked, class_name=loop_class)
+        elif asked.empty and asked.refuse:
+            wrong = "on_miss is of an SLO, and none is asked for: give a class, ttft_ms, tpot_ms or loop_ms"
+        if wrong is not None:
+            context.headers["x-slosserve-slo"] = f"malformed, served best effort: {wrong}"
+            asked = Asked(malformed=wrong)
         return asked
 
     def _end_call(self, journey: Journey) -> None:

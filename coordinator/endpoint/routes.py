@@ -154,7 +154,10 @@ def _without_key(request: Request) -> JSONResponse | None:
 
 
 def _unknown(request_id: str) -> JSONResponse:
-    message = f"no request {request_id!r} is remembered here: the last {REMEMBERED_REQUESTS} that ended are"
+    message = (
+        f"no request {request_id!r} is remembered here: the last {REMEMBERED_REQUESTS} that ended are. Take the"
+        " id from the response header x-slosserve-request-id; of several endpoints ask the one that answered"
+    )
     return JSONResponse({"error": {"message": message, "code": "unknown_request"}}, status_code=404)
 
 

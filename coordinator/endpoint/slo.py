@@ -70,7 +70,7 @@ class Asked:
     @property
     def empty(self) -> bool:
         """No SLO at all."""
-        asked = (self.class_name, self.ttft_ms, self.tpot_ms, self.loop_ms)
+        asked = (self.class_name, self.ttft_ms, self.tpot_ms, self.thinking_tpot_ms, self.loop_ms)
         return all(value is None for value in asked)
 
     @property

@@ -62,9 +62,9 @@ class RoomPrice:
 
 
 def work_s(
-    base_s: float, per_token_s: float, kv_tokens: int, prompt_tokens: int, output_tokens: float
+    least_s: float, per_token_s: float, kv_tokens: int, prompt_tokens: int, output_tokens: float
 ) -> float:
     """Seconds of a replica that a request takes at least: its tokens, and its share of the KV memory of every
-    step for as long as it decodes (`base_s` a step, `kv_tokens` in all)."""
+    step for as long as it decodes (`least_s` a step, `kv_tokens` in all)."""
     held = output_tokens * (prompt_tokens + output_tokens / 2)
-    return per_token_s * (prompt_tokens + output_tokens) + base_s * held / kv_tokens
+    return per_token_s * (prompt_tokens + output_tokens) + least_s * held / kv_tokens

@@ -14,9 +14,9 @@ from coordinator.planner.memory import OVERFLOW_Z, Outlook, outlook_of_rows
 from coordinator.planner.outlook_kernel import BASE, CURVE, MAX_TOKENS, PACE_S, REQUEST_FIELDS, STARTS_S
 from coordinator.planner.works import NOTHING, Works
 from engine.cost import StepCost
+from engine.paces import grouped
 from engine.request import WorkKind
 
-MOST_TIERS = 8  # paces beyond are rounded down to the next one of these many
 # Of the time that accepted tokens give on average. A batch ends by the first due token of all its decodes: the
 # one with the worst luck binds, and one that has just begun has no slack. With the 0.7 that one decode alone
 # could keep, 3 to 6 % of what was admitted was late (tool, coder, mixed at capacity); with this under 1 %.
@@ -187,16 +187,8 @@ def _numbered(newcomer: Newcomer, index: int) -> Newcomer:
 
 
 def _tiers(paces_s: Iterable[float]) -> dict[float, str]:
-    """A tier for each pace. Too many are rounded down, to steps of equal ratio: a promise gets no looser."""
-    distinct = sorted(set(paces_s))
-    if len(distinct) <= MOST_TIERS:
-        return {pace_s: f"{pace_s * 1e3:g} ms" for pace_s in distinct}
-    ratio = (distinct[-1] / distinct[0]) ** (1 / MOST_TIERS)
-    names = {}
-    for pace_s in distinct:
-        step = min(int(math.log(pace_s / distinct[0]) / math.log(ratio) + 1e-9), MOST_TIERS - 1)
-        names[pace_s] = f"{distinct[0] * ratio**step * 1e3:g} ms"
-    return names
+    """The name of the tier of each pace."""
+    return {pace_s: f"{tier_s * 1e3:g} ms" for pace_s, tier_s in grouped(paces_s).items()}
 
 
 def _acceptance(works: Works, names: dict[float, str]) -> dict[str, float]:

@@ -254,17 +254,29 @@ def test_ours_is_compared_with_the_best_of_what_ships_and_of_what_was_tuned() ->
     plain = [row for row in rows if not row["drafts"]]
     assert ratios(plain, tuned=False) == {("chatbot", 1): 2.25, ("chatbot", 2): 1.0}
     assert ratios(plain, tuned=True) == {("chatbot", 1): 1.5, ("chatbot", 2): 1.0}
-    found = headline(rows, [])
+    found = headline(rows, [], [])
     assert found["geomean_vs_stock_default"] == pytest.approx(1.5)
     assert (found["worst_ratio"], found["admitted_kept"]) == (1.0, None)
 
 
-def test_the_promise_is_judged_by_its_worst_load() -> None:
-    def load(of_capacity: float, kept: float, kept_per_s: float) -> dict[str, Any]:
-        return {**_row("ours", 1.0), "load": of_capacity, "admitted_kept": kept, "kept_per_s": kept_per_s}
+def test_the_promise_is_judged_by_its_worst_window_up_to_twice_the_capacity() -> None:
+    def window(rate: float, kept: float | None, admitted: int, system: str = "ours") -> dict[str, Any]:
+        return {**_row(system, 1.0), "asked_per_s": rate, "admitted": admitted, "admitted_kept": kept}
 
-    found = headline([], [load(0.5, 1.0, 2.0), load(1.0, 0.995, 4.0), load(2.0, 0.992, 3.8)])
-    assert found["admitted_kept"] == 0.992
+    rows = [_row("ours", 3.0), _row("vllm", 1.0), _row("ours-2", 9.0)]
+    windows = [window(1.5, 1.0, 50), window(6.0, 0.98, 100), window(2.0, None, 0), window(7.0, 0.1, 50)]
+    windows += [window(1.0, 0.2, 50, "vllm"), window(1.0, 0.3, 50, "ours-2")]
+    found = headline(rows, [], windows)
+    assert found["admitted_kept"] == 0.98
+    assert found["admitted_kept_in_all"] == pytest.approx(148 / 150)
+    assert headline(rows, [], [])["admitted_kept"] is None
+
+
+def test_at_twice_the_capacity_as_much_is_to_be_kept_as_at_it() -> None:
+    def load(of_capacity: float, kept_per_s: float) -> dict[str, Any]:
+        return {**_row("ours", 1.0), "load": of_capacity, "kept_per_s": kept_per_s}
+
+    found = headline([], [load(0.5, 2.0), load(1.0, 4.0), load(2.0, 3.8)], [])
     assert found["kept_at_twice"] == pytest.approx(0.95)
 
 
@@ -291,7 +303,7 @@ class _NoBench:
         held = 0.95 if rate < 10 else 0.5
         where = {"scenario": cell.scenario, "engines": cell.engines, "system": system.name, "seed": seed}
         return {**where, "rate_per_s": rate, "asked_per_s": rate, "attainment": held, "drained": True,
-                "admitted_kept": 1.0, "kept_per_s": rate, "measured_on": self.on}  # fmt: skip
+                "admitted": 9, "admitted_kept": 1.0, "kept_per_s": rate, "measured_on": self.on}  # fmt: skip
 
 
 def _results(windows: int, before: dict[str, Any] | None = None) -> Results:

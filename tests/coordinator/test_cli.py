@@ -17,12 +17,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 
+from coordinator.cli.client import ClusterClient
 from coordinator.cli.main import VERBS
 from coordinator.process_tree import processes_of
 from coordinator.run_state import STATE_FILE, RunState, read_state
+from engine.errors import RequestError
 
 COMMAND = [sys.executable, "-c", "from coordinator.cli import main; main()"]
 ENDED_S = 90.0  # a raylet sits there for ten seconds, and longer on a busy machine
@@ -165,6 +168,24 @@ def stand_in() -> Iterator[tuple[StandIn, str]]:
 def rebalance(url: str, *extra: str, **environment: str) -> subprocess.CompletedProcess[str]:
     arguments = ["rebalance", "--prefill", "0", "--decode", "2", "--url", url, *extra]
     return run_cli(*arguments, run_dir=None, **environment)
+
+
+def test_a_request_is_explained_by_the_endpoint_that_served_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def answered(method: str, url: str, **_: Any) -> httpx.Response:
+        known = url == "http://b/explain/an%20id"
+        body = {"request_id": "an id"} if known else {"error": {"message": "no request is remembered here"}}
+        return httpx.Response(200 if known else 404, json=body, request=httpx.Request(method, url))
+
+    monkeypatch.setattr(httpx, "request", answered)
+    cluster = ClusterClient("http://a", others=("http://b", "http://c"))
+    assert cluster.explain("an id") == {"request_id": "an id"}
+    with pytest.raises(RequestError, match="remembered"):
+        cluster.explain("another")
+
+
+@pytest.mark.parametrize("extra", [("--dry-run",), ("--wait",), ("--prefill", "1"), ("--mixed", "2")])
+def test_following_the_load_goes_with_nothing_that_would_be_left_out(extra: tuple[str, ...]) -> None:
+    assert_clear(run_cli("rebalance", "--auto", *extra, "--url", "http://127.0.0.1:9"), "--auto", "alone")
 
 
 def test_rebalance_believes_the_nodes_not_the_answer(stand_in: tuple[StandIn, str]) -> None:

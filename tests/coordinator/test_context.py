@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from coordinator.config import SloClass
-from coordinator.endpoint.context import RequestContext, RequestContextMiddleware, current
+from coordinator.endpoint.context import GENERATE_PATHS, RequestContext, RequestContextMiddleware, current
 from engine.errors import Refused
 
 CLASSES = {"chatbot": SloClass()}
+POST = {"type": "http", "method": "POST", "path": "/v1/completions"}
 START = {
     "type": "http.response.start",
     "status": 200,
@@ -30,6 +31,8 @@ async def _serve(
     body: bytes = b"{}",
     headers: list[tuple[bytes, bytes]] | None = None,
     api_key: str | None = None,
+    path: str = "/v1/completions",
+    front: RequestContextMiddleware | None = None,
 ) -> list[Any]:
     sent: list[Any] = []
     asked = [{"type": "http.request", "body": body, "more_body": False}]
@@ -40,8 +43,8 @@ async def _serve(
     async def send(message: Any) -> None:
         sent.append(message)
 
-    scope = {"type": "http", "path": "/v1/completions", "headers": headers or []}
-    await RequestContextMiddleware(app, CLASSES, api_key)(scope, receive, send)
+    scope = POST | {"path": path, "headers": headers or []}
+    await (front or RequestContextMiddleware(app, CLASSES, api_key))(scope, receive, send)
     return sent
 
 
@@ -93,7 +96,7 @@ async def test_best_effort_leaves_room_for_those_who_ask_for_a_promise() -> None
         async def send(message: Any) -> None:
             sent.append(message)
 
-        await front({"type": "http", "path": "/v1/completions", "headers": list(headers)}, receive, send)
+        await front(POST | {"headers": list(headers)}, receive, send)
         return sent
 
     first = [asyncio.create_task(request()) for _ in range(3)]
@@ -107,6 +110,33 @@ async def test_best_effort_leaves_room_for_those_who_ask_for_a_promise() -> None
     going.set()
     assert [(await one)[0]["status"] for one in [*first, promised]] == [200] * 4
     assert (await request(headers=((b"x-session-id", b"s"),)))[0]["status"] == 200
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"session_id": "s"}',
+        b'{"vllm_xargs": {"session_id": "s"}}',
+        b'{"previous_response_id": "resp_1"}',
+        b'{"vllm_xargs": {"slo_tpot_ms": 50}}',
+    ],
+)
+async def test_a_session_or_an_slo_keeps_its_room_wherever_it_is_said(body: bytes) -> None:
+    going = asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await going.wait()
+        current().decide()
+        await send(START | {"headers": []})
+        await send(_body(b"{}", more=False))
+
+    front = RequestContextMiddleware(app, CLASSES, None, 4)
+    alone = [asyncio.create_task(_serve(app, front=front)) for _ in range(3)]
+    await asyncio.sleep(0)
+    asked = asyncio.create_task(_serve(app, body, front=front))
+    await asyncio.sleep(0)
+    going.set()
+    assert [(await one)[0]["status"] for one in [*alone, asked]] == [200] * 4
 
 
 async def test_a_flood_is_turned_away_unread_and_counted_by_what_its_headers_ask() -> None:
@@ -131,7 +161,7 @@ async def test_a_flood_is_turned_away_unread_and_counted_by_what_its_headers_ask
         async def send(message: Any) -> None:
             sent.append(message)
 
-        await front({"type": "http", "path": "/v1/completions", "headers": headers}, receive, send)
+        await front(POST | {"headers": headers}, receive, send)
         return sent
 
     first = [asyncio.create_task(request([])) for _ in range(2)]
@@ -195,6 +225,10 @@ async def test_the_first_error_stands() -> None:
         (b'{"slo": {"class": "chatbot"}}', [], "chatbot", None),
         (b'{"slo": {"class": "chatbot"}}', [(b"x-llm-d-slo-ttft-ms", b"50")], "chatbot", None),
         (b'{"slo": 5}', [], None, "slo must be an object"),
+        (b'{"slo": null}', [], None, None),
+        (b'{"vllm_xargs": {"slo_class": "chatbot"}}', [(b"x-slosserve-on-miss", b"refuse")], "chatbot", None),
+        (b'{"slo": {"class": "chatbot"}, "vllm_xargs": {"slo_tpot_ms": 9, "k": 1}}', [], "chatbot", None),
+        (b'{"vllm_xargs": {"slo_tpotms": 50}}', [], None, "unknown field 'slo_tpotms'"),
         (b'{"slo": ' + b"[" * 100_000, [], None, None),
         (b'not json "slo"', [], None, None),
         (b'{"slo": {"%s": 1}}' % (b"x" * 9000), [], None, "unknown field"),
@@ -222,12 +256,40 @@ async def test_slos_are_read_from_body_and_headers_and_nothing_breaks(
         assert len(told) < 300
 
 
-@pytest.mark.parametrize(("bearer", "read"), [(b"Bearer right", True), (b"Bearer wrong", False)])
-async def test_the_body_of_a_stranger_is_not_read(bearer: bytes, read: bool) -> None:
+@pytest.mark.parametrize("path", GENERATE_PATHS)
+@pytest.mark.parametrize("bearer", [b"Bearer wrong", b"Basic right", b"right", b""])
+async def test_a_stranger_is_served_nowhere_and_told_what_is_missing(path: str, bearer: bytes) -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        assert (current().asked.class_name == "chatbot") is read
+        raise AssertionError("the front saw it")
+
+    headers = [(b"authorization", bearer)] if bearer else []
+    start, answer = await _serve(app, b"{}", headers, api_key="right", path=path)
+    assert start["status"] == 401
+    assert "endpoint.api_key" in json.loads(answer["body"])["error"]["message"]
+
+
+async def test_what_is_said_in_several_places_counts_together() -> None:
+    seen: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(current().asked)
         current().decide()
-        await send({"type": "http.response.start", "status": 401, "headers": []})
+        await send({"type": "http.response.start", "status": 200, "headers": []})
         await send(_body(b"", more=False))
 
-    await _serve(app, b'{"slo": {"class": "chatbot"}}', [(b"authorization", bearer)], api_key="right")
+    body = b'{"slo": {"tpot_ms": 70}, "vllm_xargs": {"slo_class": "chatbot", "slo_tpot_ms": 90}}'
+    await _serve(app, body, [(b"x-slosserve-on-miss", b"refuse")])
+    assert (seen[0].class_name, seen[0].tpot_ms, seen[0].refuse) == ("chatbot", 70.0, True)
+
+
+@pytest.mark.parametrize("bearer", [b"Bearer right", b"bearer right"])
+async def test_whoever_has_the_key_is_read_however_the_scheme_is_spelt(bearer: bytes) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        assert current().asked.class_name == "chatbot"
+        current().decide()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send(_body(b"", more=False))
+
+    body, headers = b'{"slo": {"class": "chatbot"}}', [(b"authorization", bearer)]
+    start, _ = await _serve(app, body, headers, api_key="right")
+    assert start["status"] == 200

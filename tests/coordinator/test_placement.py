@@ -82,6 +82,7 @@ ASK = Place(
 )
 
 
+WORK = WorkState("w", 1, WorkKind.WHOLE, 1000, 1000, 0, 100, 0.5, 0.1, False, "chatbot", None)
 FAST = {("p", "d"): Link("p", "d", latency_s=0.0, bytes_per_s=1e9)}
 
 
@@ -93,14 +94,38 @@ def test_a_request_goes_to_the_pair_when_it_can_be_promised_there() -> None:
     assert (placed.prefill.node, placed.decode.node) == ("p", "d")
 
 
-def test_a_short_prompt_without_time_for_a_handoff_is_served_by_a_decode_node_alone() -> None:
+def test_without_time_for_a_handoff_a_decode_node_serves_alone() -> None:
     far = {("p", "d"): Link("p", "d", latency_s=0.95, bytes_per_s=1e9)}
     short = replace(ASK, prompt_tokens=50, first_token_left_s=0.03)
     placed = place(short, _pair(), far, 0.0)
     assert (placed.verdict, placed.prefill) == ("admitted", None)
     assert place(short, _pair(), FAST, 0.0).prefill is not None, "with time, a pair is preferred"
-    long = place(replace(short, prompt_tokens=150), _pair(), far, 0.0)
-    assert long.verdict == "best_effort"
+
+
+def test_a_decode_node_has_budget_for_prompts_when_prefill_nodes_have_none() -> None:
+    queued = replace(WORK, kind=WorkKind.PREFILL, prompt_tokens=4600, prefill_left_tokens=4600)
+    nodes = [_node("p", RoleName.PREFILL, [queued]), _node("d", RoleName.DECODE)]
+    placed = place(ASK, nodes, FAST, 0.0)
+    assert (placed.verdict, placed.prefill) == ("admitted", None)
+    assert "p: " in placed.candidates["p>d"]
+
+
+def test_what_no_node_can_promise_waits_where_prompts_are_computed() -> None:
+    placed = place(replace(ASK, first_token_left_s=0.001), _pair(), FAST, 0.0)
+    assert placed.verdict == "best_effort"
+    assert placed.prefill is not None
+    assert "d" in placed.candidates, "it was asked about"
+
+
+def test_a_handoff_waits_for_the_batch_that_prompts_make_long() -> None:
+    def handoff_s(works: list[WorkState]) -> float:
+        nodes = [_node("p", RoleName.PREFILL), _node("d", RoleName.DECODE, works)]
+        ask = replace(ASK, said_tokens=1, first_token_left_s=2.0)  # begun: all of the handoff is waited for
+        return place(ask, nodes, FAST, 0.0).handoff_s
+
+    decoding = replace(WORK, prefill_left_tokens=0, output_tokens=4, next_due_left_s=0.1, tpot_s=0.1)
+    prompt = replace(WORK, request_id="w2", prompt_tokens=900, prefill_left_tokens=900, tpot_s=0.1)
+    assert handoff_s([decoding, prompt]) > handoff_s([decoding]) + 0.08
 
 
 def test_a_node_that_has_slowed_promises_less_and_new_work_goes_elsewhere() -> None:
@@ -151,7 +176,8 @@ def test_a_lost_prefill_node_leaves_its_work_to_the_decode_node() -> None:
 def test_a_slow_link_takes_from_the_time_that_a_prefill_has() -> None:
     slow = {("p", "d"): Link("p", "d", latency_s=0.0, bytes_per_s=500 * 4096 / 1.4)}
     assert place(ASK, _pair(), FAST, 0.0).verdict == "admitted"
-    assert place(ASK, _pair(), slow, 0.0).verdict == "best_effort"
+    assert place(ASK, _pair(), FAST, 0.0).prefill is not None
+    assert place(ASK, _pair(), slow, 0.0).prefill is None
 
 
 def test_a_handoff_that_the_pace_makes_good_takes_nothing_from_the_prefill() -> None:
@@ -199,8 +225,8 @@ def test_a_handoff_takes_longer_where_steps_read_much_context() -> None:
 
 def test_a_pair_whose_link_could_not_be_measured_is_promised_nothing() -> None:
     placed = place(ASK, _pair(), {}, 0.0)
-    assert placed.verdict == "best_effort"
-    assert "not measured" in placed.reason
+    assert placed.prefill is None
+    assert "not measured" in placed.candidates["p>d"]
 
 
 def test_nothing_ready_is_no_capacity_and_says_when_to_come_back() -> None:
@@ -244,7 +270,7 @@ def test_two_requests_placed_in_one_instant_do_not_both_get_the_last_slot() -> N
 
 def test_a_placement_that_never_reaches_a_node_is_forgotten() -> None:
     nodes = _pair()
-    place(ASK, nodes, {}, now_s=0.0)
+    place(ASK, nodes, FAST, now_s=0.0)
     assert all(node.placed for node in nodes)
     for node in nodes:
         assert node.report is not None

@@ -149,7 +149,9 @@ def test_a_promise_that_cannot_be_kept_is_deferred_when_not(cluster: Client) -> 
         {"slo": {"class": "chatbto"}},
         {"slo": "fast"},
         {"slo": {"tpot_ms": -4}},
+        {"slo": {"on_miss": "refuse"}},
         {"vllm_xargs": {"slo_tpot_ms": "x"}},
+        {"vllm_xargs": {"slo_tpotms": 50}},
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])

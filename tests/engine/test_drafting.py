@@ -68,3 +68,12 @@ def test_each_pace_is_planned_for_itself() -> None:
     depths = planned(drafting, [behind, loose], kv_bound=False)
     assert depths[1] == 1, "the loose pace does not bind: plain steps are enough"
     assert depths[0] > 1
+
+
+def test_any_number_of_paces_is_planned_for_and_drafts_go_on() -> None:
+    drafting = Drafting(4)
+    decodes = [decode(drafting, tpot_s=0.05 + 0.0005 * at) for at in range(100)]
+    for one in decodes:
+        learn(drafting, one, accepted=4, times=8)
+    assert max(planned(drafting, decodes, kv_bound=True)) > 1
+    assert planned(drafting, decodes, kv_bound=False)

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from coordinator.planner.admission import solve
 from coordinator.planner.lengths import KnownLengths
-from coordinator.planner.replica import MOST_TIERS, Asking, Replica, to_instance
+from coordinator.planner.replica import Asking, Replica, to_instance
 from coordinator.planner.works import Works
 from engine.cost import StepCost
 from engine.messages import WorkState
+from engine.paces import MOST_PACES
 from engine.request import WorkKind
 
 IDLE = Replica(StepCost.line(0.01, 1e-4), 1000, kv_tokens=100_000, block_tokens=16, max_seqs=8)
@@ -90,7 +91,7 @@ def test_a_prefill_for_elsewhere_has_no_pace_here() -> None:
 def test_any_number_of_paces_becomes_a_few_tiers_none_looser_than_promised(paces_s: list[float]) -> None:
     works = [replace(DECODING, request_id=str(at), tpot_s=pace) for at, pace in enumerate(paces_s)]
     instance = problem(*works, max_seqs=99)
-    assert len(instance.tiers) <= MOST_TIERS
+    assert len(instance.tiers) <= MOST_PACES
     tpot_s = {tier.name: tier.tpot_s for tier in instance.tiers}
     promised = {f"{at}#1": pace for at, pace in enumerate(paces_s)}
     assert all(tpot_s[decode.tier] <= promised[decode.id] for decode in instance.decodes)
