@@ -16,7 +16,7 @@ from engine.rows import NO_PULL, PULL_WAITS
 
 MIN_CHUNK_TOKENS = 16  # smaller chunks cost more in attention to what is computed than they bring
 ROUNDING_S = 1e-9
-CATCH_UP = 0.5  # a batch shrinks to this part of the pace, no further, when a token is late
+CATCH_UP = 0.75  # of what a pace leaves beside its decodes, a batch still takes when a token is late
 # Best effort. Its prompts make a batch no longer than this many times the floor of a step: who comes next waits
 # for the end of the batch. And they are begun only while so much of the KV memory stays free: what a promise
 # takes back soon would be computed twice.
@@ -180,8 +180,8 @@ def _bounds(rows, decodes, now_s, cost):
     """Seconds that this batch may take, and the next one, to keep the pace of these decodes.
 
     A pace that the decodes alone would break binds nobody: holding prefills back could not save it. One that
-    has fallen behind shrinks the batch, by half at most, so that prefills go on and it catches up; never below
-    what all the decodes take, or those that are left out fall behind in their turn.
+    has fallen behind leaves prefills most of the room beside all decodes: they have deadlines as well, and KV
+    that was handed over comes late by plan, and catches up within ten tokens.
     """
     limit_s = pace_s = math.inf
     count = len(decodes)
@@ -197,9 +197,9 @@ def _bounds(rows, decodes, now_s, cost):
         if row.tpot_s > alone_s:
             pace_s = min(pace_s, row.tpot_s)
             left_s = row.due_s - now_s
-            limit_s = min(
-                limit_s, left_s if left_s >= least_s - ROUNDING_S else max(CATCH_UP * row.tpot_s, alone_s)
-            )
+            if left_s < least_s - ROUNDING_S:
+                left_s = alone_s + CATCH_UP * (row.tpot_s - alone_s)
+            limit_s = min(limit_s, left_s)
     return limit_s, pace_s
 
 

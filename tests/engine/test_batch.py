@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from engine.base import BatchPlan, Seq
 from engine.batch import Duty, Memory, Moment, compose
-from engine.batch_kernel import MIN_CHUNK_TOKENS, SPARE_FLOORS
+from engine.batch_kernel import CATCH_UP, MIN_CHUNK_TOKENS, SPARE_FLOORS
 from engine.cost import StepCost
 
 COST = StepCost.line(base_s=25e-3, per_token_s=7e-5)
@@ -129,7 +129,10 @@ def test_a_batch_ends_by_the_first_due_token_whatever_attention_costs(
         return
     first = min(decodes, key=lambda seq: duties[seq.work_id].due_s)
     least_s = cost.predict(1, seqs=1, context_tokens=first.computed_tokens)
-    allowed_s = min(duty.due_s if duty.due_s >= least_s - 1e-9 else duty.tpot_s / 2 for duty in kept)
+    allowed_s = min(
+        duty.due_s if duty.due_s >= least_s - 1e-9 else alone_s + CATCH_UP * (duty.tpot_s - alone_s)
+        for duty in kept
+    )
     inside = [seq for seq in seqs if seq.work_id not in plan.skip]
     batch_s = cost.predict(
         sum(tokens_of(plan, s) for s in inside),
@@ -198,9 +201,11 @@ def test_a_prompt_whose_deadline_is_lost_lets_the_others_go_first() -> None:
     assert plan.chunk_tokens["kept"] == 500
 
 
-def test_a_token_that_is_due_soon_shrinks_the_batch_by_half_of_its_pace_at_most() -> None:
+def test_a_token_that_is_late_leaves_prompts_most_of_the_room_beside_it() -> None:
     seqs = [decoding("a"), waiting("prompt", 5000)]
-    for gap_s, allowed_s in ((0.2, 0.2), (0.08, 0.08), (0.01, 0.05), (-3.0, 0.05)):
+    alone_s = COST.predict(1)
+    late_s = alone_s + CATCH_UP * (0.1 - alone_s)
+    for gap_s, allowed_s in ((0.2, 0.2), (0.08, 0.08), (0.01, late_s), (-3.0, late_s)):
         duties = {"a": promise("a", due_s=gap_s), "prompt": promise("prompt", 3.0, said=False)}
         plan = compose(seqs, duties, LARGE)
         assert plan.chunk_tokens["prompt"] == COST.tokens_in(allowed_s) - 1
