@@ -33,7 +33,7 @@ from coordinator.endpoint.links import CoordinatorLink, NodeLinks
 from coordinator.endpoint.slo import Asked, to_slo
 from coordinator.virtual_nodes import virtual_cost
 from engine.errors import SlosserveError
-from engine.messages import Declined, Delta, Finished
+from engine.messages import Declined, Delta, Finished, NodeAddress
 from engine.score import score
 
 MIX = {"chatbot": 0.5, "coder": 0.25, "summarizer": 0.25}
@@ -196,7 +196,7 @@ class Endpoint:
         if flight is not None:
             flight.declined(node, declined)
 
-    def on_lost(self, node: str) -> None:
+    def on_lost(self, node: NodeAddress) -> None:
         """A node fell silent."""
         for flight in list(self._flights.values()):
             flight.lost(node)

@@ -36,8 +36,8 @@ class NodeMirror:
     """One node as the coordinator sees it. Times are on the coordinator's clock.
 
     `leaving`: it is given nothing new, and ended once it has nothing left. `requests` are here or on their way
-    here; `tightest_s` is the tightest pace promised here, without end if
-    none is. Both are kept and not counted when asked for: placement looks at every node for every request.
+    here; `tightest_s` is the tightest pace promised here, without end if none is. Both are kept and not counted
+    when asked for: placement looks at every node for every request.
     """
 
     name: str
@@ -54,15 +54,17 @@ class NodeMirror:
     reported: dict[str, WorkState] = field(default_factory=dict)  # works of the report, by work id
     _works: Works | None = None  # made when it is asked for, until something changes
 
-    def take_report(self, report: Report, now_s: float) -> None:
-        """Adopt the node's own account; placements that it shows are no longer ours to count."""
+    def take_report(self, report: Report, now_s: float, stuck_step_s: float = math.inf) -> None:
+        """Adopt the node's own account; placements that it shows are no longer ours to count. A node that was
+        lost in a step of more than `stuck_step_s` is ready again once that is over."""
         if self.report is not None and self.report.boot_id == report.boot_id:
             starved = report.promises_starved - self.report.promises_starved
             self.overflow_z = next_z(self.overflow_z, 0, starved)
         self.report = report
         self.reported_s = now_s - report.age_s
         self.role = report.role
-        self.state = "ready"
+        if self.state != "lost" or report.stuck_s <= stuck_step_s:
+            self.state = "ready"
         paces_s = (work.tpot_s for work in report.works if not work.best_effort)
         self.tightest_s = min(paces_s, default=math.inf)
         self.reported = {work_id(work.request_id, work.attempt): work for work in report.works}

@@ -6,6 +6,7 @@ taken; only new work goes by the new role.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections import Counter, deque
@@ -43,7 +44,8 @@ class Rebalancer:
     """Roles of the nodes of `mirrors`. `set_role` asks a node and gives its answer, then `changed` is called.
 
     `lacked` counts requests that a pool had no room for, and is cleared at the end of each window. `wanted`:
-    the role each node is to have, for when it begins anew.
+    the role each node is to have, for when it begins anew. `changing` is held from a plan until it is carried
+    out: two at a time, each right by itself, could leave a pool empty.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Rebalancer:
     ) -> None:
         self.wanted: dict[str, RoleName] = {}
         self.follows = False
+        self.changing = asyncio.Lock()
         self._loads = PoolLoads(mirrors, lacked)
         self._mirrors = mirrors
         self._set_role = set_role
@@ -72,6 +75,10 @@ class Rebalancer:
 
         Somebody who sets sizes wants them kept: from then on they do not follow the load.
         """
+        async with self.changing:
+            return await self._set_sizes(want, dry_run=dry_run)
+
+    async def _set_sizes(self, want: Mapping[RoleName, int], *, dry_run: bool) -> dict[str, Any]:
         nodes = self.nodes()
         flips = plan_flips(nodes, want)
         before = {node.name: str(node.role) for node in nodes}
@@ -123,8 +130,9 @@ class Rebalancer:
 
     async def review(self, now_s: float) -> None:
         """Called often: at the end of each window a node's role is changed, if the load asks for it."""
-        if not self.follows:
+        if not self.follows or self.changing.locked():
             return
         move = self._loads.next_move(self._policy, now_s)
         if move is not None:
-            await self.flip(self._loads.least_loaded(move.before), move.after, move.why)
+            async with self.changing:
+                await self.flip(self._loads.least_loaded(move.before), move.after, move.why)

@@ -143,6 +143,7 @@ class Scaling:
     """Adds and removes nodes of `members`, whose mirrors are `mirrors`. `wanted`: the roles they are to have.
 
     `spawn` runs what goes on after the answer; `changed` is called when work may no longer go to a node.
+    `changing` is held by whoever plans by the roles of the nodes, until they are what was planned.
     """
 
     def __init__(
@@ -153,7 +154,9 @@ class Scaling:
         wanted: Mapping[str, RoleName],
         spawn: Callable[[Coroutine[Any, Any, None]], None],
         changed: Callable[[], None],
+        changing: asyncio.Lock,
     ) -> None:
+        self._changing = changing
         self._fleet = fleet
         self._members = members
         self._mirrors = mirrors
@@ -175,6 +178,12 @@ class Scaling:
         What a leaving node still serves after `drain_s` goes on elsewhere. Raises RequestError for what cannot
         be, NoCapacity where there is no room for more.
         """
+        async with self._changing:
+            return await self._set_nodes(count, role, remove, drain_s, dry_run=dry_run)
+
+    async def _set_nodes(
+        self, count: int | None, role: RoleName | None, remove: Sequence[str], drain_s: float, *, dry_run: bool
+    ) -> dict[str, Any]:
         staying = [mirror for mirror in self._mirrors.values() if not mirror.leaving]
         # One that does not serve is the first to leave.
         nodes = [PoolNode(one.name, one.role, one.requests if one.serving else -1) for one in staying]

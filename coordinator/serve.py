@@ -214,7 +214,7 @@ async def _start_hosts(nodes: VirtualNodes, coordinator: Coordinator) -> None:
             if not nodes.found_running:
                 raise
             for name in names:
-                coordinator.fail_node(name, str(error))
+                coordinator.lose_node(name)
             continue
         for name in names:
             coordinator.add_node(name, described[name]["address"])
@@ -230,8 +230,8 @@ async def _start(nodes: Nodes, coordinator: Coordinator, name: str, role: RoleNa
         say("node", name=name, state="failed", detail=str(error))
         if not nodes.found_running:
             raise
-        # A coordinator that takes over serves with the nodes that are left.
-        coordinator.fail_node(name, str(error))
+        # A coordinator that takes over serves with the nodes that are left, until this one is back.
+        coordinator.lose_node(name)
         return
     coordinator.add_node(name, node["address"])
     say("node", name=name, state="ready", detail=f"pid {node['pid']}", role=node["role"])

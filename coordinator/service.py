@@ -113,7 +113,9 @@ class Coordinator:
         self._holdings = Holdings(decider.sessions, decider.prefixes, self._call)
         self._rebalancer = Rebalancer(self._mirrors, self._set_role, self._tell_endpoints, decider.lacked)
         wanted = self._rebalancer.wanted
-        self._scaling = fleet and Scaling(fleet, self, self._mirrors, wanted, self._spawn, self._tell_endpoints)
+        self._scaling = fleet and Scaling(
+            fleet, self, self._mirrors, wanted, self._spawn, self._tell_endpoints, self._rebalancer.changing
+        )
         self._reviewing: asyncio.Task[None] | None = None
         self._endpoints: dict[bytes, float] = {}
         self._probing: asyncio.Task[None] | None = None
@@ -155,6 +157,10 @@ class Coordinator:
     def fail_node(self, name: str, reason: str) -> None:
         """A node that could not be started."""
         self._mirrors[name].state = f"failed: {reason}"
+
+    def lose_node(self, name: str) -> None:
+        """A node that was there and does not answer now: it is brought back like any that is lost."""
+        self._mirrors[name].lose()
 
     def remove_node(self, name: str) -> None:
         """Forget a node: from now on its silence is no loss."""
@@ -205,7 +211,7 @@ class Coordinator:
 
     def _take_report(self, name: str, report: Report) -> None:
         mirror = self._mirrors[name]
-        mirror.take_report(report, time.monotonic())
+        mirror.take_report(report, time.monotonic(), self._stuck_step_s)
         if self._idle_cost is None:
             self._idle_cost = report.idle_cost
         if self._boot_ids.get(name) != report.boot_id:
@@ -325,10 +331,10 @@ class Coordinator:
     def _notice_losses(self) -> bool:
         """Whether a node was lost since the last call; all that are lost are being brought back."""
         any_lost = False
-        for name, peer in list(self._peers.items()):
-            mirror = self._mirrors[name]
+        for name, mirror in list(self._mirrors.items()):
+            peer = self._peers.get(name)
             stuck = mirror.report is not None and mirror.report.stuck_s > self._stuck_step_s
-            if mirror.state == "ready" and (peer.lost or stuck):
+            if peer is not None and mirror.state == "ready" and (peer.lost or stuck):
                 logger.warning("%s %s", name, "is stuck in a step" if stuck else "fell silent")
                 mirror.lose()
                 any_lost = True

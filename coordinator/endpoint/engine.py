@@ -421,9 +421,9 @@ class ClusterEngine(TextEngineClient):
         if flight is not None:
             flight.declined(node, declined)
 
-    def on_lost(self, node: str) -> None:
-        """A node fell silent."""
-        logger.warning("%s stopped answering", node)
+    def on_lost(self, node: NodeAddress) -> None:
+        """A node fell silent, or began anew."""
+        logger.warning("%s stopped answering", node.node)
         for flight in list(self._flights.values()):
             flight.lost(node)
 

@@ -230,14 +230,15 @@ class Flight:
 
     def declined(self, node: str, declined: Declined) -> None:
         """A node will not do it: try elsewhere."""
-        current = declined.attempt == self.attempt and node in self._awaited_nodes()
+        awaited = self._awaited_node
+        current = declined.attempt == self.attempt and awaited is not None and awaited.node == node
         if not self.over and current:
             self._retry(node, declined.reason)
 
-    def lost(self, node: str) -> None:
-        """A node fell silent. If it had this request, the attempt is over."""
-        if not self.over and node in self._awaited_nodes():
-            self._retry(node, f"{node} stopped answering")
+    def lost(self, node: NodeAddress) -> None:
+        """The node at this address fell silent. If it had this request, the attempt is over."""
+        if not self.over and node == self._awaited_node:
+            self._retry(node.node, f"{node.node} stopped answering")
 
     def end(self) -> None:
         """Nothing more will come, or is wanted."""
@@ -363,13 +364,13 @@ class Flight:
             assert self.placed.prefill is not None
             self._send(self.placed.prefill, Release(self.passenger.request_id, self.attempt))
 
-    def _awaited_nodes(self) -> list[str]:
-        """Nodes whose loss ends this attempt. After the pull the prefill node is not one of them."""
-        if self.placed is None or self.placed.decode is None:
-            return []
-        if self._prefilling and self.placed.prefill is not None:
-            return [self.placed.prefill.node]  # the decode node has been asked for nothing yet
-        return [self.placed.decode.node]
+    @property
+    def _awaited_node(self) -> NodeAddress | None:
+        """The node whose loss ends this attempt: of a pair the one whose turn it is. The other one has been
+        asked for nothing yet, or has done its part."""
+        if self.placed is None:
+            return None
+        return self.placed.prefill if self._prefilling else self.placed.decode
 
     def _retry(self, node: str, reason: str) -> None:
         self.timeline.events.append(f"attempt {self.attempt}: {reason}")

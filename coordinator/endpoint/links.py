@@ -7,6 +7,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +30,7 @@ from engine.messages import (
     Placed,
     Promoted,
     Query,
+    Submit,
     View,
 )
 
@@ -50,12 +52,14 @@ class NodeEvents(Protocol):
     def on_declined(self, node: str, declined: Declined) -> None:
         """The node will not do it."""
 
-    def on_lost(self, node: str) -> None:
-        """The node fell silent."""
+    def on_lost(self, node: NodeAddress) -> None:
+        """The node at this address fell silent, or knows nothing of us any more."""
 
 
 class NodeLinks:
-    """Links to nodes, made when they are first used."""
+    """Links to nodes, made when they are first asked for something. Each is to an address: a node that has
+    begun anew has another, and what still concerns the one before it leaves the new link alone.
+    """
 
     def __init__(
         self,
@@ -69,83 +73,91 @@ class NodeLinks:
         self._identity = identity
         self._events = events
         self._stuck_limit_s = stuck_limit_s
-        self._stuck_s: dict[str, float] = {}
         self._links_made = itertools.count()
-        self._peers: dict[str, NodeLink] = {}
-        self._credit_used: dict[str, int] = {}
+        self._open: dict[str, _Open] = {}  # by address
         self._watching: asyncio.Task[None] | None = None
 
     def send(self, node: NodeAddress, message: Message) -> None:
-        """Send to a node, linking to it first if need be."""
-        peer = self._peers.get(node.node)
-        if peer is not None and peer.address != node.address:
-            self._close(node.node)
-            peer = None
-        if peer is None:
-            peer = self._connect(node)
-        peer.send(message)
+        """Send to a node, linking to it first if it is asked for something. One without a link has no work of
+        ours that it could be told about."""
+        link = self._open.get(node.address)
+        if link is None and isinstance(message, Submit):
+            link = self._connect(node)
+        if link is not None:
+            link.peer.send(message)
 
     def close(self) -> None:
         """Let go of every node."""
         if self._watching is not None:
             self._watching.cancel()
-        for node in list(self._peers):
-            self._close(node)
+        for link in list(self._open.values()):
+            self._close(link)
 
-    def _connect(self, node: NodeAddress) -> NodeLink:
+    def _connect(self, node: NodeAddress) -> _Open:
         if self._watching is None:
             self._watching = asyncio.create_task(self._watch_for_loss())
 
         def on_message(message: Message) -> None:
-            self._take(node.node, message)
+            self._take(link, message)
 
         # Every link has an identity of its own: a node that still knows an earlier one starts with no credit.
         identity = f"{self._identity}-{next(self._links_made)}"
-        peer = self._link_to.to(node.address, identity, on_message)
-        self._peers[node.node] = peer
-        self._credit_used[node.node] = 0
-        peer.send(Credit(CREDIT))
-        return peer
+        link = _Open(node, self._link_to.to(node.address, identity, on_message))
+        self._open[node.address] = link
+        link.peer.send(Credit(CREDIT))
+        return link
 
-    def _close(self, node: str) -> None:
-        self._stuck_s.pop(node, None)
-        peer = self._peers.pop(node, None)
-        if peer is not None:
-            peer.close()
+    def _close(self, link: _Open) -> None:
+        if self._open.get(link.node.address) is link:
+            del self._open[link.node.address]
+            link.peer.close()
 
-    def _take(self, node: str, message: Message) -> None:
+    def _take(self, link: _Open, message: Message) -> None:
         match message:
             case Deltas(_, items):
-                self._return_credit(node)
-                self._events.on_deltas(node, items)
+                self._return_credit(link)
+                self._events.on_deltas(link.node.node, items)
             case Declined():
-                self._events.on_declined(node, message)
+                self._events.on_declined(link.node.node, message)
                 if message.reason.startswith(NO_CREDIT):
-                    self._close(node)  # the node has forgotten us: link anew, with new credit
+                    self._lose(link)  # the node has forgotten us, and all that it did for us: link anew
             case Alive():
-                self._stuck_s[node] = message.stuck_s
+                link.stuck_s = message.stuck_s
             case _:
                 logger.warning("an endpoint does not take %s", type(message).__name__)
 
-    def _return_credit(self, node: str) -> None:
-        self._credit_used[node] += 1
-        if self._credit_used[node] >= CREDIT // 2:
-            self._peers[node].send(Credit(self._credit_used[node]))
-            self._credit_used[node] = 0
+    def _return_credit(self, link: _Open) -> None:
+        link.credit_used += 1
+        if link.credit_used >= CREDIT // 2:
+            link.peer.send(Credit(link.credit_used))
+            link.credit_used = 0
 
     async def _watch_for_loss(self) -> None:
         while True:
             await asyncio.sleep(LOST_CHECK_S)
-            for node in [name for name, peer in self._peers.items() if self._is_lost(name, peer)]:
-                self._close(node)
-                try:
-                    self._events.on_lost(node)
-                except Exception:
-                    logger.exception("the loss of %s", node)
+            for link in [link for link in self._open.values() if self._is_lost(link)]:
+                self._lose(link)
 
-    def _is_lost(self, node: str, peer: NodeLink) -> bool:
+    def _lose(self, link: _Open) -> None:
+        self._close(link)
+        try:
+            self._events.on_lost(link.node)
+        except Exception:
+            logger.exception("the loss of %s", link.node.node)
+
+    def _is_lost(self, link: _Open) -> bool:
         """Gone or silent; or it answers, but one step has been running for longer than any step may."""
-        return peer.lost or self._stuck_s.get(node, 0.0) > self._stuck_limit_s
+        return link.peer.lost or link.stuck_s > self._stuck_limit_s
+
+
+@dataclass(slots=True, eq=False)
+class _Open:
+    """A link that is open. `credit_used`: messages of the node that it has not been given back credit for."""
+
+    node: NodeAddress
+    peer: NodeLink
+    credit_used: int = 0
+    stuck_s: float = 0.0
 
 
 class CoordinatorLink:

@@ -156,7 +156,7 @@ def test_a_stream_that_went_on_elsewhere_says_where_it_stopped_and_its_times_add
     flight = _on_a_pair(first_token_s=0.4, ends=False)
     flight.on_retry = lambda one: None
     flight.now_s = 1.4
-    flight.lost("d")
+    flight.lost(D)
     flight.question()
     flight.now_s = 1.45
     flight.depart(Placed("r", 2, "admitted", None, P))
@@ -186,7 +186,7 @@ def test_after_a_retry_only_the_last_attempt_has_a_place_and_the_first_is_an_eve
         Delta("r", 1, 0, [], "length", handoff=handoff, timing=Timing(0.1, 0.15), account=Account(2, 2))
     )
     flight.now_s = 0.25
-    flight.lost("d")
+    flight.lost(D)
     flight.now_s = 0.26
     flight.question()
     flight.now_s = 0.27

@@ -96,7 +96,7 @@ def test_what_is_handed_over_stays_in_the_pace_that_its_first_token_began() -> N
 def test_a_prefill_for_an_answer_that_has_begun_says_nothing() -> None:
     trip = Trip().place()
     trip.delta(0, [6], handoff=HANDOFF, finish_reason="length")
-    trip.flight.lost("d")
+    trip.flight.lost(D)
     trip.place()
     assert trip.sent_to("p", Submit)[-1].sampling == b""
     assert trip.delta(0, [99], handoff=HANDOFF, finish_reason="length") is None
@@ -149,16 +149,16 @@ def test_a_late_decline_of_an_older_attempt_or_another_node_changes_nothing() ->
 
 def test_a_node_lost_before_the_first_token_means_another_attempt() -> None:
     trip = Trip().place()
-    trip.flight.lost("d")  # it has been asked for nothing yet
+    trip.flight.lost(D)  # it has been asked for nothing yet
     assert trip.retries == 0
-    trip.flight.lost("p")
+    trip.flight.lost(P)
     assert trip.retries == 1
 
 
 def test_a_prefill_node_lost_after_the_handoff_is_the_pulls_business() -> None:
     trip = Trip().place()
     trip.delta(0, [], handoff=HANDOFF)
-    trip.flight.lost("p")
+    trip.flight.lost(P)
     assert trip.retries == 0
     assert trip.delta(0, [7])
 
@@ -167,7 +167,7 @@ def test_a_stream_whose_node_is_lost_goes_on_elsewhere_after_what_was_said() -> 
     trip = Trip().place()
     trip.delta(0, [], handoff=HANDOFF)
     trip.delta(0, [7, 8])
-    trip.flight.lost("d")
+    trip.flight.lost(D)
     assert (trip.retries, trip.failures) == (1, [])
     question = trip.flight.question()
     assert (question.prompt_tokens, question.said_tokens, question.max_tokens) == (5, 2, 8)
@@ -189,14 +189,14 @@ def test_what_is_promised_to_a_stream_that_goes_on_begins_anew_at_the_pace_it_wa
     trip = Trip(slo=Slo("reasoning", ttft_s=5.0, tpot_s=0.1, thinking_tpot_s=0.05, refuse=True))
     trip.flight.think_end_id = 99
     trip.place(pair=False).delta(0, [1, 2])
-    trip.flight.lost("d")
+    trip.flight.lost(D)
     thinking = trip.flight.question()
     assert thinking.tpot_s == 0.05
     assert 5.0 <= thinking.first_token_left_s <= 5.1
     assert thinking.may_defer, "no 429 in the middle of an answer"
     trip.flight.depart(Placed("r", thinking.attempt, "admitted", decode=D))
     trip.delta(2, [3, 99, 4])
-    trip.flight.lost("d")
+    trip.flight.lost(D)
     answering = trip.flight.question()
     assert answering.tpot_s == 0.1
     trip.flight.depart(Placed("r", answering.attempt, "admitted", decode=D))
@@ -208,7 +208,7 @@ def test_a_stream_that_no_node_survives_ends_with_an_error_that_says_so() -> Non
     for turn in range(MAX_RESUMES + 1):
         assert trip.retries == turn
         trip.place(pair=False).delta(turn, [7])
-        trip.flight.lost("d")
+        trip.flight.lost(D)
     assert isinstance(trip.failures[0], NodeLost)
     assert f"after {MAX_RESUMES + 1} tokens" in str(trip.failures[0])
 
@@ -293,6 +293,14 @@ moves = st.lists(
 )
 
 
+def test_the_loss_of_a_node_as_it_was_before_does_not_concern_who_is_with_it_now() -> None:
+    trip = Trip().place(pair=False)
+    trip.flight.lost(NodeAddress("d", "tcp://d-before"))
+    assert not trip.flight.timeline.events
+    trip.flight.lost(D)
+    assert trip.flight.timeline.events == ["attempt 1: d stopped answering"]
+
+
 @given(moves, st.booleans())
 def test_whatever_nodes_say_tokens_come_once_in_order_and_nothing_follows_the_end(
     events: list[Any], pair: bool
@@ -312,7 +320,7 @@ def test_whatever_nodes_say_tokens_come_once_in_order_and_nothing_follows_the_en
         elif kind == "decline":
             trip.flight.declined(first, Declined("r", second, "no"))
         elif kind == "lost":
-            trip.flight.lost(first)
+            trip.flight.lost(NodeAddress(first, f"tcp://{first}"))
         elif kind == "handoff":
             trip.flight.take(Delta("r", first, 0, [], handoff=HANDOFF))
         else:

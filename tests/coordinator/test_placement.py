@@ -278,6 +278,16 @@ def test_a_placement_that_never_reaches_a_node_is_forgotten() -> None:
     assert not any(node.placed for node in nodes)
 
 
+def test_a_node_that_is_stuck_in_a_step_is_given_nothing_until_that_is_over() -> None:
+    node = _node("d", RoleName.MIXED)
+    assert node.report is not None
+    node.lose()
+    node.take_report(replace(node.report, stuck_s=31.0), 1.0, stuck_step_s=30.0)
+    assert not node.serving
+    node.take_report(replace(node.report, stuck_s=0.0), 2.0, stuck_step_s=30.0)
+    assert node.serving
+
+
 def test_what_a_report_shows_is_not_counted_twice() -> None:
     node = _node("m", RoleName.MIXED)
     place(ASK, [node], {}, 0.0)

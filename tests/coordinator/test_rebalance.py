@@ -3,6 +3,7 @@ believed."""
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from dataclasses import replace
 
@@ -43,6 +44,7 @@ class Pools:
         self.mirrors = {f"n{at}": NodeMirror(f"n{at}", f"tcp://n{at}", role) for at, role in enumerate(roles)}
         self.asked: list[tuple[str, RoleName]] = []
         self.told = 0
+        self.slow_s = 0.0
         self.obedient = obedient
         self.lacked: Counter[RoleName] = Counter()
         self.rebalancer = Rebalancer(self.mirrors, self._set_role, self._tell, self.lacked)
@@ -54,6 +56,7 @@ class Pools:
 
     async def _set_role(self, name: str, role: RoleName) -> RoleSet:
         self.asked.append((name, role))
+        await asyncio.sleep(self.slow_s)
         return RoleSet(1, role if self.obedient else self.mirrors[name].role)
 
     def _tell(self) -> None:
@@ -75,6 +78,22 @@ async def test_sizes_are_set_while_nodes_serve_and_what_changed_is_told() -> Non
     assert (change["node"], change["requests"], change["why"]) == ("n0", 3, "asked for")
     assert pools.told == 1, "endpoints place what carries no promise by the roles they were told last"
     assert pools.rebalancer.wanted["n0"] is D, "it begins anew in this role"
+
+
+async def test_two_who_set_sizes_at_once_leave_no_pool_empty() -> None:
+    """The second would take the node that the first one leaves to decode: it is the least busy meanwhile."""
+    pools, wanted = Pools(P, D, D, D), {P: 3, D: 1}
+    pools.report("n3", D, prompts=5)
+    pools.slow_s = 0.05
+    first = asyncio.create_task(pools.rebalancer.set_sizes(wanted, dry_run=False))
+    while len(pools.asked) < 2:
+        await asyncio.sleep(0.005)
+    pools.report("n3", D)
+    pools.report("n2", D, prompts=5)
+    second = await pools.rebalancer.set_sizes(wanted, dry_run=False)
+    assert len((await first)["flips"]) == 2
+    assert Counter(pools.roles) == wanted
+    assert second["flips"] == [], "it finds what the first has made"
 
 
 async def test_a_dry_run_asks_no_node() -> None:

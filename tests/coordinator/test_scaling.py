@@ -109,7 +109,7 @@ class Cluster:
         self.ended: list[str] = []
         self.kept: Mapping[str, RoleName] = {}
         self.tasks: list[asyncio.Task[None]] = []
-        self.scaling = Scaling(self, self, self.mirrors, self.wanted, self.spawn, lambda: None)
+        self.scaling = Scaling(self, self, self.mirrors, self.wanted, self.spawn, lambda: None, asyncio.Lock())
 
     def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         self.tasks.append(asyncio.get_running_loop().create_task(coroutine))

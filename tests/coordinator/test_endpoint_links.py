@@ -1,0 +1,102 @@
+"""An endpoint's links to nodes: one that began anew is another, and nobody is left waiting for the old."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+
+import pytest
+import zmq.asyncio
+
+from coordinator.endpoint.links import NO_CREDIT, NodeLinks
+from engine.messages import Cancel, Credit, Declined, Delta, Message, NodeAddress, Release, Submit
+from engine.socket import NodeSocket
+from tests.engine.served_node import submit
+
+
+class Events:
+    """What the endpoint is told."""
+
+    def __init__(self) -> None:
+        self.declined: list[Declined] = []
+        self.lost: list[NodeAddress] = []
+
+    def on_deltas(self, node: str, items: list[Delta]) -> None:
+        raise AssertionError((node, items))
+
+    def on_declined(self, node: str, declined: Declined) -> None:
+        self.declined.append(declined)
+
+    def on_lost(self, node: NodeAddress) -> None:
+        self.lost.append(node)
+
+
+@pytest.fixture
+async def made() -> AsyncIterator[tuple[NodeLinks, Events]]:
+    context, events = zmq.asyncio.Context(), Events()
+    links = NodeLinks(context, "endpoint", events, silent_s=1.0, stuck_limit_s=30.0)
+    yield links, events
+    links.close()
+    await asyncio.sleep(0)
+    context.destroy(linger=0)
+
+
+@pytest.fixture
+def nodes() -> Iterator[Callable[[], NodeSocket]]:
+    """Makes sockets of a node of one name, each as if it had begun anew."""
+    started: list[NodeSocket] = []
+
+    def begin() -> NodeSocket:
+        started.append(NodeSocket("127.0.0.1", "node", time.monotonic))
+        started[-1].start()
+        return started[-1]
+
+    yield begin
+    for node in started:
+        node.stop()
+
+
+async def asked(node: NodeSocket, kind: type[Message]) -> list[tuple[bytes, Message]]:
+    """Who asked for something of this kind; waits up to 5 s for the first."""
+    deadline_s = time.monotonic() + 5.0
+    found: list[tuple[bytes, Message]] = []
+    while not found and time.monotonic() < deadline_s:
+        await asyncio.sleep(0.01)
+        found = [(one.peer, one.message) for one in node.drain() if isinstance(one.message, kind)]
+    return found
+
+
+async def test_what_concerns_a_node_as_it_was_leaves_the_link_to_it_as_it_is_alone(
+    made: tuple[NodeLinks, Events], nodes: Callable[[], NodeSocket]
+) -> None:
+    links, events = made
+    before, now = nodes(), nodes()
+    links.send(NodeAddress("node", now.address), submit("r"))
+    assert await asked(now, Submit)
+    for late in (Cancel("old", 1, False), Release("old", 1)):
+        links.send(NodeAddress("node", before.address), late)
+    links.send(NodeAddress("node", now.address), Cancel("r", 1, False))
+    assert await asked(now, Cancel), "over the link that was there"
+    assert not [one for one in now.drain() if isinstance(one.message, Credit)], "it was not made again"
+    await asyncio.sleep(0.3)
+    assert events.lost == []
+
+
+async def test_a_node_that_has_forgotten_us_is_lost_to_all_who_wait_for_it(
+    made: tuple[NodeLinks, Events], nodes: Callable[[], NodeSocket]
+) -> None:
+    links, events = made
+    node = nodes()
+    address = NodeAddress("node", node.address)
+    links.send(address, submit("r"))
+    (peer, _), *_ = await asked(node, Submit)
+    node.send(peer, Declined("r", 1, f"{NO_CREDIT} granted: reconnect"))
+    deadline_s = time.monotonic() + 5.0
+    while not events.lost and time.monotonic() < deadline_s:
+        await asyncio.sleep(0.01)
+    assert [one.request_id for one in events.declined] == ["r"]
+    assert events.lost == [address]
+    links.send(address, submit("again"))
+    (another, _), *_ = await asked(node, Submit)
+    assert another != peer, "a new link, which grants credit of its own"
