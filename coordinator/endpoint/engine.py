@@ -316,6 +316,9 @@ class ClusterEngine(TextEngineClient):
             self._spawn(self._ask_and_depart(journey, question))
             return
         prefill, decode = way
+        for node in (prefill, decode):
+            if node is not None:
+                self._coordinator.count(node, len(flights))
         placed = Placed(
             question.request_id,
             question.attempt,

@@ -7,7 +7,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +26,7 @@ from engine.messages import (
     Deltas,
     Message,
     NodeAddress,
+    NodeLoad,
     Place,
     Placed,
     Promoted,
@@ -192,6 +193,14 @@ class CoordinatorLink:
     def fresh_view(self) -> View | None:
         """The nodes that take work, if the coordinator has said so within the last second."""
         return self._view if time.monotonic() - self._viewed_s < VIEW_FRESH_S else None
+
+    def count(self, node: NodeLoad, requests: int) -> None:
+        """So many more go to a node of the present view: until the next one tells of them, this one does. Else
+        all that come within a tenth of a second would go to the same node.
+        """
+        if self._view is not None and node in self._view.nodes:
+            nodes = self._view.nodes
+            nodes[nodes.index(node)] = replace(node, requests=node.requests + requests)
 
     async def place(self, place: Place) -> Placed:
         """Ask where a request goes. Raises NoCapacity if the coordinator does not answer in time."""

@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 
 import pytest
 import zmq.asyncio
 
-from coordinator.endpoint.links import NO_CREDIT, NodeLinks
-from engine.messages import Cancel, Credit, Declined, Delta, Message, NodeAddress, Release, Submit
+from coordinator.best_effort import place_best_effort
+from coordinator.endpoint.links import NO_CREDIT, CoordinatorLink, NodeLinks
+from engine.messages import (
+    Cancel,
+    Credit,
+    Declined,
+    Delta,
+    Message,
+    NodeAddress,
+    NodeLoad,
+    Release,
+    Submit,
+    View,
+)
+from engine.request import RoleName
 from engine.socket import NodeSocket
 from tests.engine.served_node import submit
 
@@ -100,3 +115,18 @@ async def test_a_node_that_has_forgotten_us_is_lost_to_all_who_wait_for_it(
     links.send(address, submit("again"))
     (another, _), *_ = await asked(node, Submit)
     assert another != peer, "a new link, which grants credit of its own"
+
+
+async def test_requests_that_come_within_one_view_of_the_nodes_are_spread(tmp_path: Path) -> None:
+    link = CoordinatorLink(zmq.asyncio.Context.instance(), "endpoint", tmp_path, wait_s=1.0)
+    nodes = [NodeLoad(f"m{at}", f"tcp://m{at}", RoleName.MIXED, 2 * at) for at in range(3)]
+    link._take(View(nodes))
+    went: Counter[str] = Counter()
+    for _ in range(9):
+        view = link.fresh_view()
+        assert view is not None
+        way = place_best_effort(view.nodes, one_node=False)
+        assert way is not None
+        link.count(way[1], 1)
+        went[way[1].node] += 1
+    assert went == {"m0": 5, "m1": 3, "m2": 1}
