@@ -189,7 +189,7 @@ class PlannedScheduler(Scheduler):  # type: ignore[misc]
         self.kv_cache_manager.allocate_slots = self._allocate_or_give_up
         self._plan = BatchPlan()
         self._held: frozenset[str] = frozenset()
-        self._pull_waits = False
+        self._pulls: set[str] = set()  # that the present plan lets begin
         self._blocked: str | None = None
         self._step: _Step | None = None
         self._unreported: deque[_Step] = deque()
@@ -208,7 +208,7 @@ class PlannedScheduler(Scheduler):  # type: ignore[misc]
             return self._unplanned(throttle_prefills)
         held = plan.skip.union(key for key, tokens in plan.chunk_tokens.items() if tokens < 1)
         self._plan, self._held = plan, held
-        self._pull_waits = any(_starts_pull(r) and r.request_id not in held for r in self.waiting)
+        self._pulls = {r.request_id for r in self.waiting if _starts_pull(r) and r.request_id not in held}
         carried_out = _CarriedOut(self, plan, held)
         vllms = _Timed(partial(super().schedule, throttle_prefills))
         output = carried_out.run(vllms)
@@ -221,7 +221,7 @@ class PlannedScheduler(Scheduler):  # type: ignore[misc]
     def _unplanned(self, throttle_prefills: bool) -> Any:
         """Nothing was planned: vLLM's own batch, without laying anything over its queues."""
         assert self._step is not None
-        self._plan, self._held, self._pull_waits, self._blocked = UNPLANNED, frozenset(), False, None
+        self._plan, self._held, self._pulls, self._blocked = UNPLANNED, frozenset(), set(), None
         self._step.planning_s = time.monotonic() - self._step.started_s
         output = super().schedule(throttle_prefills)
         self._step.preempted = len(output.preempted_req_ids or ())
@@ -253,9 +253,12 @@ class PlannedScheduler(Scheduler):  # type: ignore[misc]
         tokens: int = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
         if request.request_id in self._held:
             return 0  # vLLM goes on with the next running request; waiting ones that are held are not asked
-        if self._pull_waits and tokens > 1 and num_computed_tokens + tokens < request.num_tokens:
+        planned = self._plan.chunk_tokens.get(request.request_id)
+        if planned is None and request.request_id in self._pulls and not _starts_pull(request):
+            return 0  # its pull was given up a moment ago, for being late: the next plan has it as a prompt
+        if self._pulls and tokens > 1 and num_computed_tokens + tokens < request.num_tokens:
             tokens -= 1  # vLLM starts pulls only while a token of the batch is left
-        return min(tokens, self._plan.chunk_tokens.get(request.request_id, tokens))
+        return tokens if planned is None else min(tokens, planned)
 
     def _update_after_schedule(self, scheduler_output: Any) -> None:
         if self._plan.draft_tokens is not None:

@@ -21,6 +21,7 @@ from engine.cost import StepCost
 from engine.errors import MissingHook, RequestError
 from engine.models import make_model
 from engine.vllm import decode_output, encode_sampling
+from kv_transfer.base import PullOutcome
 from tests.engine.replica import Drive, prompt, running_engine, vllms_own, work
 
 pytestmark = pytest.mark.engines
@@ -105,6 +106,30 @@ def test_order_of_the_plan_decides_who_is_first(engine: Engine, expected: dict[s
     assert drive.tokens == {key: expected[key] for key in drive.tokens}
     assert finished_prefill[0] == "w3"
     assert finished_prefill.index("w2") < finished_prefill.index("w0")
+
+
+def test_a_pull_that_is_late_when_it_may_begin_makes_no_batch_longer(
+    engine: Engine, expected: dict[str, list[int]]
+) -> None:
+    """vLLM would compute the whole prompt at once, in a batch in which nobody has planned it."""
+    offering = Drive(engine).submit(work("offered", prompt(130, seed=2), 1, offer_kv=True))
+    while "offered" not in offering.finished:
+        offering.step()
+    handoff = offering.finished["offered"].handoff
+    assert handoff is not None
+    engine.cancel(["offered"])
+    offering.run()
+    drive = Drive(engine).submit(works()[0])
+    while "w0" not in drive.tokens:
+        drive.step()
+    drive.submit(work("w2", prompt(130, seed=2), MAX_TOKENS, handoff=handoff, pull_deadline_s=0.0))
+    report = drive.step(BatchPlan(order=["w0", "w2"], chunk_tokens={"w0": 1}))
+    assert report is not None
+    assert report.tokens == 1
+    drive.run()
+    assert drive.tokens == {key: expected[key] for key in ("w0", "w2")}
+    (pull,) = engine.kv.take_pulls()
+    assert pull.outcome is PullOutcome.LATE
 
 
 def test_a_seeded_request_says_the_same_however_its_prompt_is_cut(engine: Engine) -> None:
