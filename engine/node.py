@@ -31,7 +31,6 @@ from engine.messages import (
     Declined,
     Delta,
     Deltas,
-    LinksProbed,
     ListPrefixes,
     ListSessions,
     Message,
@@ -46,6 +45,7 @@ from engine.messages import (
     Submit,
 )
 from engine.outbox import Outbox, attempt_key
+from engine.probing import Probing
 from engine.promise import Promise, note_batched
 from engine.request import RoleName, WorkKind
 from engine.residuals import Residuals
@@ -53,7 +53,7 @@ from engine.role import Role
 from engine.sessions import KV_SHARE, TTL_S, Sessions
 from engine.socket import Heard, Line
 from engine.tally import Tally
-from kv_transfer.base import Link, Pull, PullOutcome, TransferError
+from kv_transfer.base import Pull, PullOutcome
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +110,7 @@ class Node:
         self._max_waiting = max_waiting
         self._peer_silent_s = peer_silent_s
         self._promises: dict[str, Promise] = {}
+        self._probing = Probing(engine.kv, clock)
         self._sessions = Sessions(session_ttl_s, int(session_kv_share * info.num_blocks * info.block_size))
         self._outboxes: dict[bytes, Outbox] = {}
         self._recent_pulls: deque[Pull] = deque(maxlen=RECENT_PULLS)
@@ -156,7 +157,7 @@ class Node:
                 usage = self._engine.usage()
                 wait_s = PULL_WAIT_S if usage.running or usage.waiting else LEASE_WAIT_S
         else:
-            wait_s = IDLE_WAIT_S
+            wait_s = PULL_WAIT_S if self._probing.busy else IDLE_WAIT_S
         if wait_s > 0:
             self._ended_s = None
         self.hear(wait_s)
@@ -169,6 +170,8 @@ class Node:
         """Do what peers have asked for since the last call, waiting up to `wait_s` for the first."""
         for heard in self._socket.drain(wait_s):
             self._handle(heard)
+        for asker, probed in self._probing.go_on():
+            self._socket.send(asker, probed)
 
     def keep_up(self) -> None:
         """What is due now and then: peers and offers that are gone, what drafts are worth, a report."""
@@ -214,7 +217,7 @@ class Node:
                 self._change_role(role)
                 self._socket.send(peer, RoleSet(call_id, self._role.name))
             case ProbeLinks():
-                self._socket.send(peer, self._probe(message))
+                self._probing.begin(peer, message)
             case ListSessions(call_id):
                 listed = SessionsListed(call_id, self._sessions.version, dict(self._sessions.kept))
                 self._socket.send(peer, listed)
@@ -233,9 +236,6 @@ class Node:
                 if promise is not None and promise.submit is message:
                     self._drop([attempt_key(message)])
                 self._socket.send(peer, Declined(message.request_id, message.attempt, reason))
-            case ProbeLinks():
-                errors = {address.engine_id: reason for address in message.peers}
-                self._socket.send(peer, LinksProbed(message.call_id, [], errors))
             case _:
                 pass
 
@@ -305,16 +305,6 @@ class Node:
         promise = self._promises.pop(key)
         if promise.session is not None:
             self._sessions.answered(promise.session, self._clock())
-
-    def _probe(self, message: ProbeLinks) -> LinksProbed:
-        links: list[Link] = []
-        errors: dict[str, str] = {}
-        for peer in message.peers:
-            try:
-                links.append(self._engine.kv.probe(peer))
-            except TransferError as error:
-                errors[peer.engine_id] = str(error)
-        return LinksProbed(message.call_id, links, errors)
 
     # ---- one step ----------------------------------------------------------------------------------------
 

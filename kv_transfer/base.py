@@ -125,6 +125,14 @@ class KvPort(ABC):
     def held_blocks(self) -> int:
         """Blocks here that no request may use yet, since bytes of a pull that failed may still arrive."""
 
+    def reaches(self, peer: PeerAddress) -> bool:
+        """Begin to reach for a peer, and say whether a probe of it need not wait for that any more.
+
+        Never blocks. Raises TransferError if the peer could not be reached; asked again, it tries again.
+        """
+        del peer
+        return True
+
     @abstractmethod
     def probe(self, peer: PeerAddress) -> Link:
         """Measure the link from `peer` to here by reading from it.

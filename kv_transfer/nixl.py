@@ -101,6 +101,10 @@ class NixlPort(KvPort):
         """Blocks set aside for late bytes."""
         return sum(len(held.blocks or ()) for held in self._exchange.held.values())
 
+    def reaches(self, peer: PeerAddress) -> bool:
+        """Whether the handshake with a peer is over; it goes on in a thread of vLLM's. Never blocks."""
+        return bool(self._exchange.worker.reaches(peer))
+
     def probe(self, peer: PeerAddress) -> Link:
         """Read small and large buffers from the peer. Ends within 10 s."""
         if peer.engine_id == self._exchange.engine_id:

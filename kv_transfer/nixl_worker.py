@@ -55,6 +55,7 @@ class SlosPullWorker(NixlPullConnectorWorker):  # type: ignore[misc]
         self._checks = WordChecks(exchange.memory, self.nixl_wrapper)
         self.xfer_handshake_metadata: Any = None
         self._peers: dict[str, PeerMemory] = {}
+        self._greeting: dict[str, Any] = {}  # handshakes that `reaches` has begun
         self._why: dict[str, tuple[PullOutcome, str]] = {}
         self._sums: BlockSums | None = None
 
@@ -127,6 +128,25 @@ class SlosPullWorker(NixlPullConnectorWorker):  # type: ignore[misc]
     def _cleanup_remote_engine(self, engine_id: str, *, log_eviction: bool = True) -> None:
         super()._cleanup_remote_engine(engine_id, log_eviction=log_eviction)
         self._peers.pop(engine_id, None)
+
+    def reaches(self, peer: PeerAddress) -> bool:
+        """Whether a peer has been greeted. Begins to, without waiting. Raises TransferError if that failed."""
+        key = peer.engine_id
+        handshake = self._greeting.get(key)
+        if handshake is None:
+            handshake = self._ensure_handshake(key, peer.host, peer.port, peer.tp_size)
+            if handshake is None:
+                return True
+            self._greeting[key] = handshake
+        if not handshake.done():
+            return False
+        error = handshake.exception()
+        if error is None and key not in self._remote_agents:
+            return False  # the future is done before its callback has entered the agent
+        del self._greeting[key]
+        if error is not None:
+            raise TransferError(f"no link to engine {key}: {error}") from error
+        return True
 
     def reach(self, peer: PeerAddress, timeout_s: float) -> tuple[str, PeerMemory]:
         """The agent's name and the memory of a peer, greeting it if need be. Raises TransferError."""
