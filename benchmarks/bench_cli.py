@@ -11,7 +11,10 @@ import typer.core
 from benchmarks.provenance import commit
 from coordinator.cli.main import as_command
 
-EXAMPLE = "Example: slosserve bench capacity --quick && slosserve bench report --from out/bench"
+EXAMPLE = (
+    "Example: slosserve bench capacity --quick && "
+    "slosserve bench report --from out/bench/quick --out out/bench/quick/RESULTS.md"
+)
 # Command -> its function, whose docstring ends with its example, and its line in --help.
 COMMANDS = {
     "capacity": ("benchmarks.capacity_table:bench_capacity", "The table: rate per GPU of every system."),

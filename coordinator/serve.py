@@ -83,6 +83,7 @@ def node_spec(config: ClusterConfig, name: str, run_dir: Path) -> dict[str, Any]
             "enable_prefix_caching": engine.enable_prefix_caching,
             "speculative": engine.speculative,
             "async_scheduling": engine.async_scheduling,
+            "reasoning_parser": config.endpoint.reasoning_parser,
             "lease_s": config.transfer.lease_s,
             "pull_deadline_s": config.transfer.pull_deadline_s,
             "checksum": config.transfer.checksum,

@@ -38,7 +38,6 @@ from engine.vllm_codec import (
     decode_sampling,
     encode_payload,
     encode_sampling,
-    without_transfer,
 )
 from engine.vllm_runner import go_on_after, keep_seeds
 from kv_transfer.base import KvPort, TransferError
@@ -91,6 +90,7 @@ class VllmEngineConfig:
     `kv_cache_bytes` and `num_blocks` size the KV cache (the second wins; vLLM decides if both are None).
     `checksum`: KV that is pulled is compared with what was offered; the same on all engines.
     `side_channel_host` and `side_channel_port` are where peers ask for this engine's NIXL metadata.
+    `reasoning_parser`: vLLM's name of who knows where thinking ends; a grammar holds from there on.
     `enforce_eager` None: eager on a CPU, graphs on a GPU. `extra_args` go to vLLM's EngineArgs as they
     are, and win; `env` goes to the environment.
     """
@@ -112,6 +112,7 @@ class VllmEngineConfig:
     side_channel_host: str = "127.0.0.1"
     side_channel_port: int = 5600
     structured_outputs_backend: str = "xgrammar"
+    reasoning_parser: str | None = None
     enforce_eager: bool | None = None
     async_scheduling: bool = False
     seed: int = 0
@@ -190,16 +191,18 @@ class VllmEngine(Engine):
 
         core, _ = self._running()
         self._check(work)
+        sampling, reasoning = self._sampling(work)
         request = EngineCoreRequest(
             request_id=work.work_id,
             prompt_token_ids=list(work.prompt_token_ids),
             mm_features=None,
-            sampling_params=self._sampling(work),
+            sampling_params=sampling,
             pooling_params=None,
             arrival_time=time.time(),
             lora_request=None,
             cache_salt=work.cache_salt,
             data_parallel_rank=None,
+            **reasoning,
         )
         try:
             prepared, wave = core.preprocess_add_request(request)
@@ -232,32 +235,34 @@ class VllmEngine(Engine):
         if min(work.prompt_token_ids) < 0 or max(work.prompt_token_ids) >= self._vocab_size:
             raise RequestError(f"a token id is outside the vocabulary of {self._vocab_size}")
 
-    def _sampling(self, work: Work) -> SamplingParams:
+    def _sampling(self, work: Work) -> tuple[SamplingParams, dict[str, Any]]:
+        """For vLLM, and what its request is told of the thinking."""
         from vllm.sampling_params import SamplingParams
 
         from kv_transfer.nixl import params_for_decode, params_for_prefill
 
         if work.offer_kv and not work.sampling:
             # Neutral: a grammar, min_tokens or a stop token could end the prefill without an offer.
-            return SamplingParams(
+            neutral = SamplingParams(
                 temperature=0.0,
                 max_tokens=1,
                 ignore_eos=True,
                 detokenize=False,
                 extra_args={"kv_transfer_params": params_for_prefill()},
             )
-        params = without_transfer(decode_sampling(work.sampling))
+            return neutral, {}
+        params, reasoning = decode_sampling(work.sampling)
         if work.offer_kv:
             params.max_tokens = 1
             params.min_tokens = min(params.min_tokens, 1)
             params.extra_args = {**(params.extra_args or {}), "kv_transfer_params": params_for_prefill()}
-            return params
+            return params, reasoning
         if work.said_token_ids and params.prompt_logprobs is not None:
             params.prompt_logprobs = None  # told already, before the first of what was said
         if work.handoff is not None:
             transfer = params_for_decode(work.handoff, work.pull_deadline_s)
             params.extra_args = {**(params.extra_args or {}), "kv_transfer_params": transfer}
-        return params
+        return params, reasoning
 
     def cancel(self, work_ids: Sequence[str], *, ended: bool = False) -> None:
         """Drop works and free their blocks: queued, running, pulling, or offered under a lease."""
@@ -482,6 +487,7 @@ def _engine_args(config: VllmEngineConfig, platform: Any) -> dict[str, Any]:
         "structured_outputs_config": {
             "backend": config.structured_outputs_backend,
             "disable_any_whitespace": True,
+            "reasoning_parser": config.reasoning_parser or "",
         },
         "kv_transfer_config": kv_transfer_config(
             config.lease_s, config.pull_deadline_s, config.engine_id, platform.device_type, config.checksum

@@ -5,6 +5,7 @@ vLLM is imported on first use, so that whoever only passes the bytes on needs no
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -16,35 +17,43 @@ if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreOutput
 
 INLINE_BYTES = 1 << 40  # vLLM sends larger arrays as frames of their own; we want one blob
+REASONING = "slosserve_reasoning"
+OURS = frozenset({"kv_transfer_params", REASONING})  # of the extra arguments of sampling
 # What an output may carry besides tokens, reasons and counts.
 PAYLOAD_FIELDS = ("new_logprobs", "new_prompt_logprobs_tensors", "prompt_token_id_logprobs")
 
 
-def encode_sampling(params: SamplingParams) -> bytes:
+def encode_sampling(params: SamplingParams, reasoning: Mapping[str, Any] | None = None) -> bytes:
     """Sampling parameters as vLLM's input processor left them, private fields included.
 
-    Left out are the client's own `kv_transfer_params`: those are ours to set.
+    `reasoning`: what the front knows of the thinking of this request, for its grammar: `reasoning_ended` and
+    `reasoning_parser_kwargs` of vLLM's requests. Left out is what a client gives under names that are ours.
     """
-    return _joined(_encoder().encode(without_transfer(params)))
+    params = without_ours(params)
+    if reasoning:
+        params = params.clone()
+        params.extra_args = {**(params.extra_args or {}), REASONING: dict(reasoning)}
+    return _joined(_encoder().encode(params))
 
 
-def decode_sampling(blob: bytes) -> SamplingParams:
-    """The sampling parameters. Raises ProtocolError if the blob is none."""
+def decode_sampling(blob: bytes) -> tuple[SamplingParams, dict[str, Any]]:
+    """The sampling parameters, and what is known of the thinking. Raises ProtocolError if the blob is none."""
     import msgspec
 
     try:
-        return _sampling_decoder().decode(blob)
+        params = _sampling_decoder().decode(blob)
     except (msgspec.MsgspecError, ValueError, TypeError) as error:
         raise ProtocolError(f"sampling parameters cannot be read: {error}") from error
+    return without_ours(params), dict((params.extra_args or {}).get(REASONING) or {})
 
 
-def without_transfer(params: SamplingParams) -> SamplingParams:
-    """The same parameters, or a copy without `kv_transfer_params` if they had any."""
+def without_ours(params: SamplingParams) -> SamplingParams:
+    """The same parameters, or a copy without the extra arguments that are ours to set if they had any."""
     extra: dict[str, Any] | None = params.extra_args
-    if not extra or "kv_transfer_params" not in extra:
+    if not extra or OURS.isdisjoint(extra):
         return params
     params = params.clone()
-    params.extra_args = {key: value for key, value in extra.items() if key != "kv_transfer_params"} or None
+    params.extra_args = {key: value for key, value in extra.items() if key not in OURS} or None
     return params
 
 

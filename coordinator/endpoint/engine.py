@@ -42,6 +42,7 @@ from coordinator.endpoint.metrics import EndpointMetrics
 from coordinator.endpoint.responses import ResponseSessions
 from coordinator.endpoint.slo import Asked, to_slo
 from coordinator.endpoint.text_client import TextEngineClient
+from coordinator.endpoint.thinking import Thinking
 from engine.base import Output
 from engine.cost import StepCost
 from engine.errors import NoCapacity, RequestError, SlosserveError
@@ -97,7 +98,7 @@ class ClusterEngine(TextEngineClient):
         # Where vLLM stores no responses nobody can go on from one.
         self._responses = ResponseSessions() if envs.VLLM_ENABLE_RESPONSES_API_STORE else None
         self._max_batch_tokens = config.engine.max_batch_tokens
-        self._think_end_id = _think_end_id(self.renderer.tokenizer)
+        self._thinking = Thinking(self.renderer.tokenizer, config.endpoint.reasoning_parser)
 
     def connect(self, links: NodeLinks, idle_cost: StepCost) -> None:
         """Give it its links, and the step-time model of an idle replica, from which T0 comes."""
@@ -226,7 +227,7 @@ class ClusterEngine(TextEngineClient):
         passenger = Passenger(
             request_id=request.request_id,
             prompt_token_ids=prompt_token_ids,
-            sampling=encode_sampling(params),
+            sampling=encode_sampling(params, _reasoning_of(request)),
             max_tokens=params.max_tokens,
             slo=journey.slo,
             one_node=way is ServedBy.ONE_NODE,
@@ -237,7 +238,7 @@ class ClusterEngine(TextEngineClient):
         assert self._links is not None
         flight = Flight(passenger, self._links.send, self._config.transfer.pull_deadline_s, self._fail)
         flight.on_retry = self._retry
-        flight.think_end_id = self._think_end_id
+        flight.think_end_id = self._thinking.end_id
         journey.flights.append(flight)
         self._flights[request.request_id] = flight
         self._journeys[request.request_id] = journey
@@ -250,6 +251,12 @@ class ClusterEngine(TextEngineClient):
         classes = self._config.slo_classes
         prompt_tokens = len(prompt_token_ids or ())
         slo = to_slo(asked, classes, prompt_tokens, self._idle_cost, self._max_batch_tokens)
+        if (
+            slo is not None
+            and slo.thinking_tpot_s is not None
+            and self._thinking.is_over(prompt_token_ids or ())
+        ):
+            slo = replace(slo, thinking_tpot_s=None)
         session = context.session_id
         if slo is None or session is None:
             return slo, None
@@ -556,7 +563,7 @@ def _http_error(error: SlosserveError) -> GracefulHTTPError:
     return GracefulHTTPError(str(error), HTTPStatus(error.http_status))
 
 
-def _think_end_id(tokenizer: Any) -> int | None:
-    vocabulary = tokenizer.get_vocab() if tokenizer is not None else {}
-    value = vocabulary.get("</think>")
-    return None if value is None else int(value)
+def _reasoning_of(request: EngineCoreRequest) -> dict[str, Any]:
+    """What vLLM's front knows of the thinking of a request, where it knows anything."""
+    names = ("reasoning_ended", "reasoning_parser_kwargs")
+    return {name: value for name in names if (value := getattr(request, name)) is not None}

@@ -38,7 +38,8 @@ def test_sampling_parameters_round_trip() -> None:
     params._bad_words_token_ids = [[4], [5, 6]]
     assert params.structured_outputs is not None
     params.structured_outputs._backend = "xgrammar"
-    decoded = decode_sampling(encode_sampling(params))
+    decoded, reasoning = decode_sampling(encode_sampling(params))
+    assert reasoning == {}
     for name in SamplingParams.__struct_fields__:
         assert getattr(decoded, name) == getattr(params, name), name
     assert decoded.structured_outputs is not None
@@ -46,9 +47,17 @@ def test_sampling_parameters_round_trip() -> None:
     assert decoded.eos_token_id == 2
 
 
+def test_what_the_front_knows_of_thinking_travels_and_a_client_cannot_say_it() -> None:
+    known = {"reasoning_ended": False, "reasoning_parser_kwargs": {"chat_template_kwargs": {"thinking": True}}}
+    params = SamplingParams(extra_args={"slosserve_reasoning": {"reasoning_ended": True}, "note": 1})
+    decoded, reasoning = decode_sampling(encode_sampling(params, known))
+    assert (decoded.extra_args, reasoning) == ({"note": 1}, known)
+    assert decode_sampling(encode_sampling(params))[1] == {}
+
+
 def test_transfer_parameters_of_a_client_do_not_travel() -> None:
     params = SamplingParams(extra_args={"kv_transfer_params": {"remote_host": "10.0.0.1"}, "note": 1})
-    assert decode_sampling(encode_sampling(params)).extra_args == {"note": 1}
+    assert decode_sampling(encode_sampling(params))[0].extra_args == {"note": 1}
     assert params.extra_args is not None
     assert "kv_transfer_params" in params.extra_args, "the caller's own object is left alone"
 

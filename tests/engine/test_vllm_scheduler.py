@@ -40,6 +40,7 @@ def engine() -> Iterator[Engine]:
         num_blocks=40,
         enable_prefix_caching=False,
         side_channel_port=5741,
+        reasoning_parser="deepseek_r1",
     ) as started:
         yield started
 
@@ -280,6 +281,15 @@ def test_a_grammar_is_kept_under_any_plan(engine: Engine) -> None:
     assert drive.submit(json_work("again")).run().tokens["again"] == drive.tokens["json"]
 
 
+def test_a_grammar_holds_from_the_end_of_thinking_on_also_where_it_goes_on_elsewhere(engine: Engine) -> None:
+    whole = Drive(engine).submit(json_work("whole", thinks=True)).run().tokens["whole"]
+    assert whole[0] == think_end_id(), "what is thought is under no grammar"
+    assert json.loads(text_of(whole[1:])) in ({"tool": "search"}, {"tool": "open"})
+    for count in (1, 4):
+        rest = replace(json_work(f"after {count}", thinks=True), said_token_ids=whole[:count])
+        assert [*whole[:count], *Drive(engine).submit(rest).run().tokens[rest.work_id]] == whole
+
+
 def test_a_grammar_that_does_not_compile_ends_its_work_alone(
     engine: Engine, expected: dict[str, list[int]]
 ) -> None:
@@ -305,14 +315,21 @@ def test_logprobs_come_with_the_tokens(engine: Engine, expected: dict[str, list[
     assert len(outputs[0].new_prompt_logprobs_tensors.logprobs) == LENGTHS[0] - 1
 
 
-def json_work(work_id: str, schema: dict[str, Any] | None = None) -> Work:
+def json_work(work_id: str, schema: dict[str, Any] | None = None, *, thinks: bool = False) -> Work:
+    """An answer under a grammar; one that `thinks` is made to say that it has thought enough, over and over."""
     tools: dict[str, Any] = {"type": "object", "required": ["tool"]}
     tools["properties"] = {"tool": {"enum": ["search", "open"]}}
     params = SamplingParams(temperature=0.0, max_tokens=60)
     params.structured_outputs = StructuredOutputsParams(json=schema or {**tools, "additionalProperties": False})
     params.structured_outputs._backend = "xgrammar"  # as vLLM's input processor leaves it
     params.update_from_generation_config({}, tokenizer().eos_token_id)
-    return Work(work_id, prompt(20, seed=8), encode_sampling(params), max_tokens=60)
+    params.logit_bias = {think_end_id(): 100.0} if thinks else None
+    reasoning = {"reasoning_ended": not thinks}
+    return Work(work_id, prompt(20, seed=8), encode_sampling(params, reasoning), max_tokens=60)
+
+
+def think_end_id() -> int:
+    return int(tokenizer().get_vocab()["</think>"])
 
 
 def text_of(tokens: Sequence[int]) -> str:
