@@ -42,6 +42,7 @@ from benchmarks.splits import (
 from engine.errors import ConfigError
 
 SECONDS = 600.0
+DEFAULT_CLASS = "chatbot"
 ALL_KEPT, FEW_KEPT = 0.995, 0.5  # beyond these a rate does not tell splits apart
 
 
@@ -53,7 +54,12 @@ def advise(
     ] = "paper",
     rate: Annotated[float | None, typer.Option(help="Requests a second; else as recorded.")] = None,
     slo_class: Annotated[
-        str | None, typer.Option("--class", help=f"What is promised: {', '.join(SLO_CLASSES)}.")
+        str | None,
+        typer.Option(
+            "--class",
+            help=f"What is promised: {', '.join(SLO_CLASSES)}.",
+            show_default=f"{DEFAULT_CLASS}, or what --slo-ttft-ms and --slo-tpot-ms say",
+        ),
     ] = None,
     slo_ttft_ms: Annotated[float | None, typer.Option(help="First token within.")] = None,
     slo_tpot_ms: Annotated[float | None, typer.Option(help="Pace of the answer.")] = None,
@@ -72,6 +78,10 @@ def advise(
 
     Example: slosserve advise --trace azure.csv.gz --class chatbot --profile a100-llama-2-7b --gpus 4 --rate 8
     """
+    if slo_class is None and slo_ttft_ms is None and slo_tpot_ms is None:
+        slo_class = DEFAULT_CLASS
+        told = f"promises are taken for those of {DEFAULT_CLASS}: say others by --class, or in ms by --slo-*"
+        Console(stderr=True, highlight=False, soft_wrap=True).print(told)
     question = _question(
         trace, gpus, hardware(profile, kv_tokens=kv_tokens), rate, (slo_class, slo_ttft_ms, slo_tpot_ms),
         share, seconds, seed,

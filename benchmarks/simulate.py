@@ -18,11 +18,12 @@ from benchmarks.provenance import provenance
 from benchmarks.scenarios import SCENARIOS, TRACES, from_file, make
 from benchmarks.simulator.outcome import Outcome, summary, write_requests
 from benchmarks.simulator.run import Network, run
-from benchmarks.simulator.systems import DESIGNS, MODES, Deployment, design, roles_for
+from benchmarks.simulator.systems import DESIGNS, MODES, OURS_NAME, Deployment, Tuning, design, roles_for
 from benchmarks.workload import Workload
 from engine.errors import ConfigError
 
 SYSTEMS = ", ".join(DESIGNS)
+DURATION_S = 600.0
 
 
 def simulate(
@@ -54,7 +55,9 @@ def simulate(
     ] = None,
     token_budget: Annotated[int | None, typer.Option(min=16, help="Of a batch; else the default.")] = None,
     max_seqs: Annotated[int | None, typer.Option(min=1, help="In a batch; else the default.")] = None,
-    draft_tokens: Annotated[int | None, typer.Option(min=1, help="Of every verify (vllm-spec).")] = None,
+    draft_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Of every verify, with --acceptance; ours chooses.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of arrivals, lengths and drafts.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
     requests_out: Annotated[Path | None, typer.Option(help="Write a row per request, as CSV.")] = None,
@@ -64,12 +67,15 @@ def simulate(
     Example: slosserve simulate --scenario chatbot --system sarathi --replicas 2 --rate 7 --json
     """
     chosen = hardware(profile, kv_tokens=kv_tokens)
-    mode = mode or ("colocated" if not prefill else "mixed" if replicas else "disaggregated")
+    for name, number in (("--rate", rate), ("--duration-s", duration_s), ("--link-gbps", link_gbps)):
+        if number is not None and number <= 0:
+            raise ConfigError(f"{name} must be above 0, not {number:g}")
+    mode = mode or ("colocated" if not (prefill or decode) else "mixed" if replicas else "disaggregated")
     deployment = Deployment(
         system,
         chosen,
         roles_for(mode, *_nodes(mode, system, replicas, prefill, decode)),
-        _tuning(system, token_budget, max_seqs, draft_tokens, prefill, decode),
+        _tuning(system, token_budget, max_seqs, draft_tokens, prefill, decode, acceptance),
         acceptance,
         kv_tokens,
         one_node=mode == "colocated",
@@ -113,7 +119,7 @@ def _nodes(mode: str, system: str, replicas: int | None, prefill: int, decode: i
         raise ConfigError("--mode colocated has no pools: give --replicas, or leave out --mode")
     if mode == "disaggregated" and (replicas or not (prefill and decode)):
         raise ConfigError(
-            "--mode disaggregated takes --prefill and --decode, at least 1 each, and no --replicas"
+            "pools are a prefill and a decode pool: give --prefill and --decode, at least 1 each, no --replicas"
         )
     if bool(prefill) != bool(decode):
         raise ConfigError("prefill nodes need decode nodes to hand over to, and these need prefills: give both")
@@ -123,9 +129,24 @@ def _nodes(mode: str, system: str, replicas: int | None, prefill: int, decode: i
 
 
 def _tuning(
-    system: str, budget: int | None, cap: int | None, drafts: int | None, prefill: int, decode: int
-) -> Any:
+    system: str,
+    budget: int | None,
+    cap: int | None,
+    drafts: int | None,
+    prefill: int,
+    decode: int,
+    acceptance: float | None,
+) -> Tuning:
+    """The settings of a system. Raises ConfigError for drafts that nobody would make."""
     tuning = design(system).defaults
+    if drafts is not None and system == OURS_NAME:
+        raise ConfigError("--draft-tokens: ours chooses how deep it drafts; leave it out")
+    if drafts is not None and acceptance is None:
+        raise ConfigError("--draft-tokens needs --acceptance, the chance that a draft is right")
+    if acceptance is not None and system != OURS_NAME and not (drafts or tuning.draft_tokens):
+        raise ConfigError(
+            f"--acceptance: {system} drafts nothing by itself; give --draft-tokens, or leave it out"
+        )
     given: dict[str, Any] = {"token_budget": budget, "max_seqs": cap, "draft_tokens": drafts}
     tuning = replace(tuning, **{name: value for name, value in given.items() if value is not None})
     return replace(tuning, prefill=prefill, decode=decode)
@@ -154,7 +175,7 @@ def _workload(
         raise ConfigError("give --rate, in requests a second over all GPUs")
     if slo_class or ttft_ms or tpot_ms:
         raise ConfigError("a scenario has SLOs of its own: --class and --slo-* go with --trace")
-    return make(scenario, rate, duration_s or 600.0, seed, tpot_scale=tpot_scale)
+    return make(scenario, rate, duration_s or DURATION_S, seed, tpot_scale=tpot_scale)
 
 
 def _run(workload: Workload, deployment: Deployment, network: Network, seed: int) -> Outcome:

@@ -70,7 +70,7 @@ DESIGNS: Mapping[str, Design] = {
         Design("vllm", "vLLM", PREFILL_FIRST, Tuning(2048), {"max_seqs": CAPS, "token_budget": BUDGETS}),
         Design(
             "vllm-spec", "vLLM, fixed speculation", PREFILL_FIRST, Tuning(2048, draft_tokens=3),
-            {"draft_tokens": tuple(range(1, 8)), "max_seqs": CAPS, "token_budget": (1024, 2048)}, drafts=True,
+            {"draft_tokens": tuple(range(1, 9)), "max_seqs": CAPS, "token_budget": (1024, 2048)}, drafts=True,
         ),
         Design("sarathi", "Sarathi-Serve", CHUNKED, Tuning(512), {"token_budget": BUDGETS, "max_seqs": CAPS}),
         Design(

@@ -111,7 +111,8 @@ def test_splits_within_the_noise_are_called_level() -> None:
 
 
 def test_words_name_both_sides_and_what_the_transfer_takes(trace: Path) -> None:
-    found = _advise(trace, "--gpus", "2", "--class", "chatbot", "--rate", "30")
+    found = _advise(trace, "--gpus", "2", "--rate", "30")
+    assert "taken for those of chatbot" in found.stderr
     assert found.exit_code == 0, found.output
     assert "chat.csv (chatbot) on 2 GPUs, paper, links of 12 GB/s" in found.stdout
     assert "Disaggregation" in found.stdout
@@ -130,7 +131,7 @@ def test_picture_is_drawn(trace: Path, tmp_path: Path) -> None:
     ("words", "said"),
     [
         (["--gpus", "0", "--class", "chatbot"], "--gpus must be 1 or more"),
-        (["--gpus", "2"], "give --class"),
+        (["--gpus", "2", "--slo-ttft-ms", "300"], "give --class"),
         (["--gpus", "2", "--slo-ttft-ms", "100"], "both --slo-ttft-ms and --slo-tpot-ms"),
         (["--gpus", "2", "--class", "chatty"], "no SLO class 'chatty'"),
         (["--gpus", "2", "--class", "chatbot", "--profile", "a100-opt-13"], "Did you mean"),

@@ -79,6 +79,13 @@ def test_people_get_a_table() -> None:
         (("--scenario", "chatbot", "--rate", "1", "--system", "vllm-spec"), "--acceptance"),
         (("--scenario", "chatbot", "--rate", "1", "--slo-ttft-ms", "5"), "go with --trace"),
         (("--trace", "/no/such/file.csv"), "/no/such/file.csv"),
+        (("--scenario", "chatbot", "--rate", "0"), "--rate must be above 0"),
+        (("--scenario", "chatbot", "--rate", "3", "--duration-s", "0"), "--duration-s must be above 0"),
+        (("--scenario", "chatbot", "--rate", "3", "--link-gbps", "-1"), "--link-gbps must be above 0"),
+        (("--scenario", "chatbot", "--rate", "3", "--decode", "2"), "give --prefill and --decode"),
+        (("--scenario", "chatbot", "--rate", "3", "--system", "vllm", "--acceptance", "0.7"), "--draft-tokens"),
+        (("--scenario", "chatbot", "--rate", "3", "--draft-tokens", "2"), "ours chooses how deep"),
+        (("--scenario", "chatbot", "--rate", "3", "--system", "vllm", "--draft-tokens", "2"), "--acceptance"),
     ],
 )
 def test_what_is_wrong_is_said_with_what_to_do(arguments: tuple[str, ...], message: str) -> None:
