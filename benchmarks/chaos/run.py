@@ -178,6 +178,7 @@ class Chaos:
             "hang up": self._hang_up,
             "kill coordinator": self._kill_coordinator,
             "kill endpoint": self._kill_endpoint,
+            "kill ray head": self._kill_ray_head,
             "flood": self._flood,
             "rebalance": self._rebalance,
             "cut": self._cut,
@@ -237,6 +238,11 @@ class Chaos:
         self._gone.add(self._cluster.urls[-1])
         send(self._cluster.process.pids[label], signal.SIGKILL)
         return Strike(label, time.monotonic(), clients.under_way())
+
+    async def _kill_ray_head(self, scenario: Scenario, clients: Clients) -> Strike:
+        (head,) = [process for process in self._hosts[0].processes() if process.name() == "gcs_server"]
+        send(head.pid, signal.SIGKILL)
+        return Strike("ray head", time.monotonic(), clients.under_way())
 
     async def _flood(self, scenario: Scenario, clients: Clients) -> Strike:
         struck_s, under_way = time.monotonic(), clients.under_way()

@@ -12,6 +12,7 @@ Action = Literal[
     "hang up",
     "kill coordinator",
     "kill endpoint",
+    "kill ray head",
     "flood",
     "rebalance",
     "cut",
@@ -119,6 +120,8 @@ SCENARIOS = (
         hosts=2,
     ),
     Scenario("endpoint-dies", "an endpoint process dies", "kill endpoint"),
+    # Last: from then on no node is started again.
+    Scenario("ray-head-dies", "the head of Ray is lost, and all serve on", "kill ray head", hosts=2),
 )
 
 
