@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from benchmarks.earlier import earlier
 from benchmarks.simulator.systems import Tuning
 
 Row = dict[str, Any]
+AnyRow = TypeVar("AnyRow", bound=Mapping[str, Any])
 TABLES = ("rows", "bounds", "fixed_rates")
 # What makes two rows figures of the same thing.
 CELL = ("hardware", "scenario", "system", "mode", "column", "acceptance")
@@ -27,6 +28,17 @@ class Begin:
     tuning: Tuning
     tuned_at: float | None
     at: dict[float, list[float]]
+
+
+def on_as_many_gpus(rows: Iterable[AnyRow]) -> list[AnyRow]:
+    """Rows of a system, without those on more GPUs than its others in that scenario: where requests come in
+    bursts more replicas hold more each, so a rate per GPU says nothing of the system then."""
+    listed = list(rows)
+    least: dict[tuple[Any, Any], int] = {}
+    for row in listed:
+        key = row["hardware"], row["scenario"]
+        least[key] = min(least.get(key, row["gpus"]), row["gpus"])
+    return [row for row in listed if row["gpus"] == least[row["hardware"], row["scenario"]]]
 
 
 def begins(rows: Iterable[Row]) -> dict[tuple[Hashable, ...], Begin]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.capacity_file import on_as_many_gpus
 from benchmarks.hardware import HARDWARE, hardware
 from benchmarks.report.markdown import is_number
 from benchmarks.scenarios import SCENARIOS
@@ -81,8 +82,8 @@ class View:
         return next((row for row in self.rows if row["scenario"] == scenario and key_of(row) == key), None)
 
     def ours(self, scenario: str) -> Row | None:
-        """Ours, in its best mode."""
-        return best(row for row in self.own if row["scenario"] == scenario)
+        """Ours, in its best mode of those on as many GPUs."""
+        return best(on_as_many_gpus(row for row in self.own if row["scenario"] == scenario))
 
     def rival(self, scenario: str, column: str) -> Row | None:
         """The best of the others, tuned, or of what is shipped as it comes."""

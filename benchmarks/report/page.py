@@ -100,7 +100,8 @@ simulator: the same requests, step times, KV memory and links; of slosserve it r
 baseline is tuned on a seed that is not reported, and is also shown with its defaults; the best default is that
 of vLLM, Sarathi-Serve and DistServe (nobody ships Sarathi-EDF). A figure is the mean over seeds, the least and
 the most of them in brackets; the best of a column is bold. Ours, where one figure stands for it, is its best
-mode."""
+mode of those on as many GPUs: pools at their best ratio may take three, and where requests come in bursts more
+GPUs hold more each. Baselines are taken at their best ratio, whatever it takes."""
 MISSING = "*Not run: `{command}` makes `{file}`.*"
 NO_GPU = (
     "No figure on this page was measured on a GPU by us. Where a table names one, step times of it that others "
