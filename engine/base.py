@@ -193,6 +193,11 @@ class Engine(ABC):
     def step(self, compose: Composer) -> StepResult:
         """Run one batch. Returns at once with no report when nothing can run."""
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether `step` composes a batch while the one before it runs, and gives what that one gave."""
+        return False
+
     @abstractmethod
     def has_work(self) -> bool:
         """Whether `step` must go on being called: works, offered KV, or transfers are not over."""

@@ -16,7 +16,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from engine.base import UNPLANNED, BatchPlan, Engine, EngineInfo, Output, Seq, StepResult
 from engine.batch import Memory, Moment
@@ -66,7 +66,16 @@ RECENT_PULLS = 64
 MARGIN_QUANTILE = 0.9  # of steps that the margin told to the planner covers
 ROLE_GRACE_S = 10.0  # for what was placed here before a change of role, and comes after it
 KV_BOUND_SHARE = 0.9  # of the blocks in use: from there on memory is what binds
+BATCHES_UNDER_WAY = 2  # of an engine that overlaps them
 NO_CREDIT = "no credit granted: reconnect"  # an endpoint knows this reason, and does
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """One that was composed and is not over: when it is likely to be, and how deep it drafts."""
+
+    ends_s: float
+    depths: Mapping[str, int]
 
 
 class Node:
@@ -104,7 +113,8 @@ class Node:
         self._idle_cost = cost
         self._residuals = Residuals()
         self._drafting = Drafting(info.max_draft_tokens)
-        self._depths: Mapping[str, int] = {}
+        self._depths: Mapping[str, int] = {}  # of the batch whose tokens are told
+        self._under_way: deque[_Batch] = deque(maxlen=BATCHES_UNDER_WAY)
         self._socket = socket
         self._clock = clock
         self._max_waiting = max_waiting
@@ -330,6 +340,10 @@ class Node:
         """Tell peers what a step gave, and learn from it. Whether a batch ran."""
         for pull in self._engine.kv.take_pulls():
             self._note_pull(pull)
+        if result.report is not None and self._under_way:
+            self._depths = self._under_way.popleft().depths
+        if not self._engine.overlaps:
+            self._under_way.clear()  # one that found nothing to run is over as well
         if result.report is not None:
             for work_id, one in self._promises.items():
                 one.count(batched=work_id in result.batched)
@@ -355,8 +369,10 @@ class Node:
         return True
 
     def compose(self, seqs: Sequence[Seq]) -> BatchPlan:
-        """The next batch, by the rules of the present role."""
+        """The next batch, by the rules of the present role. It begins when those under way are over."""
         now_s = self._clock()
+        begins_s = max((batch.ends_s for batch in self._under_way), default=now_s)
+        begins_s = max(begins_s, now_s)
         if self._pauses_since_s is not None:
             self._role_pause_s, self._pauses_since_s = now_s - self._pauses_since_s, None
         here = [(seq, self._promises[seq.work_id]) for seq in seqs if seq.work_id in self._promises]
@@ -365,18 +381,19 @@ class Node:
         if alone and not self._drafting.on:  # what drafts were worth is learned from planned batches
             plan = UNPLANNED  # alone, it gets the whole batch under any plan
         else:
-            duties = {seq.work_id: promise.duty for seq, promise in here}
+            overlaps = self._engine.overlaps
+            duties = {seq.work_id: promise.ahead(seq) if overlaps else promise.duty for seq, promise in here}
             moment = Moment(
-                now_s, self._cost, self._info.max_batch_tokens, self._memory(), self._coming_due_s(seqs)
+                begins_s, self._cost, self._info.max_batch_tokens, self._memory(), self._coming_due_s(seqs)
             )
             plan = self._role.compose(seqs, duties, moment)
-        note_batched(plan, here, now_s)
+        note_batched(plan, here, begins_s)
         self._tally.plan(plan, seqs)
-        self._depths = plan.depth
+        self._under_way.append(_Batch(begins_s + plan.expected_s, plan.depth))
         due = now_s - self._told_s >= TELL_EVERY_S or plan.expected_s >= TELL_EVERY_S
         if due and not self._stalled:
             self._told_s = now_s
-            self._publish_report(plan)
+            self._publish_report(plan, begins_s)
             self._socket.tell()
         return plan
 
@@ -503,11 +520,12 @@ class Node:
         kv_bound = usage.used_blocks > KV_BOUND_SHARE * usage.num_blocks
         self._drafting.plan(decoding, self._cost, self._info.max_batch_tokens, kv_bound=kv_bound)
 
-    def _publish_report(self, begins: BatchPlan | None = None) -> None:
-        """Leave an account of this node for those who ask; of how it will be after a batch that begins now."""
+    def _publish_report(self, begins: BatchPlan | None = None, begins_s: float = -math.inf) -> None:
+        """Leave an account of this node for those who ask; of how it will be after a batch that begins now, or
+        then."""
         now_s = self._clock()
-        in_flight_s = 0.0 if begins is None else begins.expected_s
-        end_s = now_s + in_flight_s
+        end_s = now_s if begins is None else max(begins_s, now_s) + begins.expected_s
+        in_flight_s = end_s - now_s
         chunks = {} if begins is None else begins.chunk_tokens
         self._socket.reported_s = time.monotonic()
         self._socket.report = Report(

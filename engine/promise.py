@@ -118,6 +118,13 @@ class Promise:
             self.prefill_left = max(seq.prefill_left - cached, 0)
         return preempted
 
+    def ahead(self, seq: Seq) -> Duty:
+        """Its duty once the tokens are said that the batch under way makes for it."""
+        made = seq.output_tokens - len(self.submit.said_token_ids) - self.tokens
+        if made <= 0 or self.duty.best_effort:
+            return self.duty
+        return replace(self.duty, next_token_due_s=self.duty.due_s + made * self.duty.tpot_s)
+
     def say(self, output: Output, now_s: float) -> tuple[Delta, bool]:
         """Tokens, an offer or an end that a batch gave: what its peer is told, and whether a promise was late
         for want of memory."""

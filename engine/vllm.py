@@ -311,6 +311,11 @@ class VllmEngine(Engine):
         )
         return _offered(result, output) if work.offer_kv and reason == "length" else result
 
+    @property
+    def overlaps(self) -> bool:
+        """Asynchronous scheduling: two batches are under way at a time."""
+        return bool(self._running()[1].scheduler_config.async_scheduling)
+
     def has_work(self) -> bool:
         """Whether vLLM has anything to run, to collect or to free."""
         return bool(self._running()[1].has_requests())
