@@ -108,7 +108,7 @@ STREAMS: dict[str, dict[str, Any]] = {
     "promised": {"slo": {"ttft_ms": 5000, "tpot_ms": 500}},
     "grammar": {"structured_outputs": {"regex": "([a-z]{3} ){150}"}, "ignore_eos": False},
 }
-LENGTH = 180  # tokens of each
+LENGTH = 360  # tokens of each: none is over when the first of them have begun
 
 
 def _streamed(cluster: Client, name: str, told: list[int] | None = None) -> list[str]:
@@ -135,6 +135,8 @@ def test_streams_of_a_decode_node_that_dies_go_on_elsewhere_and_say_what_they_wo
 ) -> None:
     assert cluster.set_pools(prefill=0, decode=0, mixed=2).status_code == 200
     alone = {name: "".join(_streamed(cluster, name)) for name in STREAMS}
+    with ThreadPoolExecutor(2) as pool:  # one on each node, which has its grammar from then on
+        list(pool.map(lambda _: _streamed(cluster, "grammar"), range(2)))
     cluster.wait_idle()
     told: dict[str, list[int]] = {name: [] for name in STREAMS}
     with ThreadPoolExecutor(len(STREAMS)) as pool:
