@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
@@ -129,8 +130,13 @@ def report(
     console = Console(highlight=False, soft_wrap=True)
     files = read(source_folder)
     plots = out.parent / PLOTS
-    text = page(files, plots)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    plots.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=plots) as drawing:  # what is there stays until all of it is drawn
+        text = page(files, Path(drawing))
+        for old in plots.glob("*.png"):
+            old.unlink()
+        for new in Path(drawing).iterdir():
+            new.rename(plots / new.name)
     out.write_text(text, encoding="utf-8")
     for name, command in commands().items():
         if name not in files:
@@ -164,8 +170,6 @@ def read(folder: Path) -> dict[str, Row]:
 def page(files: Mapping[str, Row], plots: Path) -> str:
     """The whole page; its pictures are drawn into `plots`."""
     plots.mkdir(parents=True, exist_ok=True)
-    for old in plots.glob("*.png"):
-        old.unlink()
     parts = ["# Results", INTRODUCTION]
     parts += _guarded("capacity", COMMAND, lambda: list(_capacity(files.get("capacity"), plots)))
     parts += _study(REAL, files.get(REAL.name), plots, "##")
