@@ -87,6 +87,8 @@ def chaos(
                 process = ClusterProcess.start(loaded, progress=progress)
             with process:
                 asyncio.run(_run(chosen, process, loaded, on.hosts, seed, rows, console))
+            if any(one.action == "kill ray head" for one in chosen):
+                on.stop_ray()
             left = len(processes_of(process.state.run_id, process.state.processes.values())) + on.nodes_left()
     finally:
         if rows:

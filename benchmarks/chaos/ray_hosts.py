@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,6 +38,16 @@ class RayHosts:
         """Processes of engines, on all hosts."""
         names = ["".join(process.cmdline()) for host in self.hosts for process in host.processes()]
         return sum(name.startswith("ray::NodeActor") for name in names)
+
+    def stop_ray(self, within_s: float = 20.0) -> None:
+        """As `ray stop` on every host: nodes end with their raylets. Without a head nobody else can end them."""
+        for host in self.hosts:
+            for process in host.processes():
+                if process.name() == "raylet":
+                    process.terminate()
+        deadline_s = time.monotonic() + within_s
+        while self.nodes_left() and time.monotonic() < deadline_s:
+            time.sleep(0.1)
 
 
 @contextmanager
