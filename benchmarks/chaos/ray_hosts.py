@@ -40,7 +40,7 @@ class RayHosts:
         return sum(name.startswith("ray::NodeActor") for name in names)
 
     def stop_ray(self, within_s: float = 20.0) -> None:
-        """As `ray stop` on every host: nodes end with their raylets. Without a head nobody else can end them."""
+        """As `ray stop` on every host: nodes end with their raylets. Without a head nobody else ends them."""
         for host in self.hosts:
             for process in host.processes():
                 if process.name() == "raylet":

@@ -108,7 +108,7 @@ STREAMS: dict[str, dict[str, Any]] = {
     "promised": {"slo": {"ttft_ms": 5000, "tpot_ms": 500}},
     "grammar": {"structured_outputs": {"regex": "([a-z]{3} ){150}"}, "ignore_eos": False},
 }
-LENGTH = 360  # tokens of each: none is over when the first of them have begun
+LENGTH = 240  # tokens of each: none is over when the first of them have begun
 
 
 def _streamed(cluster: Client, name: str, told: list[int] | None = None) -> list[str]:
