@@ -185,7 +185,7 @@ def _table(rows: Sequence[Row]) -> Table:
     table = Table(title="what breaks, and what clients see", title_justify="left", box=SIMPLE_HEAD, padding=0)
     table.add_column("scenario", no_wrap=True, min_width=22)
     for heading, _ in COLUMNS:
-        table.add_column(heading, justify="right", min_width=7)
+        table.add_column(heading, justify="right", min_width=max(map(len, heading.split())))
     table.add_column("", justify="right", min_width=3)
     for row in rows:
         cells = ["-" if row.get(name) is None else str(row[name]) for _, name in COLUMNS]
