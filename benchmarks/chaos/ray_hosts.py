@@ -13,12 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from benchmarks.chaos.hosts import Host, hosts
 from coordinator.ray_process import RAY_ENVIRONMENT
 
 PORT = 6379
 # Between hosts, bytes that take a short cut through shared memory would not notice that a link is cut.
 UCX_TLS = "tcp,self"
+RAYLET_ENDS_S = 16.0  # then it is killed, as `ray stop` does
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +42,14 @@ class RayHosts:
         names = ["".join(process.cmdline()) for host in self.hosts for process in host.processes()]
         return sum(name.startswith("ray::NodeActor") for name in names)
 
-    def stop_ray(self, within_s: float = 20.0) -> None:
-        """As `ray stop` on every host: nodes end with their raylets. Without a head nobody else ends them."""
-        for host in self.hosts:
-            for process in host.processes():
-                if process.name() == "raylet":
-                    process.terminate()
-        deadline_s = time.monotonic() + within_s
+    def stop_ray(self) -> None:
+        """As `ray stop` on every host: raylets end, and nodes with them. Without a head none else ends them."""
+        raylets = [one for host in self.hosts for one in host.processes() if one.name() == "raylet"]
+        for raylet in raylets:
+            raylet.terminate()
+        for raylet in psutil.wait_procs(raylets, RAYLET_ENDS_S)[1]:
+            raylet.kill()
+        deadline_s = time.monotonic() + RAYLET_ENDS_S
         while self.nodes_left() and time.monotonic() < deadline_s:
             time.sleep(0.1)
 
