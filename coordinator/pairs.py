@@ -94,7 +94,7 @@ def _under_way_s(decode: NodeMirror, step_s: float) -> float:
     """The longest batch that may be under way when KV is offered: where there are prompts to compute, they fill
     it up to the tightest pace that is kept there."""
     assert decode.report is not None
-    prompt_tokens = sum(work.prefill_left_tokens for work in decode.works)
+    prompt_tokens = decode.works.prompt_left_tokens
     if prompt_tokens == 0:
         return step_s
     tokens = min(prompt_tokens + decode.requests, decode.report.info.max_batch_tokens)

@@ -39,8 +39,8 @@ class ClusterClient:
         for url in self.others:
             try:
                 return replace(self, url=url)._ask("GET", path, None, ANSWER_S)
-            except RequestError:
-                continue  # each knows its own
+            except (RequestError, NoCapacity):
+                continue  # each knows its own, and one that is gone hides no other's
         return self._ask("GET", path, None, ANSWER_S)
 
     def set_pools(self, prefill: int, decode: int, mixed: int, *, dry_run: bool) -> dict[str, Any]:

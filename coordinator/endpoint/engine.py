@@ -251,11 +251,7 @@ class ClusterEngine(TextEngineClient):
         classes = self._config.slo_classes
         prompt_tokens = len(prompt_token_ids or ())
         slo = to_slo(asked, classes, prompt_tokens, self._idle_cost, self._max_batch_tokens)
-        if (
-            slo is not None
-            and slo.thinking_tpot_s is not None
-            and self._thinking.is_over(prompt_token_ids or ())
-        ):
+        if slo is not None and self._thinking.is_over(prompt_token_ids or ()):
             slo = replace(slo, thinking_tpot_s=None)
         session = context.session_id
         if slo is None or session is None:

@@ -25,7 +25,8 @@ class Works:
     A column has an entry for each: `due_left_s` until its next token, `late` where that is so far in the past
     that the promise is broken, `acceptance` nan where none is known. `decoding` and `prefilling` are the
     positions of those promised that are at it; `handed_on` counts those of which only the KV is still here,
-    and `pull_tokens` the prompt tokens of those whose KV is still to come.
+    and `pull_tokens` the prompt tokens of those whose KV is still to come. `prompt_left_tokens` are still to be
+    computed here, of all.
     """
 
     states: tuple[WorkState, ...]
@@ -34,6 +35,7 @@ class Works:
     promised: int
     handed_on: int
     pull_tokens: int
+    prompt_left_tokens: int
     decoding: Ints
     prefilling: Ints
     paces_s: list[float]  # of those promised, sorted
@@ -88,6 +90,8 @@ class Works:
                 for work in promised
                 if work.kind is WorkKind.DECODE and work.output_tokens == 0
             ),
+            prompt_left_tokens=sum(work.prefill_left_tokens for work in states)
+            + sum(work.prefill_left_tokens for work, _ in later),
             decoding=np.flatnonzero(ours & ~prefills & (left == 0)),
             prefilling=np.flatnonzero(ours & (left > 0)),
             paces_s=paces_s,
