@@ -22,12 +22,28 @@ PACKAGES = ("engine", "coordinator", "benchmarks")
 
 def compiled(function: Callable[..., Any]) -> Any:
     """`function`, compiled at its first call, or loaded from the cache (SLOSSERVE_CACHE, else ~/.cache)."""
+    return _cached(function)
+
+
+def compiled_bare(function: Callable[..., Any]) -> Any:
+    """`compiled`, of one that allocates no array: references to those that it is given are not counted.
+
+    Counting takes longer than the rest of an inner loop, where arrays come in tuples.
+    """
+    return _cached(function, _nrt=False)
+
+
+def inlined(function: Callable[..., Any]) -> Any:
+    """`compiled_bare`, as a part of each compiled function that calls it."""
+    return numba.njit(inline="always", error_model="numpy", _nrt=False)(function)
+
+
+def _cached(function: Callable[..., Any], **options: Any) -> Any:
     before = numba.config.CACHE_DIR
-    if before:  # NUMBA_CACHE_DIR: somebody knows better
-        return numba.njit(cache=True, nogil=True, error_model="numpy")(function)
-    numba.config.CACHE_DIR = str(_folder())  # read when the function is wrapped, and by everybody's functions
+    if not before:  # NUMBA_CACHE_DIR: somebody knows better
+        numba.config.CACHE_DIR = str(_folder())  # read when the function is wrapped, by everybody's functions
     try:
-        return numba.njit(cache=True, nogil=True, error_model="numpy")(function)
+        return numba.njit(cache=True, nogil=True, error_model="numpy", **options)(function)
     finally:
         numba.config.CACHE_DIR = before
 

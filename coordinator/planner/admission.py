@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from coordinator.planner import labels, memory
+from coordinator.planner.budget import Cost, Dues, Tiers, capacity
 from coordinator.planner.dues import dues, running_by_tier
 from coordinator.planner.instance import Decodes, Instance, Newcomer, Prefill, Tier
 from engine.cost import StepCost
@@ -113,9 +114,7 @@ class Problem:
         self.tier_s += self.running * (cost.per_seq_s * cost.drift)
         nobody = np.zeros(count)
         length_s = float(min([full, *self.period_s[self.running > 0]]))
-        held = labels.capacity(
-            length_s, length_s, self.line, self.load, self.period_s, nobody, self.tier_s, nobody
-        )
+        held = capacity(length_s, length_s, self.line, self.load, self.period_s, nobody, self.tier_s, nobody)
         self.chunk_tokens = max(held, 1.0)
         horizon_s = max((one.deadline_s for one in self._prompts()), default=0.0)
         self.horizon_s = float(horizon_s + (2 * max([full, *self.period_s]) if count else full))
@@ -159,19 +158,19 @@ class Problem:
         self._modes = np.array([MODE_OF[row[1]] for row in rows], dtype=np.int64)
         self.joined_s = self._joined_s(cost)
         bound_k = self._bound_interval(asked)
-        self._bounds = (
-            _by_weight(self.newcomers, self.values / np.maximum(self.tokens, 1e-9)),
-            _by_weight(self.newcomers, self.values / np.maximum(self.kv[:, bound_k], 1e-9)),
-            bound_k,
-        )
-        self._fixed = (
-            self.line, self.load, self.full_s,
-            self.period_s, self.slots, self.running, self.active_s, self.tier_s, self.joined_s,
-            self.due_s, self.due_slots, self.horizon_s,
-            self.kinds, self.deadlines_s, self.tokens, self.tiers, self.values, self.kv,
-        )  # fmt: skip
+        self._given = labels.Given(
+            Cost(self.line, self.load, self.full_s),
+            Tiers(self.period_s, self.slots, self.running, self.active_s, self.tier_s, self.joined_s),
+            Dues(self.due_s, self.due_slots, self.horizon_s),
+            labels.Items(self.kinds, self.deadlines_s, self.tokens, self.tiers, self.values, self.kv),
+            labels.Memory(self.kv_from_s, self.kv_free, self.tight, instance.free_seqs),
+            labels.Bounds(
+                _by_weight(self.newcomers, self.values / np.maximum(self.tokens, 1e-9)),
+                _by_weight(self.newcomers, self.values / np.maximum(self.kv[:, bound_k], 1e-9)),
+                bound_k,
+            ),
+        ).flat()
         self.check_labels = max(CHECK_LABELS, 2 * labels.BEAM * len(rows))
-        self._memory = (self.kv_from_s, self.kv_free, self.tight, instance.free_seqs)
 
     def _joined_s(self, cost: StepCost) -> np.ndarray[Any, Any]:
         """[T] seconds that a step costs beyond its tokens for one of the prompts, once it decodes."""
@@ -212,17 +211,14 @@ class Problem:
 
     def search(self, modes: np.ndarray[Any, Any], lower: float = -1.0, limit: int = SEARCH_LABELS) -> Found:
         """Run the search with each item dropped, mandatory or optional."""
-        return Found(*labels.search(*self._fixed, modes, *self._memory, lower, *self._bounds, limit))
+        return Found(*labels.search(modes, lower, limit, *self._given))
 
     def take_in_order(self, order: Sequence[int], begun: Found) -> Found:
         """Take newcomers in this order, each if it fits beside those taken."""
         newcomers = set(self.newcomers.tolist())
         modes = self.modes(mandatory=[item for item in begun.items() if item in newcomers])
-        found = labels.take_in_order(
-            np.array(order, dtype=np.int64), modes, tuple(begun),
-            *self._fixed, *self._memory, *self._bounds, self.check_labels,
-        )  # fmt: skip
-        return Found(*found)
+        wanted = np.array(order, dtype=np.int64)
+        return Found(*labels.take_in_order(wanted, modes, tuple(begun), self.check_labels, *self._given))
 
     def modes(self, mandatory: Iterable[int] = (), optional: Iterable[int] = ()) -> np.ndarray[Any, Any]:
         """What the search may do: what was promised is mandatory, newcomers are dropped unless named."""
@@ -292,8 +288,8 @@ def solve_problem(problem: Problem, *, why: bool = True) -> Plan:
 def warm_up() -> None:
     """Compile the search and the outlook, or load them from the cache, before the first request asks."""
     memory.warm_up()
-    asking = Newcomer("warm-up", 100, 1.0, "pace", (100,))
-    solve(Instance(StepCost.line(0.01, 1e-4), 512, (Tier("pace", 0.05),), newcomers=(asking,)))
+    asking = [Newcomer(f"warm-up-{at}", 100, 0.03, "pace", (100,)) for at in range(2)]  # only one of them fits
+    solve(Instance(StepCost.line(0.01, 1e-4), 512, (Tier("pace", 0.05),), newcomers=tuple(asking)))
 
 
 def _choose(problem: Problem, promised: Found) -> tuple[Found, str, bool]:

@@ -7,7 +7,8 @@ token a batch. Taking the candidate that loses least gathers classes by itself.
 from __future__ import annotations
 
 from coordinator.planner.admission import Problem
-from coordinator.planner.labels import NEWCOMER, PREFILL, capacity
+from coordinator.planner.budget import capacity
+from coordinator.planner.labels import NEWCOMER, PREFILL
 
 
 def loss_s(problem: Problem, residence_s: float) -> float:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from coordinator.planner import admission
 from coordinator.planner.admission import Problem, solve
+from coordinator.planner.budget import capacity
 from coordinator.planner.instance import Decode, FreeKv, Instance, Newcomer, Prefill, Tier
-from coordinator.planner.labels import capacity
 from coordinator.planner.replay import replay
 from engine.cost import Piece, StepCost
 
