@@ -15,6 +15,7 @@ from coordinator.planner.replica import Replica
 from coordinator.planner.works import Works
 from engine.messages import Report, WorkState
 from engine.request import RoleName, WorkKind, work_id
+from engine.speculation import MAX_DEPTH
 
 PLACED_GRACE_S = 2.0  # a placement that no report shows by then did not reach the node
 MOST_MARGIN = 0.5  # of what steps take: a machine that is noisier than that is planned for as if it were not
@@ -154,7 +155,7 @@ class NodeMirror:
         return Replica(
             cost=report.cost,
             margin=min(report.cost_margin, MOST_MARGIN),
-            max_depth=report.info.max_draft_tokens + 1,
+            max_depth=min(report.info.max_draft_tokens + 1, MAX_DEPTH),
             overflow_z=self.overflow_z,
             max_batch_tokens=report.info.max_batch_tokens,
             kv_tokens=report.info.num_blocks * report.info.block_size,

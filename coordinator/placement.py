@@ -26,6 +26,7 @@ from coordinator.planner.replica import Asking, expected_residence_s, to_instanc
 from coordinator.prefixes import PrefixDirectory
 from coordinator.sessions import SessionDirectory
 from engine.messages import NodeAddress, Place, Placed, WorkState
+from engine.prefix import PREFIX_BLOCK_TOKENS
 from engine.request import RoleName, WorkKind
 from kv_transfer.base import Link
 
@@ -71,6 +72,11 @@ class Candidate:
     def name(self) -> str:
         """How people read it."""
         return self.decode.name if self.prefill is None else f"{self.prefill.name}>{self.decode.name}"
+
+    @property
+    def first(self) -> NodeMirror:
+        """The node that computes the prompt."""
+        return self.decode if self.prefill is None else self.prefill
 
     @property
     def load(self) -> int:
@@ -127,7 +133,8 @@ def place(
         fallback = replace(_fallback(map(_candidate, ways), request, knowledge), reason=TOO_DEAR)
         return _turn_away(request, fallback, {}, now_s), []
     enough = ENOUGH if len(serving) > MOST_CANDIDATES else len(ways)
-    candidates = _judged(request, _shortlist(ways), knowledge, now_s, enough)
+    home = knowledge.sessions.home(request.session)
+    candidates = _judged(request, _shortlist(ways, home), knowledge, now_s, enough)
     judged = {candidate.name: candidate.words for candidate in candidates}
     feasible = [candidate for candidate in candidates if candidate.feasible]
     further: list[Candidate] = []
@@ -155,16 +162,20 @@ def _candidate(way: tuple[NodeMirror | None, NodeMirror]) -> Candidate:
 
 
 def _fallback(candidates: Iterable[Candidate], request: Place, knowledge: Knowledge) -> Candidate:
-    """Where it goes without a promise: where its history is, if that is not much busier than others; else to
-    the least loaded. It may be promised there later: what its node believes to hold of it is said now."""
+    """Where it goes without a promise: where most of its prompt has been read, if that is not much busier than
+    others; else to its home, by the same rule; else to the least loaded. It may be promised there later: what
+    its node believes to hold of it is said now."""
     known = list(candidates)
     home = knowledge.sessions.home(request.session)
     bound = min(candidate.load for candidate in known) + HOME_LOAD
-    chosen = min(
-        known, key=lambda candidate: (candidate.decode.name != home or candidate.load > bound, candidate.load)
-    )
-    first = chosen.decode if chosen.prefill is None else chosen.prefill
-    cached_tokens = min(knowledge.cached_tokens(first.name, request), request.prompt_tokens - 1)
+    knowing = _knowing(known, request, knowledge)
+
+    def preference(candidate: Candidate) -> tuple[bool, bool, int]:
+        stays = candidate.decode.name == home and candidate.load <= bound
+        return id(candidate) not in knowing, not stays, candidate.load
+
+    chosen = min(known, key=preference)
+    cached_tokens = min(knowledge.cached_tokens(chosen.first.name, request), request.prompt_tokens - 1)
     return replace(chosen, cached_tokens=max(cached_tokens, 0))
 
 
@@ -240,14 +251,22 @@ def _best_by_loss(feasible: Sequence[Candidate], request: Place, knowledge: Know
 def _fastest(feasible: Sequence[Candidate], request: Place, knowledge: Knowledge) -> Candidate:
     """While there is room for everybody: where its history is, if that is not much busier than others; else the
     least load, so that its steps are short and those of others stay so; then the least loss."""
-    bound = min(candidate.load for candidate in feasible) + HOME_LOAD
+    knowing = _knowing(feasible, request, knowledge)
 
     def preference(candidate: Candidate) -> tuple[bool, int, float]:
-        first = candidate.decode if candidate.prefill is None else candidate.prefill
-        knows = candidate.load <= bound and _has_most(first, request, knowledge)
-        return not knows, candidate.load, candidate.loss_s
+        return id(candidate) not in knowing, candidate.load, candidate.loss_s
 
     return min(feasible, key=preference)
+
+
+def _knowing(candidates: Sequence[Candidate], request: Place, knowledge: Knowledge) -> set[int]:
+    """Those (by id) that hold most of the prompt, and, but for less than a block of prefixes, as much of it as
+    any that is not much busier than others: a shared beginning is no reason to leave a whole history."""
+    bound = min(candidate.load for candidate in candidates) + HOME_LOAD
+    near = [candidate for candidate in candidates if candidate.load <= bound]
+    cached = {id(one): knowledge.cached_tokens(one.first.name, request) for one in near}
+    least = max(max(cached.values()) - PREFIX_BLOCK_TOKENS, request.prompt_tokens // 2)
+    return {known for known, tokens in cached.items() if tokens > least}
 
 
 def _no_capacity(request: Place) -> Placed:
@@ -326,10 +345,16 @@ def _likeliest(request: Place, nodes: list[NodeMirror], knowledge: Knowledge) ->
     if len(nodes) <= MOST_CANDIDATES:
         return nodes
     by_load = sorted(nodes, key=attrgetter("requests"))
-    known = knowledge.prefixes.holders(request.prefix_hashes) | {knowledge.sessions.home(request.session)}
+    home = knowledge.sessions.home(request.session)
+    known = knowledge.prefixes.holders(request.prefix_hashes)
     holders = (node for node in by_load if node.name in known and _has_most(node, request, knowledge))
     gathered = (node for node in by_load if node.welcomes_pace(request.tpot_s))
-    likely = (*islice(holders, 2), *islice(gathered, MOST_CANDIDATES // 2), *by_load[:MOST_CANDIDATES])
+    likely = (
+        *(node for node in by_load if node.name == home and _has_most(node, request, knowledge)),
+        *islice(holders, 2),
+        *islice(gathered, MOST_CANDIDATES // 2),
+        *by_load[:MOST_CANDIDATES],
+    )
     return list({id(node): node for node in likely}.values())[:MOST_CANDIDATES]
 
 
@@ -338,18 +363,19 @@ def _has_most(node: NodeMirror, request: Place, knowledge: Knowledge) -> bool:
 
 
 def _shortlist(
-    ways: Sequence[tuple[NodeMirror | None, NodeMirror]],
+    ways: Sequence[tuple[NodeMirror | None, NodeMirror]], home: str | None
 ) -> Sequence[tuple[NodeMirror | None, NodeMirror]]:
-    """At most so many candidates: one node and two by turns, the least loaded first."""
+    """At most so many candidates: one node and two by turns, `home` first, then the least loaded."""
     if len(ways) <= MOST_CANDIDATES:
         return ways
 
     def rank(way: tuple[NodeMirror | None, NodeMirror]) -> tuple[bool, int]:
         prefill, decode = way
-        return prefill is not None, decode.requests + (0 if prefill is None else prefill.requests)
+        stays = prefill is None and decode.name == home
+        return not stays, decode.requests + (0 if prefill is None else prefill.requests)
 
     pairs = sorted((way for way in ways if way[0] is not None), key=rank)[:MOST_CANDIDATES]
-    singles = [way for way in ways if way[0] is None]
+    singles = sorted((way for way in ways if way[0] is None), key=rank)
     if not pairs or not singles:
         return (singles or pairs)[:MOST_CANDIDATES]
     both = zip_longest(singles[: MOST_CANDIDATES // 2], pairs)

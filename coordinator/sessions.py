@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 from engine.prefix import PREFIX_BLOCK_TOKENS
+from engine.sessions import is_aside
 
 MOST_SESSIONS = 65_536
 UNLISTED_GRACE_S = 1.0  # a call that has just ended may not be in a node's list yet, nor one closed out of it
 MOST_CLOSED = 1024
+
+
+def _same(pair: tuple[int, int]) -> bool:
+    return pair[0] == pair[1]
 
 
 @dataclass(slots=True)
@@ -20,6 +26,7 @@ class _Home:
     hashes: list[int] = field(default_factory=list)  # of the prefixes of its history; none: not known
     prompt_tokens: int = 0  # of its last call: how the history goes on, the next prompt may render otherwise
     tokens: int = 0  # that the node says it keeps
+    aside: bool = False  # its last call was none of its history
 
 
 class SessionDirectory:
@@ -36,7 +43,15 @@ class SessionDirectory:
     def answered(
         self, session: str, node: str, hashes: Sequence[int], prompt_tokens: int, now_s: float
     ) -> str | None:
-        """A call of it has ended on a node, which holds these prefixes now. Returns the node it left."""
+        """A call of it has ended on a node, which holds these prefixes now. Returns the node that has nothing
+        to keep for it: the one that it left, or this one, if the call was one beside its history."""
+        known = self._homes.get(session)
+        if known is not None and not known.aside:
+            common = sum(1 for _ in takewhile(_same, zip(known.hashes, hashes, strict=False)))
+            common_tokens = common * PREFIX_BLOCK_TOKENS
+            if known.hashes and is_aside(known.prompt_tokens, prompt_tokens, common_tokens):
+                known.aside, known.since_s = True, now_s
+                return node if node != known.node else None
         before = self._forget(session)
         self._closed_s.pop(session, None)
         tokens = max(len(hashes) * PREFIX_BLOCK_TOKENS, prompt_tokens)

@@ -214,6 +214,10 @@ class Engine(ABC):
         """
 
     @abstractmethod
+    def kept_tokens(self) -> int:
+        """Tokens of KV that are kept for sessions in all: what several share counts once."""
+
+    @abstractmethod
     def give_up(self, sessions: Sequence[str]) -> None:
         """Keep nothing for these any more. Their prefixes can be found until others need the memory."""
 

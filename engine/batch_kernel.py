@@ -434,9 +434,11 @@ def _pour_spare(rows, spare, decodes, kept_back, pour, cost, order):
         if not row.running and pour.free_tokens >= 0:
             share = OFFERED_KV_SHARE if row.offers else SPARE_KV_SHARE
             kept_free = share * pour.kv_tokens if pour.free_tokens < pour.kv_tokens else 0.0
-            if pour.free_slots < 1 or pour.free_tokens - known < kept_free:
+            if row.computed_tokens > 0:
+                kept_free = 0.0  # it was let in when its KV was pulled, and holds that
+            if pour.free_slots < 1 or pour.free_tokens - (known - row.computed_tokens) < kept_free:
                 break  # alone it begins however large it is: else it never would
-            pour.free_tokens -= known
+            pour.free_tokens -= known - row.computed_tokens
             pour.free_slots -= 1
         if row.pull == PULL_WAITS:
             row.may_pull = True

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from engine.cost import StepCost
 from engine.paces import grouped
 from engine.speculation import (
+    MAX_DEPTH,
     AcceptanceEstimate,
     Depths,
     TierLoad,
@@ -36,7 +37,7 @@ class Drafting:
     """Depth per pace for everybody, then less for those who accept little. Used in the step thread."""
 
     def __init__(self, max_draft_tokens: int) -> None:
-        self.max_depth = max_draft_tokens + 1
+        self.max_depth = min(max_draft_tokens + 1, MAX_DEPTH)
         self._classes: defaultdict[str, AcceptanceEstimate] = defaultdict(AcceptanceEstimate)
         self._last: dict[float, int] = {}
 

@@ -58,6 +58,10 @@ class HeldEngine(Engine):
         """As the engine does."""
         return self._engine.kept()
 
+    def kept_tokens(self) -> int:
+        """As the engine does."""
+        return self._engine.kept_tokens()
+
     def give_up(self, sessions: Sequence[str]) -> None:
         """As the engine does."""
         self._engine.give_up(sessions)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
+
+from engine.sessions import is_aside
 
 
 class KeptBlocks:
@@ -17,10 +20,17 @@ class KeptBlocks:
     def __init__(self, pool: Any) -> None:
         self._pool = pool
         self._blocks: OrderedDict[str, list[Any]] = OrderedDict()
+        self._aside: set[str] = set()  # sessions whose last call was none of their history
         self._holds: Counter[int] = Counter()
 
     def keep(self, session: str, blocks: Sequence[Any]) -> None:
-        """Hold these for a session, in place of what it had."""
+        """Hold these for a session, in place of what it had; not those of one call beside its history."""
+        held = self._blocks.get(session, ())
+        common = sum(1 for _ in takewhile(lambda pair: pair[0] is pair[1], zip(held, blocks, strict=False)))
+        if is_aside(len(held), len(blocks), common) and session not in self._aside:
+            self._aside.add(session)
+            self._blocks.move_to_end(session)
+            return
         self._pool.touch(blocks)
         self._holds.update(block.block_id for block in blocks)
         self.give_up(session)
@@ -30,6 +40,7 @@ class KeptBlocks:
     def give_up(self, session: str) -> bool:
         """Let a session's blocks go: they can be found until somebody needs them. Whether it had any."""
         blocks = self._blocks.pop(session, None)
+        self._aside.discard(session)
         if blocks is None:
             return False
         self._holds.subtract(block.block_id for block in blocks)
@@ -44,6 +55,11 @@ class KeptBlocks:
     def counts(self) -> dict[str, int]:
         """Blocks of each session, the one that was used longest ago first."""
         return {session: len(blocks) for session, blocks in self._blocks.items()}
+
+    @property
+    def held_blocks(self) -> int:
+        """Blocks that are held for sessions, each counted once."""
+        return len(self._holds)
 
     def idle(self) -> int:
         """Blocks that nobody but sessions holds: free, for whoever needs them."""

@@ -190,7 +190,8 @@ class Node:
         self._drop_ended_offers()
         self._rest(now_s)
         self._plan_depths(now_s)
-        self._engine.give_up(self._sessions.review(self._engine.kept(), now_s))
+        kept, kept_tokens = self._engine.kept(), self._engine.kept_tokens()
+        self._engine.give_up(self._sessions.review(kept, now_s, kept_tokens))
         self._publish_report()
 
     @property

@@ -12,6 +12,12 @@ USUAL_PAUSE_S = 10.0  # between two calls of a session of which only one has bee
 NEWEST = 0.5  # weight of the last pause in what is expected of the next
 
 
+def is_aside(held: int, left: int, common: int) -> bool:
+    """Whether what a call has left is no part of its session's history, of which `held` tokens (or blocks) are
+    kept: much shorter, and another text, such as a title for it. Of `left`, `common` are the same."""
+    return 2 * left < held and 2 * common <= left
+
+
 @dataclass(slots=True)
 class _Session:
     idle_since_s: float
@@ -59,16 +65,19 @@ class Sessions:
         if self._kept.pop(session, None) is not None:
             self.version += 1
 
-    def review(self, kept: Mapping[str, int], now_s: float) -> list[str]:
+    def review(self, kept: Mapping[str, int], now_s: float, kept_tokens: int | None = None) -> list[str]:
         """Whom to give up, given the tokens that the engine keeps for each. One with a call that runs stays.
 
-        What the engine gave up by itself is forgotten: `version` rises with every change of who is kept.
+        `kept_tokens`: in all, where sessions share some; who goes is taken to take all of its own along, and
+        what is still too much goes at the next review. What the engine gave up by itself is forgotten:
+        `version` rises with every change of who is kept.
         """
         if not kept and not self._sessions and not self._kept:
             return []
         idle = {name: one for name, one in self._sessions.items() if not one.calls and name in kept}
         gone = [name for name, one in idle.items() if now_s - one.idle_since_s >= self._ttl_s]
-        excess = sum(kept.values()) - sum(kept[name] for name in gone) - self._budget_tokens
+        in_all = sum(kept.values()) if kept_tokens is None else kept_tokens
+        excess = in_all - sum(kept[name] for name in gone) - self._budget_tokens
         staying = idle.keys() - gone
         for name in sorted(staying, key=lambda name: _overdue(idle[name], now_s), reverse=True):
             if excess <= 0:

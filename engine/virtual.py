@@ -259,6 +259,10 @@ class VirtualEngine(Engine):
         block_size = self._config.block_size
         return {session: blocks * block_size for session, blocks in self._prefixes.kept().items()}
 
+    def kept_tokens(self) -> int:
+        """Tokens of KV that are kept for sessions in all."""
+        return self._prefixes.kept_blocks * self._config.block_size
+
     def give_up(self, sessions: Sequence[str]) -> None:
         """Keep nothing for these any more."""
         for session in sessions:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
+from itertools import takewhile
 
 from engine.prefix import PREFIX_BLOCK_TOKENS
 from engine.prefix_log import PrefixLog
+from engine.sessions import is_aside
 
 
 class PrefixCache:
@@ -23,6 +25,8 @@ class PrefixCache:
         self._holders: dict[int, int] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()
         self._kept: OrderedDict[str, list[int]] = OrderedDict()
+        self._keeps: Counter[int] = Counter()  # sessions by block
+        self._aside: set[str] = set()  # sessions whose last call was none of their history
 
     def known(self, blocks: Sequence[int]) -> int:
         """How many of these, from the first, are known."""
@@ -52,18 +56,34 @@ class PrefixCache:
                 self._idle[block] = None
 
     def keep(self, session: str, blocks: Sequence[int]) -> None:
-        """Keep these for a session, in place of what it had."""
-        self._kept.pop(session, None)
+        """Keep these for a session, in place of what it had; not those of one call beside its history."""
+        held = self._kept.get(session, ())
+        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(held, blocks, strict=False)))
+        if is_aside(len(held), len(blocks), common) and session not in self._aside:
+            self._aside.add(session)
+            self._kept.move_to_end(session)
+            return
+        self.give_up(session)
         if blocks:
             self._kept[session] = list(blocks)
+            self._keeps.update(blocks)
 
     def kept(self) -> dict[str, int]:
         """Blocks of each session, the one that was used longest ago first."""
         return {session: len(blocks) for session, blocks in self._kept.items()}
 
+    @property
+    def kept_blocks(self) -> int:
+        """Blocks that are kept for sessions, each counted once."""
+        return len(self._keeps)
+
     def give_up(self, session: str) -> None:
         """Keep nothing for a session."""
-        self._kept.pop(session, None)
+        self._aside.discard(session)
+        for block in self._kept.pop(session, ()):
+            self._keeps[block] -= 1
+            if not self._keeps[block]:
+                del self._keeps[block]
 
     def fit(self, free_blocks: int) -> None:
         """Forget what free memory has no room for."""
@@ -71,17 +91,17 @@ class PrefixCache:
             if not self._kept:
                 self.log.discard([self._idle.popitem(last=False)[0]])
                 continue
-            kept = {block for blocks in self._kept.values() for block in blocks}
-            spare = [block for block in self._idle if block not in kept]
+            spare = [block for block in self._idle if block not in self._keeps]
             spare = spare[: len(self._idle) - free_blocks]
             self.log.discard(spare)
             for block in spare:
                 del self._idle[block]
             if len(self._idle) > free_blocks:
-                self._kept.popitem(last=False)
+                self.give_up(next(iter(self._kept)))
 
     def forget(self) -> None:
         """Forget all that nobody holds."""
         self.log.discard(self._idle)
         self._idle.clear()
-        self._kept.clear()
+        for session in list(self._kept):
+            self.give_up(session)

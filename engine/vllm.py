@@ -332,6 +332,11 @@ class VllmEngine(Engine):
         counts: dict[str, int] = scheduler.kept.counts()
         return {session: blocks * int(scheduler.block_size) for session, blocks in counts.items()}
 
+    def kept_tokens(self) -> int:
+        """Tokens of KV that are kept for sessions in all."""
+        _, scheduler = self._running()
+        return int(scheduler.kept.held_blocks * scheduler.block_size)
+
     def give_up(self, sessions: Sequence[str]) -> None:
         """Keep nothing for these any more."""
         for session in sessions:

@@ -11,6 +11,7 @@ from kv_transfer.nixl_memory import PeerMemory
 
 _SIZES = (SMALL_PROBE_BYTES, LARGE_PROBE_BYTES // 16, LARGE_PROBE_BYTES)
 _READS_PER_SIZE = 5
+READS_TIMEOUT_S = 2.0  # of all of a probe: the node does nothing else meanwhile
 
 
 def probe_link(worker: Any, local: PeerMemory, peer: PeerAddress, timeout_s: float) -> Link:
@@ -21,6 +22,7 @@ def probe_link(worker: Any, local: PeerMemory, peer: PeerAddress, timeout_s: flo
     """
     give_up_s = time.monotonic() + timeout_s
     agent_name, remote = worker.reach(peer, timeout_s)
+    give_up_s = min(give_up_s, time.monotonic() + READS_TIMEOUT_S)
     samples: list[Sample] = []
     for size in _SIZES:
         if size > min(remote.probe_bytes, local.probe_bytes):

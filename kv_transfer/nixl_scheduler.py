@@ -79,12 +79,15 @@ class SlosPullScheduler(NixlPullConnectorScheduler):  # type: ignore[misc]
         if params and params.get("do_remote_prefill"):
             pull = self._exchange.pulls.get(request.request_id)
             if pull is not None and pull.deadline_s <= time.monotonic():
-                self._drop_pull(request, PullOutcome.LATE, "the deadline passed while the request waited")
-                # As vLLM does for a request that is dropped before its pull: tell the source, read nothing.
-                self._reqs_need_recv[request.request_id] = (request, [], (), False)
-                self._stop_heartbeat(request.request_id)
+                self._drop_late(request)
         matched: tuple[int, bool] = super().get_num_new_matched_tokens(request, num_computed_tokens)
         return matched
+
+    def _drop_late(self, request: Any) -> None:
+        self._drop_pull(request, PullOutcome.LATE, "the deadline passed while the request waited")
+        # As vLLM does for a request that is dropped before its pull: tell the source, read nothing.
+        self._reqs_need_recv[request.request_id] = (request, [], (), False)
+        self._stop_heartbeat(request.request_id)
 
     def _drop_pull(self, request: Any, outcome: PullOutcome, detail: str) -> None:
         request.kv_transfer_params["do_remote_prefill"] = False
@@ -99,7 +102,7 @@ class SlosPullScheduler(NixlPullConnectorScheduler):  # type: ignore[misc]
         if params and params.get("do_remote_prefill"):
             detail = "the request was cancelled before its pull began"
             self._exchange.pulls.end(key, PullOutcome.FAILED, time.monotonic(), detail)
-        if self._exchange.pulls.get(key) is None:
+        if self._exchange.pulls.get(key) is None and key not in self._exchange.held:
             self._requests.pop(key, None)
         hold, offered = super().request_finished(request, block_ids)
         if not hold or offered is None:
@@ -147,7 +150,12 @@ class SlosPullScheduler(NixlPullConnectorScheduler):  # type: ignore[misc]
             self._requests.pop(key, None)
 
     def build_connector_meta(self, scheduler_output: Any) -> Any:
-        """Called on every step: free what was set aside and can no longer be written."""
+        """Called on every step: free what was set aside and can no longer be written, and let the source have
+        its KV back where a request has waited here for too long: its heartbeats would hold that for ever."""
+        for key in self._exchange.pulls.late(time.monotonic()):
+            request = self._requests.get(key)
+            if request is not None and request.kv_transfer_params.get("do_remote_prefill"):
+                self._drop_late(request)
         for key, held in list(self._exchange.held.items()):
             if held.blocks is not None and not held.handles:
                 self._kv_cache_manager.block_pool.free_blocks(reversed(held.blocks))

@@ -64,6 +64,7 @@ class Design:
 
 BUDGETS = (256, 512, 1024, 2048)
 CAPS = (32, 64, 128, 256)
+RATIOS = ((1, 1), (2, 1), (1, 2), (1, 3), (3, 1))  # prefill and decode nodes, of ours and of DistServe alike
 DESIGNS: Mapping[str, Design] = {
     design.name: design
     for design in (
@@ -79,12 +80,11 @@ DESIGNS: Mapping[str, Design] = {
         ),
         Design(
             "distserve", "DistServe", WHOLE_PROMPTS, Tuning(2048, prefill=1, decode=1),
-            {"ratio": ((1, 1), (2, 1), (1, 2), (1, 3), (3, 1)), "token_budget": BUDGETS, "max_seqs": CAPS},
-            disaggregated=True,
+            {"ratio": RATIOS, "token_budget": BUDGETS, "max_seqs": CAPS}, disaggregated=True,
         ),
         Design(
             "ours", "slosserve", OURS, Tuning(2048),
-            {"ratio": ((1, 1), (1, 2), (2, 1)), "token_budget": (1024, 2048), "max_seqs": (128, 256)},
+            {"ratio": RATIOS, "token_budget": (1024, 2048), "max_seqs": (128, 256)},
         ),
     )
 }  # fmt: skip

@@ -37,7 +37,12 @@ MOST_SESSION_ID = 256  # characters; what is longer is cut
 BEST_EFFORT_SHARE = 0.75
 NO_KEY = "this endpoint serves those who give its key: Authorization: Bearer KEY (endpoint.api_key)"
 MAX_PEEK_BYTES = 64 * 1024 * 1024
-PEEKED = (b'"slo', b'"session_id"', b'"previous_response_id"')  # names of what is looked for in a body
+PEEKED = (  # names of what is looked for in a body
+    b'"slo',
+    b'"session_id"',
+    b'"previous_response_id"',
+    b'"background"',
+)
 ERROR_TYPES = {  # as OpenAI calls them
     400: "invalid_request_error",
     401: "authentication_error",
@@ -61,6 +66,7 @@ class RequestContext:
     decided: asyncio.Event = field(default_factory=asyncio.Event)
     on_end: list[Callable[[], None]] = field(default_factory=list)
     answer: ToolCallSeen | None = None  # where it matters whether the answer calls a tool
+    in_background: bool = False  # the response says only that it was taken; the work goes on after it
 
     def decide(self, error: SlosserveError | None = None) -> None:
         """The request was placed, or refused with `error`: the response may start. The first error stands."""
@@ -72,7 +78,8 @@ class RequestContext:
 
         A generator that was never started is not told that it is closed, so this is the only sure place.
         """
-        for drop in self.on_end:
+        drops, self.on_end = self.on_end, []
+        for drop in drops:
             drop()
 
 
@@ -138,6 +145,9 @@ class RequestContextMiddleware:
         session_id = _session_id(scope) or _text(said, "session_id") or _text(_xargs(said), "session_id")
         previous = _text(said, "previous_response_id")
         context = RequestContext(arrived_s, self._asked(scope, said), session_id, previous)
+        context.in_background = said.get("background") is True
+        if scope["method"] != "POST":
+            context.decide()  # it asks for what was said before, and has nothing placed
         if context.asked.malformed:
             context.headers["x-slosserve-slo"] = f"malformed, served best effort: {context.asked.malformed}"
         if context.asked.empty and session_id is None and previous is None and self._spare_room_is_full:
@@ -152,7 +162,8 @@ class RequestContextMiddleware:
             await self._app(scope, _replay(messages, receive), _Response(context, send))
         finally:
             _current.reset(token)
-            context.end()
+            if not context.in_background:
+                context.end()
 
     @property
     def _spare_room_is_full(self) -> bool:

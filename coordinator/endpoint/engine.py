@@ -175,6 +175,8 @@ class ClusterEngine(TextEngineClient):
         finally:
             self._abandon(journey)
             collector.close()
+            if journey.context.in_background:
+                journey.context.end()
 
     def _check_room(self, sequences: int) -> None:
         bound = self._config.endpoint.max_waiting
@@ -269,7 +271,7 @@ class ClusterEngine(TextEngineClient):
     def _asked(self, context: RequestContext) -> Asked:
         """What is asked for, now that the session is known: a call that says nothing is one of its loop."""
         asked, wrong = context.asked, None
-        loop_class = self._loops.class_of(context.session_id)
+        loop_class = self._loops.class_of(context.session_id, context.arrived_s)
         if asked.loop_ms is not None and context.session_id is None:
             wrong = "loop_ms is of the calls of a session: send x-session-id with each of them"
         elif asked.empty and asked.malformed is None and loop_class is not None:
@@ -284,14 +286,15 @@ class ClusterEngine(TextEngineClient):
     def _end_call(self, journey: Journey) -> None:
         """The response is over: was that the last call of its loop, and was the loop in time?"""
         context, finished = journey.context, journey.finished
-        if context.session_id is None or context.answer is None or finished is None:
+        if context.session_id is None or context.answer is None:
             return
         end = self._loops.end_call(
             context.session_id,
             time.monotonic(),
-            finished.output_tokens,
+            0 if finished is None else finished.output_tokens,
             last=not context.answer.seen if context.asked.call is None else context.asked.last,
-            completed=finished.outcome == "completed",
+            told=context.asked.call is not None,
+            completed=finished is not None and finished.outcome == "completed",
         )
         if end is not None:
             self.metrics.count_loop(end)
@@ -545,6 +548,9 @@ def _core_output(delta: Delta, flight: Flight, now_s: float) -> EngineCoreOutput
         ),
         delta.request_id,
     )
+    if output.prefill_stats is not None:  # vLLM counts prompt tokens by it
+        prompt_tokens = len(flight.passenger.prompt_token_ids)
+        output.prefill_stats.set(prompt_tokens, min(output.prefill_stats.num_cached_tokens, prompt_tokens), 0)
     if delta.timing is not None and delta.index == 0:
         # vLLM's queue and prefill metrics read these events; all on this process's clock.
         batched_s = now_s - (delta.timing.first_token_s - delta.timing.queued_s)

@@ -190,9 +190,13 @@ def _stages(record: Record, times: Sequence[tuple[str, float]]) -> Iterator[str]
 
 
 def _until(times: Sequence[tuple[str, float]], until_s: float) -> list[tuple[str, float]]:
-    """The parts that had begun by then."""
+    """The parts that had begun by then, as far as they had come."""
     begun_s = accumulate((seconds for _, seconds in times), initial=0.0)
-    return [part for part, begins_s in zip(times, begun_s, strict=False) if begins_s < until_s]
+    return [
+        (part, min(seconds, until_s - begins_s))
+        for (part, seconds), begins_s in zip(times, begun_s, strict=False)
+        if begins_s < until_s
+    ]
 
 
 def _loop(loop: Mapping[str, Any]) -> Iterator[str]:

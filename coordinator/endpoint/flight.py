@@ -134,6 +134,11 @@ class Flight:
         prefill, decode = self.timeline.prefill_node, self.timeline.decode_node
         return [node for node in (prefill, None if self._prefilling else decode) if node is not None]
 
+    @property
+    def prefilling(self) -> bool:
+        """Whether the prefill node of a pair has it, and has not handed it over."""
+        return self._prefilling
+
     def since_arrival_s(self) -> float:
         """Seconds since the request arrived."""
         return time.monotonic() - self.passenger.arrived_s

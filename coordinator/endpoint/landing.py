@@ -38,7 +38,7 @@ def finished_of(flight: Flight, outcome: str) -> Finished:
         nodes=flight.nodes,
         prefix_hashes=flight.prefix_hashes(),
         ended_itself=flight.ended_itself,
-        session=passenger.session,
+        session=None if flight.prefilling else passenger.session,  # what was for another node is not kept
     )
 
 

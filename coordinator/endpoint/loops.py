@@ -64,7 +64,12 @@ class _Loop:
     began_s: float
     loop_s: float
     calls: int = 0
+    open: int = 0  # calls that are under way
     ended_s: float | None = None  # its last call
+
+    def is_left(self, now_s: float) -> bool:
+        """A tool takes no longer than its whole loop may."""
+        return not self.open and self.ended_s is not None and now_s - self.ended_s > self.loop_s
 
 
 @dataclass(slots=True)
@@ -104,8 +109,8 @@ class Loops:
         `calls`: how many are left with this one, where the client knows.
         """
         loop = self._open.get(session)
-        if loop is not None and loop.ended_s is not None and now_s - loop.ended_s > loop.loop_s:
-            self.close(session)  # it was left: a tool takes no longer than its whole loop may
+        if loop is not None and loop.is_left(now_s):
+            self.close(session)
             loop = None
         if loop is None:
             if loop_s is None:
@@ -115,10 +120,11 @@ class Loops:
                 self._open.popitem(last=False)
         self._open.move_to_end(session)
         usual = self._usual_of(loop.class_name)
-        if loop.ended_s is not None:
+        if loop.ended_s is not None and not loop.open:
             usual.tool_s += NEWEST * (now_s - loop.ended_s - usual.tool_s)
-            loop.ended_s = None
+        loop.ended_s = None
         loop.calls += 1
+        loop.open += 1
         left_s = loop.began_s + loop.loop_s - now_s
         expected = max(round(usual.calls) - loop.calls + 1, 1) if calls is None else calls
         expected = 1 if last else expected
@@ -126,28 +132,40 @@ class Loops:
         return Share(loop.calls, expected, left_s, max(share_s, 0.0))
 
     def end_call(
-        self, session: str, now_s: float, output_tokens: int, *, last: bool, completed: bool = True
+        self,
+        session: str,
+        now_s: float,
+        output_tokens: int,
+        *,
+        last: bool,
+        told: bool = False,
+        completed: bool = True,
     ) -> LoopEnd | None:
-        """A call is over; what became of its loop, if that was the last. One that did not complete is not."""
+        """A call is over; what became of its loop, if that was the last. One that did not complete is not.
+
+        Nor is one that answers while others are under way, unless the client `told` so: beside the call that
+        the loop waits for it may ask for a title, or for several things at once.
+        """
         loop = self._open.get(session)
         if loop is None:
             return None
+        loop.open = max(loop.open - 1, 0)
         loop.ended_s = now_s
         if not completed:
             loop.calls -= 1
             return None
         usual = self._usual_of(loop.class_name)
         usual.output_tokens += NEWEST * (output_tokens - usual.output_tokens)
-        if not last:
+        if not last or (loop.open and not told):
             return None
         del self._open[session]
         usual.calls += NEWEST * (loop.calls - usual.calls)
         return LoopEnd(loop.class_name, loop.calls, now_s - loop.began_s, loop.loop_s)
 
-    def class_of(self, session: str | None) -> str | None:
+    def class_of(self, session: str | None, now_s: float) -> str | None:
         """The class of the loop that a session is in."""
         loop = None if session is None else self._open.get(session)
-        return None if loop is None else loop.class_name
+        return None if loop is None or loop.is_left(now_s) else loop.class_name
 
     def close(self, session: str) -> None:
         """Nobody will call again."""

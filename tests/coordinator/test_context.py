@@ -212,6 +212,45 @@ async def test_what_runs_for_a_client_that_is_gone_is_dropped() -> None:
     assert dropped == ["yes"]
 
 
+async def test_what_was_asked_for_in_the_background_goes_on_when_the_response_is_over() -> None:
+    dropped: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        current().on_end.append(lambda: dropped.append("yes"))
+        contexts.append(current())
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send(_body(b'{"status": "queued"}', more=False))
+
+    contexts: list[RequestContext] = []
+    body = b'{"input": "hello", "background": true}'
+    assert (await _serve(app, body, path="/v1/responses"))[0]["status"] == 200
+    assert dropped == []
+    for _ in range(2):
+        contexts[0].end()
+    assert dropped == ["yes"], "once, by who follows it"
+
+
+async def test_a_stored_response_is_streamed_as_it_comes() -> None:
+    seen: list[int] = []
+    sent: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send(START | {"headers": list(START["headers"])})
+        await send(_body(b"event: delta\n\n", more=True))
+        seen.append(len(sent))
+        await send(_body(b"", more=False))
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = POST | {"method": "GET", "path": "/v1/responses/resp_1", "headers": []}
+    await RequestContextMiddleware(app, CLASSES)(scope, receive, send)
+    assert seen == [2], "the client has what was said so far"
+
+
 async def test_the_first_error_stands() -> None:
     context = RequestContext(0.0, current().asked)
     context.decide(Refused("first"))

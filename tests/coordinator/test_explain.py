@@ -113,6 +113,20 @@ def test_a_missed_first_token_names_what_took_the_time() -> None:
     assert "missed" in _printed(told)
 
 
+@pytest.mark.parametrize("first_token_s", [0.6 + at / 1000 for at in range(0, 300, 7)])
+def test_what_came_after_a_late_first_token_is_not_blamed_for_it(first_token_s: float) -> None:
+    flight = _flight()
+    flight.depart(Placed("r", 1, "admitted", None, D, cached_tokens=0, candidates={}))
+    flight.now_s = first_token_s
+    flight.take(Delta("r", 1, 0, [6], timing=Timing(0.004, first_token_s - 0.006)))
+    for index in range(1, 30):
+        flight.now_s += 0.4
+        flight.take(Delta("r", 1, index, [7], "length" if index == 29 else None, account=Account(batches=3)))
+    words = "\n".join(_told(flight)["why"])
+    assert "The first token was late" in words
+    assert "generating" not in words.split("The first token was late")[1].split("\n")[0]
+
+
 def test_a_pace_that_was_missed_says_when_it_was_due() -> None:
     flight = _on_a_pair(first_token_s=0.4)
     flight.token_times_s[-1] = flight.timeline.ended_s = 1.6

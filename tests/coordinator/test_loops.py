@@ -81,8 +81,27 @@ def test_a_call_that_failed_is_no_call_of_its_loop() -> None:
     _call(loops, 0.0)
     assert loops.end_call("s", 1.0, 0, last=True, completed=False) is None
     assert _call(loops, 2.0).call == 1
-    assert loops.class_of("s") == "tool"
-    assert loops.class_of("t") is None
+    assert loops.class_of("s", 2.0) == "tool"
+    assert loops.class_of("t", 2.0) is None
+
+
+def test_a_call_beside_the_loop_does_not_end_it() -> None:
+    loops = Loops()
+    _call(loops, 0.0)
+    _call(loops, 0.1)  # a title for the talk, say
+    assert loops.end_call("s", 0.5, 10, last=True) is None
+    assert loops.end_call("s", 14.0, 10, last=False) is None
+    assert _call(loops, 15.0).left_s == -5.0, "the deadline is still that of the first call"
+    _call(loops, 15.1)
+    assert loops.end_call("s", 16.0, 10, last=True, told=True) == LoopEnd("tool", 4, 16.0, 10.0)
+
+
+def test_a_loop_that_was_left_lends_its_class_to_nobody() -> None:
+    loops = Loops()
+    _call(loops, 0.0)
+    loops.end_call("s", 1.0, 10, last=False)
+    assert loops.class_of("s", 9.0) == "tool"
+    assert loops.class_of("s", 5000.0) is None
 
 
 def test_without_a_deadline_there_is_no_loop() -> None:

@@ -438,6 +438,41 @@ def test_the_next_call_stays_at_home_where_a_pair_would_lose_about_as_little() -
     assert placed.prefill is None
 
 
+def test_a_whole_history_is_not_left_for_a_node_that_knows_its_beginning() -> None:
+    busier = _node("home", RoleName.MIXED, _decoding(0.1, 1))
+    knowledge = _at_home("home", HISTORY)
+    knowledge.prefixes.add("other", prefix_hashes(list(range(256))), kv_tokens=32_000)
+    placed, _ = place_and_explain(NEXT, [_node("other", RoleName.MIXED), busier], knowledge, 0.0)
+    assert placed.decode is not None
+    assert (placed.decode.node, placed.cached_tokens) == ("home", 480)
+
+
+@pytest.mark.parametrize("count", [7, 8, 20])
+def test_home_is_asked_however_many_nodes_there_are(count: int) -> None:
+    names = [f"n{at}" for at in range(count)]
+    home = names[-2]
+    nodes = [_node(name, RoleName.MIXED, _decoding(0.1, 1) if name == home else []) for name in names]
+    knowledge = _at_home(home, HISTORY)
+    for name in names:
+        knowledge.prefixes.add(name, prefix_hashes(list(range(256))), kv_tokens=32_000)  # a system prompt
+    placed, candidates = place_and_explain(NEXT, nodes, knowledge, 0.0)
+    assert home in {candidate.name for candidate in candidates}
+    assert placed.decode is not None
+    assert (placed.prefill, placed.decode.node) == (None, home)
+    unpromised, _ = place_and_explain(replace(NEXT, class_name=None), nodes, knowledge, 0.0)
+    assert unpromised.decode is not None
+    assert unpromised.decode.node == home
+
+
+def test_a_call_without_a_promise_goes_where_most_of_it_is_known() -> None:
+    knowledge = _at_home("b", prefix_hashes([7] * 480))  # another history
+    knowledge.prefixes.add("c", HISTORY, kv_tokens=32_000)
+    nodes = [_node(name, RoleName.MIXED) for name in ("a", "b", "c")]
+    placed, _ = place_and_explain(replace(NEXT, class_name=None), nodes, knowledge, 0.0)
+    assert placed.decode is not None
+    assert (placed.decode.node, placed.cached_tokens) == ("c", 384)
+
+
 def test_a_call_without_a_promise_goes_home_as_well_unless_home_is_much_busier() -> None:
     def goes_to(busy: int) -> str:
         home = _node("b", RoleName.MIXED, [replace(work, best_effort=True) for work in _decoding(0.1, busy)])

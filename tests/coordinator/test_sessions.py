@@ -49,6 +49,20 @@ def test_where_a_later_call_ends_is_the_new_home(directory: SessionDirectory) ->
     assert directory.home("s") == "d1", "d0 has nothing to say of it any more"
 
 
+def test_one_call_beside_the_history_leaves_it_where_it_is(directory: SessionDirectory) -> None:
+    title = prefix_hashes([1] * 20 + [5] * BLOCK)
+    assert directory.answered("s", "d1", title, BLOCK + 20, now_s=1.0) == "d1", "which has nothing to keep"
+    assert directory.home("s") == "d0"
+    assert directory.cached_tokens("d0", "s", HISTORY) == 4 * BLOCK
+    assert directory.answered("s", "d0", title, BLOCK + 20, now_s=2.0) is None
+    assert directory.cached_tokens("d0", "s", HISTORY) == 0, "a second one goes on: the history was cut short"
+
+
+def test_a_history_that_is_cut_short_at_its_end_is_the_history(directory: SessionDirectory) -> None:
+    directory.answered("s", "d1", HISTORY[:1], BLOCK, now_s=1.0)
+    assert directory.home("s") == "d1"
+
+
 def test_what_a_node_no_longer_lists_is_gone_but_for_a_call_that_has_just_ended(
     directory: SessionDirectory,
 ) -> None:

@@ -210,6 +210,9 @@ class ScriptedEngine(Engine):
     def kept(self) -> dict[str, int]:
         return dict(self._kept)
 
+    def kept_tokens(self) -> int:
+        return sum(self._kept.values())
+
     def give_up(self, sessions: Sequence[str]) -> None:
         for session in sessions:
             self._kept.pop(session, None)

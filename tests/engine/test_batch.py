@@ -333,6 +333,15 @@ def test_a_pulled_prompt_goes_with_the_decodes() -> None:
     assert plan.chunk_tokens["pulled"] == 1
 
 
+def test_best_effort_that_went_on_elsewhere_runs_in_the_memory_that_its_pull_took() -> None:
+    seqs = [Seq(f"pulled{at}", 1450, 1450, 20, running=False) for at in range(15)]
+    full = replace(NOW, memory=Memory(free_tokens=10_000, kv_tokens=32_768, free_slots=64))
+    plan = compose(seqs, {}, full)
+    assert plan.chunk_tokens.keys() == {seq.work_id for seq in seqs}, "none waits for room that it has"
+    fresh = [Seq("fresh", 1500, 0, 0, running=False)]
+    assert "fresh" in compose([*seqs, *fresh], {}, full).skip, "there is no spare room for another"
+
+
 def handed_over(work_id: str, prompt_tokens: int) -> Seq:
     return Seq(work_id, prompt_tokens, 0, 0, running=False, pull_waits=True)
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from engine.cost import StepCost
 from engine.drafting import Drafted, Drafting
+from engine.speculation import MAX_DEPTH
 
 COST = StepCost.line(0.025, 1e-5)
 MAX_BATCH_TOKENS = 2048
@@ -29,6 +30,13 @@ def planned(drafting: Drafting, decodes: list[Drafted], *, kv_bound: bool = True
 def test_an_engine_that_does_not_draft_is_not_asked_to() -> None:
     assert not Drafting(0).on
     assert Drafting(4).on
+
+
+def test_an_engine_that_drafts_more_than_is_ever_worth_it_is_asked_for_less() -> None:
+    drafting = Drafting(20)
+    one = decode(drafting)
+    learn(drafting, one, accepted=4)
+    assert planned(drafting, [one])[0] <= MAX_DEPTH
 
 
 def test_a_request_that_accepts_little_gets_no_drafts_beside_one_that_accepts_much() -> None:

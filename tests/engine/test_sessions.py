@@ -68,6 +68,14 @@ def test_beyond_the_budget_the_most_overdue_by_its_own_pace_goes_first() -> None
     assert kept.tokens.keys() == {"slow", "new"}
 
 
+def test_what_sessions_share_counts_once_in_the_budget() -> None:
+    kept = Kept()
+    for at in range(5):
+        kept.call(f"s{at}", 500)
+    assert kept.sessions.review(kept.tokens, kept.now_s, kept_tokens=BUDGET_TOKENS) == []
+    assert len(kept.sessions.review(kept.tokens, kept.now_s, kept_tokens=BUDGET_TOKENS + 1)) == 1
+
+
 def test_what_the_engine_gave_up_is_another_list_and_what_it_kept_is_the_same() -> None:
     kept = Kept()
     kept.call("a", 100)

@@ -124,6 +124,9 @@ class TimedEngine(Engine):
     def kept(self) -> dict[str, int]:
         return {}
 
+    def kept_tokens(self) -> int:
+        return 0
+
     def give_up(self, sessions: Sequence[str]) -> None:
         del sessions
 
