@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from typing import Any
 
 import httpx
@@ -12,6 +13,7 @@ import pytest
 
 from tests.e2e.conftest import Client
 
+PATIENCE_S = 30.0
 ADD = {
     "type": "function",
     "function": {
@@ -81,6 +83,19 @@ def test_responses_through_the_openai_sdk(cluster: Client) -> None:
     ]
     assert kinds[0] == "response.created"
     assert "response.output_text.delta" in kinds
+
+
+def test_a_response_in_the_background_is_done_when_the_client_comes_back(cluster: Client) -> None:
+    responses = cluster.openai.responses
+    answer = responses.create(model="tiny", input="Say something.", max_output_tokens=60, background=True)
+    assert answer.status in ("queued", "in_progress")
+    deadline_s = time.monotonic() + PATIENCE_S
+    while (answer := responses.retrieve(answer.id)).status in ("queued", "in_progress"):
+        assert time.monotonic() < deadline_s, "it is never done"
+        time.sleep(0.05)
+    assert answer.usage is not None
+    assert answer.usage.output_tokens == 60
+    assert answer.output_text
 
 
 def test_messages_through_the_anthropic_sdk(cluster: Client) -> None:
@@ -165,7 +180,13 @@ def test_a_malformed_slo_is_best_effort_said_in_a_header(
 
 
 def test_metrics_carry_vllms_names_and_ours(cluster: Client) -> None:
-    cluster.complete("count me", max_tokens=4, slo={"class": "coder"})
+    def prompt_tokens() -> float:
+        lines = httpx.get(cluster.base_url + "/metrics").text.splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:prompt_tokens_total"))
+
+    before = prompt_tokens()
+    answer = cluster.complete("count me", max_tokens=4, slo={"class": "coder"}).json()
+    assert prompt_tokens() == before + answer["usage"]["prompt_tokens"]
     text = httpx.get(cluster.base_url + "/metrics").text
     for name in (
         "vllm:time_to_first_token_seconds_count",
