@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from itertools import takewhile
@@ -14,11 +15,13 @@ class KeptBlocks:
     """Blocks by session, the one that was used longest ago first.
 
     `pool` is vLLM's: a reference more keeps a block from being given to others. A block may be held for several
-    sessions, and by works that found it.
+    sessions, and by works that found it. `chains`: who uses a block of a session uses those before it too, as
+    where all layers see all of a context.
     """
 
-    def __init__(self, pool: Any) -> None:
+    def __init__(self, pool: Any, *, chains: bool) -> None:
         self._pool = pool
+        self._chains = chains
         self._blocks: OrderedDict[str, list[Any]] = OrderedDict()
         self._aside: set[str] = set()  # sessions whose last call was none of their history
         self._holds: Counter[int] = Counter()
@@ -62,6 +65,19 @@ class KeptBlocks:
         return len(self._holds)
 
     def idle(self) -> int:
-        """Blocks that nobody but sessions holds: free, for whoever needs them."""
-        seen: dict[int, Any] = {block.block_id: block for blocks in self._blocks.values() for block in blocks}
-        return sum(block.ref_cnt == self._holds[block_id] for block_id, block in seen.items())
+        """Blocks that nobody but sessions holds: free, for whoever needs them.
+
+        Asked for each batch: of chains the end of what is in use is searched for, and not each block looked at.
+        """
+        used: set[int] = set()
+        for blocks in self._blocks.values():
+            if not self._chains:
+                used.update(block.block_id for block in blocks if self._is_used(block))
+            elif self._is_used(blocks[0]):
+                end = bisect_left(blocks, True, key=lambda block: not self._is_used(block))
+                fresh = takewhile(lambda block: block.block_id not in used, reversed(blocks[:end]))
+                used.update([block.block_id for block in fresh])
+        return len(self._holds) - len(used)
+
+    def _is_used(self, block: Any) -> bool:
+        return bool(block.ref_cnt > self._holds[block.block_id])

@@ -181,7 +181,8 @@ class PlannedScheduler(Scheduler):  # type: ignore[misc]
         publisher: Any = self.kv_event_publisher
         self.kv_events: KvEvents = KvEvents(publisher)
         self.kv_event_publisher: Any = self.kv_events
-        self.kept = KeptBlocks(self.kv_cache_manager.block_pool)
+        one_group = len(self.kv_cache_config.kv_cache_groups) == 1
+        self.kept = KeptBlocks(self.kv_cache_manager.block_pool, chains=one_group)
         self.sessions: dict[str, str] = {}  # of works whose blocks are kept when they have ended
         self.said: dict[str, Sequence[int]] = {}  # of works that go on from elsewhere, until the runner knows
         self._grammars_behind: dict[str, list[int]] = {}  # of those, what their grammars have not heard yet
