@@ -41,7 +41,9 @@ def demo(
     url: Annotated[str | None, typer.Option(help="Use this running endpoint, start nothing.")] = None,
     api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="Key of the endpoint.")] = None,
     config: Annotated[str, typer.Option(help="Configuration of the cluster: a name or a file.")] = "laptop",
-    model: Annotated[str | None, typer.Option(help="tiny, scale, a folder or a Hugging Face name.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="tiny, scale, llama-8b, a folder or a Hugging Face name.")
+    ] = None,
     address: Annotated[str | None, typer.Option(help="Start nodes in this running Ray (HOST:PORT).")] = None,
     hosts: Annotated[
         int, typer.Option(min=1, help="Or on so many hosts, network namespaces made for it (as root).")

@@ -30,7 +30,9 @@ def simulate(
     scenario: Annotated[
         str | None, typer.Option(help=f"Of {', '.join(SCENARIOS)}, {', '.join(TRACES)}.")
     ] = None,
-    trace: Annotated[Path | None, typer.Option(help="CSV of t_s,in_tokens,out_tokens, instead.")] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Instead: t_s,in_tokens,out_tokens CSV, Azure CSV, Mooncake jsonl.")
+    ] = None,
     system: Annotated[str, typer.Option(help=f"Of {SYSTEMS}.")] = "ours",
     profile: Annotated[
         str, typer.Option(help=f"Of {', '.join(HARDWARE)}, or a file of `slosserve profile fit`.")

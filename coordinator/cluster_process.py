@@ -24,7 +24,7 @@ from coordinator.listeners import check_ports_free, free_ports, is_loopback
 from coordinator.process_events import ProcessEvents, tail
 from coordinator.process_tree import MARK, ProcessId, is_alive, spawn
 from coordinator.ray_process import LOOPBACK_ENVIRONMENT, RayHandle, start_ray
-from coordinator.run_state import COORDINATOR, RAY, RunState, read_state, run_directory
+from coordinator.run_state import COORDINATOR, ENDPOINT, KEEPER, RAY, RunState, read_state, run_directory
 from coordinator.run_stop import deaf_to_interrupts, stop_run
 from engine.errors import ConfigError, EngineStartError
 from engine.models import resolve_model
@@ -33,6 +33,7 @@ Progress = Callable[[dict[str, Any]], None]
 POLL_S = 0.05
 COORDINATOR_MODULE = "coordinator.serve"
 ENDPOINT_MODULE = "coordinator.endpoint.serve"
+KEEPER_MODULE = "coordinator.keeper"
 
 
 @dataclass(slots=True)
@@ -89,6 +90,14 @@ class ClusterProcess:
             raise
         return cluster
 
+    @classmethod
+    def of_run(cls, run_dir: Path) -> Self:
+        """The detached cluster of a run directory. Raises ConfigError if there is none."""
+        state = read_state(run_dir)
+        if state is None:
+            raise ConfigError(f"no cluster runs in {run_dir}")
+        return cls(ClusterConfig.read(run_dir), run_dir, state, detach=True)
+
     @property
     def base_url(self) -> str:
         """Of the first endpoint, without /v1."""
@@ -112,10 +121,10 @@ class ClusterProcess:
             if not is_alive(process)
         }
 
-    def restart_coordinator(self) -> None:
-        """Start a new coordinator in the place of one that ended, and wait until it is ready."""
-        self._spawn(COORDINATOR, [self.coordinator_module, str(self.run_dir)])
-        self._wait_ready([COORDINATOR])
+    def restart(self, label: str) -> None:
+        """Start a new coordinator or endpoint in the place of one that ended, and wait until it is ready."""
+        self._spawn(label, self._module(label))
+        self._wait_ready([label])
 
     def stop(self) -> None:
         """End the endpoints, the coordinator, the nodes and Ray, in this order. Twice does no harm."""
@@ -137,14 +146,21 @@ class ClusterProcess:
         )
         self.config.write(self.run_dir)
         # An endpoint needs no Ray: it loads while Ray and the nodes do.
-        endpoints = [f"endpoint-{index}" for index in range(self.config.endpoint.count)]
-        for index, label in enumerate(endpoints):
-            self._spawn(label, [self.endpoint_module, str(self.run_dir), str(index)])
+        endpoints = [f"{ENDPOINT}{index}" for index in range(self.config.endpoint.count)]
+        for label in endpoints:
+            self._spawn(label, self._module(label))
         self._wait_for_ray(ray)
-        self._spawn(COORDINATOR, [self.coordinator_module, str(self.run_dir)])
+        self._spawn(COORDINATOR, self._module(COORDINATOR))
         self._wait_ready([COORDINATOR, *endpoints])
         urls = [str(self._events[label].ready["url"]) for label in endpoints]
         self._keep(replace(self.state, urls=urls))
+        if self.detach:
+            self._spawn(KEEPER, [KEEPER_MODULE, str(self.run_dir)])
+
+    def _module(self, label: str) -> list[str]:
+        if label == COORDINATOR:
+            return [self.coordinator_module, str(self.run_dir)]
+        return [self.endpoint_module, str(self.run_dir), label.removeprefix(ENDPOINT)]
 
     def _start_ray(self) -> RayHandle:
         self._keep(self.state)

@@ -15,6 +15,8 @@ from engine.models import cache_directory
 STATE_FILE = "state.json"
 # Labels of processes; endpoints are endpoint-0, endpoint-1, ...
 COORDINATOR = "coordinator"
+ENDPOINT = "endpoint-"
+KEEPER = "keeper"
 RAY = "ray"
 
 

@@ -15,7 +15,16 @@ from coordinator.cluster import connect, disconnect, kill_node, list_nodes
 from coordinator.config import ClusterConfig
 from coordinator.process_tree import end, end_one, is_alive, processes_of, wait_gone
 from coordinator.ray_process import RayHandle, stop_ray
-from coordinator.run_state import COORDINATOR, RAY, STATE_FILE, RunState, read_state, run_directory
+from coordinator.run_state import (
+    COORDINATOR,
+    ENDPOINT,
+    KEEPER,
+    RAY,
+    STATE_FILE,
+    RunState,
+    read_state,
+    run_directory,
+)
 from engine.errors import SlosserveError
 
 ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -24,7 +33,8 @@ ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 def stop_run(state: RunState, run_dir: Path, config: ClusterConfig) -> None:
     """End what a run has started, from whatever process, and remove its state file."""
     grace_s = config.timeouts.stop_s
-    labels = [label for label in state.processes if label.startswith("endpoint")] + [COORDINATOR]
+    endpoints = [label for label in state.processes if label.startswith(ENDPOINT)]
+    labels = [KEEPER, *endpoints, COORDINATOR]  # the one that starts the others again goes first
     # Found before the first is ended: a child whose parent is gone is harder to tell.
     everyone = processes_of(state.run_id, state.processes.values())
     for label in labels:

@@ -65,7 +65,7 @@ def chaos(
     promised.
 
     With `--hosts 2` the nodes are on two hosts, which are network namespaces of this machine (root makes them),
-    and the link between them can be cut.
+    and the link between them can be cut, and Ray's head ended: two rows more.
 
     Example: slosserve chaos --only decode-dies --only decode-hangs
     """

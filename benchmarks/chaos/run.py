@@ -18,6 +18,7 @@ from benchmarks.chaos.clients import Answer, Clients
 from benchmarks.chaos.cluster import Cluster, Node, Watched, send
 from benchmarks.chaos.hosts import Host
 from benchmarks.chaos.scenarios import Load, Scenario
+from coordinator.run_state import COORDINATOR
 from engine.errors import SlosserveError
 from kv_transfer import faults
 
@@ -228,7 +229,7 @@ class Chaos:
         process = self._cluster.process
         send(process.pids["coordinator"], signal.SIGKILL)
         struck_s, under_way = time.monotonic(), clients.under_way()
-        await asyncio.to_thread(process.restart_coordinator)
+        await asyncio.to_thread(process.restart, COORDINATOR)
         return Strike("coordinator", struck_s, under_way)
 
     async def _kill_endpoint(self, scenario: Scenario, clients: Clients) -> Strike:

@@ -138,7 +138,9 @@ def _show(fitted: StepProfile, title: str) -> None:
 @app.command(epilog="Example: slosserve profile run --model tiny --out steps.csv.gz --shapes 300")
 def run(
     out: Annotated[Path, typer.Option(help="Where the rows go, as CSV or CSV.gz.")],
-    model: Annotated[str, typer.Option(help="tiny, scale, a folder or a Hugging Face name.")] = "tiny",
+    model: Annotated[
+        str, typer.Option(help="tiny, scale, llama-8b, a folder or a Hugging Face name.")
+    ] = "tiny",
     shapes: Annotated[int, typer.Option(min=1, help="Different batches to measure.")] = 300,
     repeats: Annotated[int, typer.Option(min=1, help="Steps of each; the median is kept.")] = 5,
     minutes: Annotated[float, typer.Option(min=0.1, help="Stop repeating after this long.")] = 9.0,

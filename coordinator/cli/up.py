@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -18,16 +17,16 @@ from coordinator.cli.status_view import VIRTUAL
 from coordinator.cluster_process import ClusterProcess
 from coordinator.config import load_config
 from coordinator.config_layers import parse_assignment
-from engine.errors import EngineError
-
-WATCH_S = 0.5
+from coordinator.keeper import Keeper
 
 
 def up(
     config: Annotated[
         str, typer.Option(help="A YAML file, or one that ships: laptop, two-gpus, ...")
     ] = "laptop",
-    model: Annotated[str | None, typer.Option(help="tiny, scale, a folder or a Hugging Face name.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="tiny, scale, llama-8b, a folder or a Hugging Face name.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the cluster.")] = None,
     prefill: Annotated[int | None, typer.Option(min=0, help="Nodes that prefill.")] = None,
     decode: Annotated[int | None, typer.Option(min=0, help="Nodes that decode.")] = None,
@@ -77,12 +76,10 @@ def _start(settings: Any, detach: bool) -> ClusterProcess:
 
 
 def _keep(cluster: ClusterProcess) -> None:
-    """Until ctrl-C. A process that ends on its own ends the cluster, with its last words."""
+    """Until ctrl-C, or until something ends that is not started again."""
     Console().print(f"ready at {cluster.base_url} (OpenAI: {cluster.base_url}/v1). Ctrl-C ends it.")
-    while not (ended := cluster.ended()):
-        time.sleep(WATCH_S)
-    label, log = next(iter(ended.items()))
-    raise EngineError(f"the {label} process ended on its own. The last lines of its log:\n{log}")
+    errors = Console(stderr=True)
+    Keeper(cluster, lambda text: errors.print(text, markup=False, highlight=False)).keep()
 
 
 @contextmanager

@@ -30,6 +30,7 @@ GENERATE_PATHS = (
     "/v1/responses",
     "/v1/messages",
     "/invocations",
+    "/generative_scoring",
 )
 SESSION_HEADERS = (b"x-session-id", b"session-id", b"x-session-affinity", b"x-claude-code-session-id")
 MOST_SESSION_ID = 256  # characters; what is longer is cut

@@ -302,10 +302,28 @@ def test_detached_cluster_answers_status_and_rebalance_and_goes_down(tmp_path: P
         second = run_cli("up", "--port", "0", "--name", "detached", run_dir=tmp_path)
         assert_clear(second, "runs already", "slosserve down")
         assert psutil.pid_exists(state.processes["coordinator"].pid)
+        for label in ("coordinator", "endpoint-0"):
+            assert_comes_back(tmp_path, label)
+            assert_roles(tmp_path, ["decode", "decode"])
+        state = read_state(tmp_path / "detached")
     finally:
         down = run_cli("down", run_dir=tmp_path)
     assert down.returncode == 0, down.stderr
     assert processes_and_ports(state) == []
+
+
+def assert_comes_back(run_dir: Path, label: str) -> None:
+    """A process of a detached cluster that dies is started again."""
+    before = read_state(run_dir / "detached")
+    assert before is not None
+    os.kill(before.processes[label].pid, signal.SIGKILL)
+    log, deadline_s = run_dir / "detached/logs/keeper.log", time.monotonic() + 60
+    while not (log.exists() and f"{label} is back" in log.read_text()):
+        assert time.monotonic() < deadline_s, f"{label} was not started again"
+        time.sleep(0.2)
+    after = read_state(run_dir / "detached")
+    assert after is not None
+    assert after.processes[label].pid != before.processes[label].pid
 
 
 def assert_roles(run_dir: Path, roles: list[str]) -> None:

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from coordinator.cluster_process import ClusterProcess
+from coordinator.keeper import MOST_RESTARTS, Keeper
 from coordinator.process_tree import processes_of
 from coordinator.run_state import STATE_FILE, RunState, read_state
-from engine.errors import ConfigError, EngineStartError
+from engine.errors import ConfigError, EngineError, EngineStartError
 
 pytestmark = pytest.mark.engines
 
@@ -97,18 +98,40 @@ def test_stop_ends_what_ignores_it_and_what_has_left_its_session(starter: Starte
 def test_coordinator_that_died_is_told_and_replaced_while_the_rest_runs_on(starter: Starter) -> None:
     with starter.start(READY) as cluster:
         first = cluster.pids
-        os.kill(first["coordinator"], signal.SIGKILL)
-        deadline_s = time.monotonic() + 5
-        while not cluster.ended():
-            assert time.monotonic() < deadline_s
-            time.sleep(0.01)
+        _kill(cluster, "coordinator")
         assert set(cluster.ended()) == {"coordinator"}
-        cluster.restart_coordinator()
+        told: list[str] = []
+        Keeper(cluster, told.append).look()
+        assert "coordinator process ended on its own" in told[0]
         assert cluster.ended() == {}
         assert cluster.pids["coordinator"] != first["coordinator"]
         assert cluster.pids["ray"] == first["ray"]
         assert cluster.pids["endpoint-0"] == first["endpoint-0"]
     starter.assert_nothing_left()
+
+
+def test_what_ends_again_and_again_is_not_started_for_ever_nor_without_ray(starter: Starter) -> None:
+    with starter.start(READY) as cluster:
+        keeper = Keeper(cluster, lambda text: None)
+        for _ in range(MOST_RESTARTS):
+            _kill(cluster, "endpoint-0")
+            keeper.look()
+            assert cluster.ended() == {}
+        _kill(cluster, "endpoint-0")
+        with pytest.raises(EngineError, match="not started again"):
+            keeper.look()
+        _kill(cluster, "ray")
+        with pytest.raises(EngineError, match="ray process ended"):
+            Keeper(cluster, lambda text: None).look()
+    starter.assert_nothing_left()
+
+
+def _kill(cluster: ClusterProcess, label: str) -> None:
+    os.kill(cluster.pids[label], signal.SIGKILL)
+    deadline_s = time.monotonic() + 5
+    while label not in cluster.ended():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def test_a_node_comes_serves_and_leaves_and_no_stream_notices(
     pid = cluster.nodes()[NEW]["pid"]
 
     os.kill(cluster_process.pids["coordinator"], signal.SIGKILL)
-    cluster_process.restart_coordinator()
+    cluster_process.restart("coordinator")
     assert cluster.nodes()[NEW]["pid"] == pid, "the next coordinator finds it, and starts no other"
 
     with ThreadPoolExecutor(len(prompts)) as pool:

@@ -82,7 +82,7 @@ def test_a_coordinator_that_dies_takes_no_stream_along_and_the_next_one_knows_al
     )
     next(iter(chunks))
     os.kill(cluster_process.pids["coordinator"], signal.SIGKILL)
-    cluster_process.restart_coordinator()
+    cluster_process.restart("coordinator")
     _wait_ready(cluster)
     after = {name: (node["pid"], node["role"]) for name, node in cluster.nodes().items()}
     assert after == before
