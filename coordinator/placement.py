@@ -264,9 +264,10 @@ def _knowing(candidates: Sequence[Candidate], request: Place, knowledge: Knowled
     any that is not much busier than others: a shared beginning is no reason to leave a whole history."""
     bound = min(candidate.load for candidate in candidates) + HOME_LOAD
     near = [candidate for candidate in candidates if candidate.load <= bound]
-    cached = {id(one): knowledge.cached_tokens(one.first.name, request) for one in near}
+    firsts = {candidate.first.name for candidate in near}  # pairs share nodes
+    cached = {name: knowledge.cached_tokens(name, request) for name in firsts}
     least = max(max(cached.values()) - PREFIX_BLOCK_TOKENS, request.prompt_tokens // 2)
-    return {known for known, tokens in cached.items() if tokens > least}
+    return {id(candidate) for candidate in near if cached[candidate.first.name] > least}
 
 
 def _no_capacity(request: Place) -> Placed:

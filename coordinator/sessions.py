@@ -5,18 +5,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
 
 from engine.prefix import PREFIX_BLOCK_TOKENS
-from engine.sessions import is_aside
+from engine.sessions import common_start, is_aside
 
 MOST_SESSIONS = 65_536
 UNLISTED_GRACE_S = 1.0  # a call that has just ended may not be in a node's list yet, nor one closed out of it
 MOST_CLOSED = 1024
-
-
-def _same(pair: tuple[int, int]) -> bool:
-    return pair[0] == pair[1]
 
 
 @dataclass(slots=True)
@@ -47,8 +42,7 @@ class SessionDirectory:
         to keep for it: the one that it left, or this one, if the call was one beside its history."""
         known = self._homes.get(session)
         if known is not None and not known.aside:
-            common = sum(1 for _ in takewhile(_same, zip(known.hashes, hashes, strict=False)))
-            common_tokens = common * PREFIX_BLOCK_TOKENS
+            common_tokens = common_start(known.hashes, hashes) * PREFIX_BLOCK_TOKENS
             if known.hashes and is_aside(known.prompt_tokens, prompt_tokens, common_tokens):
                 known.aside, known.since_s = True, now_s
                 return node if node != known.node else None
@@ -91,11 +85,7 @@ class SessionDirectory:
         home = None if session is None else self._homes.get(session)
         if home is None or home.node != node:
             return 0
-        common = 0 if home.hashes else len(hashes)
-        for mine, asked in zip(home.hashes, hashes, strict=False):
-            if mine != asked:
-                break
-            common += 1
+        common = common_start(home.hashes, hashes) if home.hashes else len(hashes)
         whole = common >= home.prompt_tokens // PREFIX_BLOCK_TOKENS
         return min(max(common * PREFIX_BLOCK_TOKENS, home.prompt_tokens if whole else 0), home.tokens)
 

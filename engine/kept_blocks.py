@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any
 
-from engine.sessions import is_aside
+from engine.sessions import common_start, is_aside
 
 
 class KeptBlocks:
@@ -29,7 +29,7 @@ class KeptBlocks:
     def keep(self, session: str, blocks: Sequence[Any]) -> None:
         """Hold these for a session, in place of what it had; not those of one call beside its history."""
         held = self._blocks.get(session, ())
-        common = sum(1 for _ in takewhile(lambda pair: pair[0] is pair[1], zip(held, blocks, strict=False)))
+        common = common_start([block.block_id for block in held], [block.block_id for block in blocks])
         if is_aside(len(held), len(blocks), common) and session not in self._aside:
             self._aside.add(session)
             self._blocks.move_to_end(session)

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 TTL_S = 300.0
 KV_SHARE = 0.5
 USUAL_PAUSE_S = 10.0  # between two calls of a session of which only one has been seen
 NEWEST = 0.5  # weight of the last pause in what is expected of the next
+
+
+def common_start(one: Sequence[int], two: Sequence[int]) -> int:
+    """How many of two chains of prefixes or blocks are the same, from the first on."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, two, strict=False)))
 
 
 def is_aside(held: int, left: int, common: int) -> bool:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
-from itertools import takewhile
 
 from engine.prefix import PREFIX_BLOCK_TOKENS
 from engine.prefix_log import PrefixLog
-from engine.sessions import is_aside
+from engine.sessions import common_start, is_aside
 
 
 class PrefixCache:
@@ -58,8 +57,7 @@ class PrefixCache:
     def keep(self, session: str, blocks: Sequence[int]) -> None:
         """Keep these for a session, in place of what it had; not those of one call beside its history."""
         held = self._kept.get(session, ())
-        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(held, blocks, strict=False)))
-        if is_aside(len(held), len(blocks), common) and session not in self._aside:
+        if is_aside(len(held), len(blocks), common_start(held, blocks)) and session not in self._aside:
             self._aside.add(session)
             self._kept.move_to_end(session)
             return

@@ -146,7 +146,7 @@ class RequestContextMiddleware:
         session_id = _session_id(scope) or _text(said, "session_id") or _text(_xargs(said), "session_id")
         previous = _text(said, "previous_response_id")
         context = RequestContext(arrived_s, self._asked(scope, said), session_id, previous)
-        context.in_background = said.get("background") is True
+        context.in_background = scope["path"].startswith("/v1/responses") and said.get("background") is True
         if scope["method"] != "POST":
             context.decide()  # it asks for what was said before, and has nothing placed
         if context.asked.malformed:
