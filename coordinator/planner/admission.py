@@ -1,7 +1,7 @@
 """Admission (Algorithm 1 of SLOs-Serve): which newcomers may be promised, without breaking a promise made.
 
 The dynamic program counts in whole batches, so that a plan can be carried out as it stands. It is exact within
-that family of plans; `labels.py` has the search. Where there are too many newcomers for it, the densest go
+that family of plans; `search.py` has the search. Where there are too many newcomers for it, the densest go
 through the search and the rest are taken greedily, and the answer says so.
 """
 
@@ -16,10 +16,25 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from coordinator.planner import labels, memory
+from coordinator.planner import memory
 from coordinator.planner.budget import Cost, Dues, Tiers, capacity
 from coordinator.planner.dues import dues, running_by_tier
+from coordinator.planner.given import (
+    ACTIVATE,
+    DROPPED,
+    MANDATORY,
+    MEMORY,
+    NEWCOMER,
+    OPTIONAL,
+    PREFILL,
+    Bounds,
+    Given,
+    Items,
+    Memory,
+)
 from coordinator.planner.instance import Decodes, Instance, Newcomer, Prefill, Tier
+from coordinator.planner.labels import SHORT
+from coordinator.planner.search import BEAM, search
 from engine.cost import StepCost
 from engine.speculation import TierLoad, allowed_s, choose_depths, expected_tokens
 
@@ -31,10 +46,10 @@ CHECK_LABELS = 1 << 11
 EXPLAINED_NEWCOMERS = 64  # deferred ones into which it is looked why; each takes a few checks
 
 MODE_OF = {  # of an item, by kind: what was promised is mandatory, newcomers are dropped unless named
-    labels.ACTIVATE: labels.MANDATORY,
-    labels.PREFILL: labels.MANDATORY,
-    labels.NEWCOMER: labels.DROPPED,
-    labels.MEMORY: labels.OPTIONAL,
+    ACTIVATE: MANDATORY,
+    PREFILL: MANDATORY,
+    NEWCOMER: DROPPED,
+    MEMORY: OPTIONAL,
 }
 DEFERRED_UNSEEN = f"more than {LOOKED_AT_NEWCOMERS} newcomers in one call: not looked at"
 
@@ -128,21 +143,17 @@ class Problem:
         none = (0,) * len(free_kv)
         for at, active_s in enumerate(self.active_s.tolist()):
             if 0 < active_s < np.inf:
-                rows.append((active_s, labels.ACTIVATE, at, at, 0.0, 0.0, none))
+                rows.append((active_s, ACTIVATE, at, at, 0.0, 0.0, none))
         for at, prefill in enumerate(instance.prefills):
             tokens = self.work_tokens(cost, prefill)
-            rows.append((prefill.deadline_s, labels.PREFILL, at, tier_of[prefill.tier], tokens, 0.0, none))
+            rows.append((prefill.deadline_s, PREFILL, at, tier_of[prefill.tier], tokens, 0.0, none))
         for at, one in enumerate(newcomers):
             tokens = self.work_tokens(cost, one)
-            rows.append(
-                (one.deadline_s, labels.NEWCOMER, at, tier_of[one.tier], tokens, one.value, one.kv_tokens)
-            )
+            rows.append((one.deadline_s, NEWCOMER, at, tier_of[one.tier], tokens, one.value, one.kv_tokens))
         asked = [sum(one.kv_tokens[k] for one in newcomers) for k in range(len(free_kv))]
         self.tight = any(wanted > free.tokens for wanted, free in zip(asked, free_kv, strict=True))
         if self.tight:
-            rows += [
-                (free.at_s, labels.MEMORY, at, -1, 0.0, 0.0, none) for at, free in enumerate(free_kv) if at > 0
-            ]
+            rows += [(free.at_s, MEMORY, at, -1, 0.0, 0.0, none) for at, free in enumerate(free_kv) if at > 0]
         rows.sort(key=itemgetter(0, 1, 2))
         self.rows = rows
         self.kv_free = np.array([free.tokens for free in free_kv], dtype=float)
@@ -154,23 +165,23 @@ class Problem:
         self.tokens = np.array([row[4] for row in rows], dtype=float)
         self.values = np.array([row[5] for row in rows], dtype=float)
         self.kv = np.array([row[6] for row in rows], dtype=float).reshape(len(rows), len(free_kv))
-        self.newcomers = np.flatnonzero(self.kinds == labels.NEWCOMER)
+        self.newcomers = np.flatnonzero(self.kinds == NEWCOMER)
         self._modes = np.array([MODE_OF[row[1]] for row in rows], dtype=np.int64)
         self.joined_s = self._joined_s(cost)
         bound_k = self._bound_interval(asked)
-        self._given = labels.Given(
+        self._given = Given(
             Cost(self.line, self.load, self.full_s),
             Tiers(self.period_s, self.slots, self.running, self.active_s, self.tier_s, self.joined_s),
             Dues(self.due_s, self.due_slots, self.horizon_s),
-            labels.Items(self.kinds, self.deadlines_s, self.tokens, self.tiers, self.values, self.kv),
-            labels.Memory(self.kv_from_s, self.kv_free, self.tight, instance.free_seqs),
-            labels.Bounds(
+            Items(self.kinds, self.deadlines_s, self.tokens, self.tiers, self.values, self.kv),
+            Memory(self.kv_from_s, self.kv_free, self.tight, instance.free_seqs),
+            Bounds(
                 _by_weight(self.newcomers, self.values / np.maximum(self.tokens, 1e-9)),
                 _by_weight(self.newcomers, self.values / np.maximum(self.kv[:, bound_k], 1e-9)),
                 bound_k,
             ),
         ).flat()
-        self.check_labels = max(CHECK_LABELS, 2 * labels.BEAM * len(rows))
+        self.check_labels = max(CHECK_LABELS, 2 * BEAM * len(rows))
 
     def _joined_s(self, cost: StepCost) -> np.ndarray[Any, Any]:
         """[T] seconds that a step costs beyond its tokens for one of the prompts, once it decodes."""
@@ -209,24 +220,30 @@ class Problem:
         later = math.ceil(prompt.tokens / self.chunk_tokens) - 1
         return float(prompt.cached_tokens * (later + 1) + self.chunk_tokens * later * (later + 1) / 2)
 
-    def search(self, modes: np.ndarray[Any, Any], lower: float = -1.0, limit: int = SEARCH_LABELS) -> Found:
-        """Run the search with each item dropped, mandatory or optional."""
-        return Found(*labels.search(modes, lower, limit, *self._given))
+    def search(
+        self,
+        modes: np.ndarray[Any, Any],
+        lower: float = -1.0,
+        limit: int = SEARCH_LABELS,
+        then: Sequence[int] = (),
+    ) -> Found:
+        """Run the search with each item dropped, mandatory or optional, and `then` take what fits beside it."""
+        return Found(*search(modes, lower, np.array(then, dtype=np.int64), limit, *self._given))
 
     def take_in_order(self, order: Sequence[int], begun: Found) -> Found:
         """Take newcomers in this order, each if it fits beside those taken."""
         newcomers = set(self.newcomers.tolist())
         modes = self.modes(mandatory=[item for item in begun.items() if item in newcomers])
-        wanted = np.array(order, dtype=np.int64)
-        return Found(*labels.take_in_order(wanted, modes, tuple(begun), self.check_labels, *self._given))
+        found = self.search(modes, limit=self.check_labels, then=order)
+        return found if found.value >= begun.value else begun
 
     def modes(self, mandatory: Iterable[int] = (), optional: Iterable[int] = ()) -> np.ndarray[Any, Any]:
         """What the search may do: what was promised is mandatory, newcomers are dropped unless named."""
         modes = self._modes.copy()
         for item in mandatory:
-            modes[item] = labels.MANDATORY
+            modes[item] = MANDATORY
         for item in optional:
-            modes[item] = labels.OPTIONAL
+            modes[item] = OPTIONAL
         return modes
 
     def feasible(self, items: Iterable[int]) -> Found | None:
@@ -249,7 +266,7 @@ class Problem:
 
 
 class Found(NamedTuple):
-    """What a search found: its value (-1: nothing fits) and a row per item taken, as `labels.search` has it."""
+    """What a search found: its value (-1: nothing fits) and a row per item taken, as `search` has it."""
 
     value: float
     budget_left: float
@@ -382,7 +399,7 @@ def _stretches(found: Found) -> tuple[Stretch, ...]:
         if not stretches and from_s > 0:
             stretches.append(Stretch(0.0, from_s, from_s, 0, short=True))
         if until_s > from_s:
-            stretches.append(Stretch(from_s, until_s, length_s, int(count), short=ending == labels.SHORT))
+            stretches.append(Stretch(from_s, until_s, length_s, int(count), short=ending == SHORT))
     return tuple(stretches)
 
 

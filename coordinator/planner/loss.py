@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from coordinator.planner.admission import Problem
 from coordinator.planner.budget import capacity
-from coordinator.planner.labels import NEWCOMER, PREFILL
+from coordinator.planner.given import NEWCOMER, PREFILL
 
 
 def loss_s(problem: Problem, residence_s: float) -> float:
