@@ -363,7 +363,7 @@ class Node:
         self._steps += 1
         before_s = result.report.seconds if self._step_s is None else self._step_s
         self._step_s = before_s + 0.1 * (result.report.seconds - before_s)
-        self._tally.batch(result.report)
+        self._tally.batch(result.report, self._cost.of(result.report) / self._cost.drift)
         self._residuals.note(self._cost, result.report)
         self._cost = self._cost.updated(result.report)
         self._rested_s = self._clock()

@@ -12,13 +12,14 @@ from engine.base import BatchPlan, Seq, StepReport
 class Tally:
     """Batches and their seconds, and in how many times a sequence was treated which way.
 
-    `planning_s` of `busy_s` went into planning batches. `chunked`: a prompt got a part of what it had left;
-    `skipped`: a running sequence was left out of a batch; `preempted`: one lost its KV. Drafts: how many
-    tokens were verified, and how many of them were right.
+    `planning_s` of `busy_s` went into planning batches; by the step profile they would have taken `profiled_s`.
+    `chunked`: a prompt got a part of what it had left; `skipped`: a running sequence was left out of a batch;
+    `preempted`: one lost its KV. Drafts: how many tokens were verified, and how many of them were right.
     """
 
     busy_s: float = 0.0
     planning_s: float = 0.0
+    profiled_s: float = 0.0
     chunked: int = 0
     skipped: int = 0
     preempted: int = 0
@@ -36,10 +37,11 @@ class Tally:
             else:
                 self.chunked += 0 < chunks.get(seq.work_id, 0) <= seq.prefill_left
 
-    def batch(self, report: StepReport) -> None:
+    def batch(self, report: StepReport, profiled_s: float) -> None:
         """Count a batch that has ended."""
         self.busy_s += report.seconds
         self.planning_s += report.planning_s
+        self.profiled_s += profiled_s
         self.preempted += report.preempted
         self.drafted_tokens += report.drafted_tokens
         self.accepted_tokens += report.accepted_tokens

@@ -49,6 +49,7 @@ def measure(
     if system.ours:
         after = started.nodes()
         row["planning_share"] = _gain(before, after, "planning_s", "busy_s")
+        row["steps_over_profile"] = _gain(before, after, "busy_s", "profiled_s")
         row["acceptance"] = _gain(before, after, "accepted_tokens", "drafted_tokens")
     return row
 
@@ -133,7 +134,7 @@ def predicted(
 
 
 def _gain(before: Sequence[Row], after: Sequence[Row], part: str, whole: str) -> float | None:
-    """How much `part` of all nodes grew, as a share of `whole`."""
+    """How much `part` of all nodes grew, over the growth of `whole`."""
     parts, wholes = (
         sum(node["tally"][key] for node in after) - sum(node["tally"][key] for node in before)
         for key in (part, whole)

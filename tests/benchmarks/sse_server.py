@@ -50,7 +50,13 @@ class SseServer:
 
     async def cluster(self, _: Request) -> Response:
         done = len(self.bodies)
-        tally = {"busy_s": done, "planning_s": done / 50, "drafted_tokens": 0, "accepted_tokens": 0}
+        tally = {
+            "busy_s": done,
+            "planning_s": done / 50,
+            "profiled_s": done / 2,
+            "drafted_tokens": 0,
+            "accepted_tokens": 0,
+        }
         counts = {"requests": done, "met": done, "stages": {"prefill": {"met": done, "total": done}}}
         return JSONResponse(
             {

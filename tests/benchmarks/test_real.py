@@ -120,6 +120,7 @@ def test_the_client_is_a_process_of_its_own(tmp_path: Path) -> None:
     assert told
     assert row["completed"] == row["counted"] > 0
     assert row["planning_share"] == pytest.approx(0.02)
+    assert row["steps_over_profile"] == pytest.approx(2.0)
     assert row["acceptance"] is None  # nothing was drafted
     assert [len(body["prompt"]) for body in asked] == workload.prompt_tokens.tolist()
     assert asked[0]["slo"]["ttft_ms"] == pytest.approx(slos[0].ttft_s * 1e3)

@@ -334,7 +334,7 @@ def _window(system: str, attainment: float, rate: float) -> Row:
     return {
         "scenario": "chatbot", "engines": 1, "system": system, "asked_per_s": rate, "rate_per_s": rate,
         "attainment": attainment, "admitted": 80, "counted": 90, "admitted_kept": 1.0, "best_effort": 10,
-        "best_effort_completed": 9,
+        "best_effort_completed": 9, "planning_share": 0.0123, "steps_over_profile": 1.21,
     }  # fmt: skip
 
 
@@ -366,7 +366,7 @@ def test_real_engines_have_their_ratios_loads_and_picture(tmp_path: Path) -> Non
     assert "chatbot on 1: slosserve | budget 2048, cap 64 | 9.00 (8.10 to 9.90) | 1.80x | 1.50x | 7.50" in part
     assert "98.3% or more met every stage, 99.3% in all of them" in part
     assert "- Measured on a CPU, commit abc, 2026-01-02: chatbot on 1." in part
-    assert "| 2.00x | 18.0 | 50.0% | 80 of 90 | 100.0% | 9 of 10 |" in part
+    assert "| 2.00x | 18.0 | 50.0% | 80 of 90 | 100.0% | 9 of 10 | 1.2% | 1.21x |" in part
     assert (tmp_path / "plots" / "real.png").exists()
     assert "No figure on this page was measured on a GPU by us." in part
 

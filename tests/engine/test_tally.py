@@ -32,6 +32,7 @@ def test_batches_add_up() -> None:
         0.5, 9, 3, 3, 70, 0.0, drafted_tokens=6, accepted_tokens=4, preempted=1, planning_s=0.01
     )
     for _ in range(3):
-        tally.batch(report)
+        tally.batch(report, 0.4)
     assert (tally.busy_s, tally.drafted_tokens, tally.accepted_tokens, tally.preempted) == (1.5, 18, 12, 3)
     assert abs(tally.planning_s - 0.03) < 1e-12
+    assert abs(tally.profiled_s - 1.2) < 1e-12
