@@ -32,6 +32,7 @@ from vllm.v1.metrics.stats import IterationStats
 from coordinator.best_effort import place_best_effort
 from coordinator.config import ClusterConfig
 from coordinator.endpoint.context import RequestContext, current
+from coordinator.endpoint.delivery import Delivery
 from coordinator.endpoint.explain import record_of
 from coordinator.endpoint.features import ServedBy, served_by
 from coordinator.endpoint.flight import Flight, Passenger
@@ -60,7 +61,8 @@ RESUME_PAUSE_S = 0.5
 class Journey:
     """A request: its flights (one per sequence) and where their tokens are collected.
 
-    `share`: what it has of its tool loop, if that has a deadline; `finished`: what became of its first flight.
+    `share`: what it has of its tool loop, if that has a deadline; `finished`: what became of its first flight;
+    `came_s`: when the first of the tokens came that the client has not been sent yet.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Journey:
         self.share = share
         self.flights: list[Flight] = []
         self.finished: Finished | None = None
+        self.came_s: float | None = None
 
 
 class ClusterEngine(TextEngineClient):
@@ -98,6 +101,7 @@ class ClusterEngine(TextEngineClient):
         # Where vLLM stores no responses nobody can go on from one.
         self._responses = ResponseSessions() if envs.VLLM_ENABLE_RESPONSES_API_STORE else None
         self._max_batch_tokens = config.engine.max_batch_tokens
+        self._delivery = Delivery()
         self._thinking = Thinking(self.renderer.tokenizer, config.endpoint.reasoning_parser)
 
     def connect(self, links: NodeLinks, idle_cost: StepCost) -> None:
@@ -169,7 +173,10 @@ class ClusterEngine(TextEngineClient):
                 output = collector.get_nowait() or await collector.get()
                 assert isinstance(output, RequestOutput)
                 finished = output.finished
+                came_s, journey.came_s = journey.came_s, None
                 yield output
+                if came_s is not None:  # whoever reads this asks for more once it was written
+                    self._delivery.note(time.monotonic() - came_s)
         except SlosserveError as error:
             raise _http_error(error) from error
         finally:
@@ -236,6 +243,7 @@ class ClusterEngine(TextEngineClient):
             cache_salt=request.cache_salt,
             arrived_s=journey.context.arrived_s,
             session=journey.context.session_id if index == 0 else None,  # one of several goes on
+            delivery_s=self._delivery.seconds,
         )
         assert self._links is not None
         flight = Flight(passenger, self._links.send, self._config.transfer.pull_deadline_s, self._fail)
@@ -400,6 +408,8 @@ class ClusterEngine(TextEngineClient):
             if flight is None or said is None:
                 continue
             outputs.append(_core_output(said, flight, now_s))
+            journey = self._journeys[delta.request_id]
+            journey.came_s = now_s if journey.came_s is None else journey.came_s
             if said.finish_reason is not None:
                 landed.append(flight)
         if not outputs:

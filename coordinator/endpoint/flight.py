@@ -37,7 +37,10 @@ MAX_RESUMES = 20  # attempts that went on after tokens: a request that kills nod
 
 @dataclass(frozen=True, slots=True)
 class Passenger:
-    """What is carried: one sequence of a request. Its sampling parameters are encoded for the engine."""
+    """What is carried: one sequence of a request. Its sampling parameters are encoded for the engine.
+
+    `delivery_s`: how long its tokens are expected to take from the endpoint to the client.
+    """
 
     request_id: str
     prompt_token_ids: Sequence[int]
@@ -48,6 +51,7 @@ class Passenger:
     cache_salt: str | None
     arrived_s: float
     session: str | None = None
+    delivery_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -268,17 +272,18 @@ class Flight:
         if slo is None:
             return BEST_EFFORT
         since_arrival_s = self.since_arrival_s()
-        left_s = slo.ttft_s - since_arrival_s
+        ttft_s = max(slo.ttft_s - self.passenger.delivery_s, 0.0)  # the client is to have it by then
+        left_s = ttft_s - since_arrival_s
         best_effort = self.timeline.verdict == "best_effort"
         answer_tpot_s = None if slo.thinking_tpot_s is None else slo.tpot_s
         if not self.token_times_s:
             return Pace(left_s, slo.first_pace_s, best_effort, answer_tpot_s)
         begun = self._interrupted_s is None
         if begun:  # handed over after its first token
-            left_s = max(slo.ttft_s, self.token_times_s[0]) + self._paced_s(slo) - since_arrival_s
+            left_s = max(ttft_s, self.token_times_s[0]) + self._paced_s(slo) - since_arrival_s
         else:
             # The gap is what it is, and the next token is due as a first one would be, or when it was.
-            left_s = max(left_s + self._paced_s(slo), slo.ttft_s)
+            left_s = max(left_s + self._paced_s(slo), ttft_s)
         if self._thinking_tokens is None:
             return Pace(left_s, slo.first_pace_s, best_effort, answer_tpot_s, begun)
         return Pace(left_s, slo.tpot_s, best_effort, begun=begun)

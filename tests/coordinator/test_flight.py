@@ -29,10 +29,21 @@ class Trip:
     failures: list[SlosserveError] = field(default_factory=list)
     retries: int = 0
     more_tokens: int = 0
+    delivery_s: float = 0.0
 
     def __post_init__(self) -> None:
         most = 10 + self.more_tokens
-        passenger = Passenger("r", [1, 2, 3], b"how", most, self.slo, False, None, time.monotonic())
+        passenger = Passenger(
+            "r",
+            [1, 2, 3],
+            b"how",
+            most,
+            self.slo,
+            False,
+            None,
+            time.monotonic(),
+            delivery_s=self.delivery_s,
+        )
         self.flight = Flight(
             passenger,
             lambda node, message: self.sent.append((node.node, message)),
@@ -91,6 +102,17 @@ def test_what_is_handed_over_stays_in_the_pace_that_its_first_token_began() -> N
     (decode,) = trip.sent_to("d", Submit)
     assert decode.pace.begun
     assert decode.pace.first_token_left_s == pytest.approx(5.1, abs=0.5)
+
+
+def test_tokens_are_asked_for_early_enough_to_be_delivered_when_they_are_due() -> None:
+    trip = Trip(slo=Slo("chatbot", ttft_s=5.0, tpot_s=0.1), delivery_s=2.0)
+    assert trip.flight.question().first_token_left_s == pytest.approx(3.0, abs=0.5)
+    trip.place()
+    (prefill,) = trip.sent_to("p", Submit)
+    assert prefill.pace.first_token_left_s == pytest.approx(3.0, abs=0.5)
+    trip.delta(0, [6], handoff=HANDOFF, finish_reason="length")
+    (decode,) = trip.sent_to("d", Submit)
+    assert decode.pace.first_token_left_s == pytest.approx(3.1, abs=0.5)
 
 
 def test_a_prefill_for_an_answer_that_has_begun_says_nothing() -> None:
