@@ -1,4 +1,4 @@
-"""How long a token takes from this process to the client's socket: what a promise is kept by besides the nodes."""
+"""How long a token takes from here to the client's socket: what a promise needs besides the nodes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ MOST_S = 0.05  # of one token: a client that does not read slows nobody else's p
 class Delivery:
     """Follows, token by token, the time from when one came from a node until it was written.
 
-    Mean and mean deviation as exponential averages, which is how TCP follows the time of a round trip (RFC 6298).
+    Mean and mean deviation are exponential averages, as TCP follows the time of a round trip (RFC 6298).
     """
 
     def __init__(self) -> None:
