@@ -67,7 +67,8 @@ class Memory:
 @dataclass(frozen=True, slots=True)
 class Moment:
     """When and on what a batch is composed. `memory`: None where it is not known. `coming_due_s`: the earliest
-    first token of a promise whose KV is on its way here.
+    first token of a promise whose KV is on its way here. `margin`: share by which a batch may well take longer
+    than `cost` says.
     """
 
     now_s: float
@@ -75,6 +76,7 @@ class Moment:
     max_batch_tokens: int
     memory: Memory | None = None
     coming_due_s: float = math.inf
+    margin: float = 0.0
 
 
 def compose(seqs: Sequence[Seq], duties: Mapping[str, Duty], moment: Moment) -> BatchPlan:
@@ -93,7 +95,7 @@ def compose(seqs: Sequence[Seq], duties: Mapping[str, Duty], moment: Moment) -> 
         memory.free_tokens,
         memory.free_slots,
     )
-    pour["coming_due_s"] = moment.coming_due_s
+    pour["coming_due_s"], pour["margin"] = moment.coming_due_s, moment.margin
     order = np.empty(len(rows), dtype=np.int64)
     compose_rows(
         rows, np.arange(len(rows)), moment.now_s, _arrays(moment.cost), moment.max_batch_tokens, pour[0], order

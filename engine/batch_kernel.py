@@ -29,6 +29,7 @@ POUR = np.dtype(
     [
         ("room", np.int64),
         ("limit_s", np.float64),
+        ("margin", np.float64),  # share by which a batch may take longer than predicted
         ("coming_due_s", np.float64),  # first token of a promise whose KV is on its way, the earliest; or inf
         ("draft_steps", np.int64),  # of the deepest verify that is planned
         ("seqs", np.int64),  # in the batch so far: the first of `order`
@@ -154,15 +155,19 @@ def _chunk_in(seconds, row, pour, cost):
 def _prefill(rows, one, left_s, pour, cost, order):
     """A chunk of what it still needs. A crumb only if that ends the prompt, or the batch were empty.
 
-    Where it ends in this batch, the batch ends within `left_s` if it can. Returns whether it got all.
+    Where it ends in this batch, the batch ends within `left_s` if it can, and by a margin if it can. Returns
+    whether it got all.
     """
     row = rows[one]
     needed = max(_known(row) - row.computed_tokens, 1)
     chunk = min(needed, pour.room)
     if pour.limit_s < math.inf:
         chunk = min(chunk, _chunk_in(pour.limit_s, row, pour, cost))
-    if chunk == needed and left_s < pour.limit_s and _chunk_in(left_s, row, pour, cost) >= needed:
-        pour.limit_s = left_s
+    if chunk == needed and left_s < math.inf:
+        for within_s in (left_s / (1.0 + pour.margin), left_s):
+            if within_s < pour.limit_s and _chunk_in(within_s, row, pour, cost) >= needed:
+                pour.limit_s = within_s
+                break
     crumb = chunk < min(needed, MIN_CHUNK_TOKENS)
     if chunk > 0 and not (crumb and pour.seqs > 0):
         tokens, room = pour.tokens, pour.room

@@ -63,7 +63,7 @@ LEASE_WAIT_S = 0.005  # nobody waits: only leases, and bytes of pulls that were 
 REPORT_EVERY_S = 0.1
 FORGET_PEER_S = 60.0  # after its work was dropped
 RECENT_PULLS = 64
-MARGIN_QUANTILE = 0.9  # of steps that the margin told to the planner covers
+MARGIN_QUANTILE = 0.9  # of steps that the margin covers, which the planner is told of and batches are made by
 ROLE_GRACE_S = 10.0  # for what was placed here before a change of role, and comes after it
 KV_BOUND_SHARE = 0.9  # of the blocks in use: from there on memory is what binds
 BATCHES_UNDER_WAY = 2  # of an engine that overlaps them
@@ -136,6 +136,8 @@ class Node:
         self._next_upkeep_s = 0.0
         self._told_s = -math.inf
         self._stalled = False  # the last batch that was composed found no slot or no memory
+        self._composed = False  # a batch that is not empty: a step of an idle node has none to compose
+        self._margin = 0.0  # share by which a step may well take longer than predicted
         self._stopping = threading.Event()
 
     @property
@@ -355,7 +357,8 @@ class Node:
                 by_peer.setdefault(promise.peer, []).append(self._delta(promise, output))
         for peer, deltas in by_peer.items():
             self._queue(peer, deltas)
-        self._stalled = result.report is None
+        self._stalled = result.report is None and self._composed
+        self._composed = False
         if result.report is None:
             if self._socket.report is not None and self._socket.report.in_flight_s > 0:
                 self._publish_report()  # what was told of did not begin
@@ -385,9 +388,15 @@ class Node:
             overlaps = self._engine.overlaps
             duties = {seq.work_id: promise.ahead(seq) if overlaps else promise.duty for seq, promise in here}
             moment = Moment(
-                begins_s, self._cost, self._info.max_batch_tokens, self._memory(), self._coming_due_s(seqs)
+                begins_s,
+                self._cost,
+                self._info.max_batch_tokens,
+                self._memory(),
+                self._coming_due_s(seqs),
+                self._margin,
             )
             plan = self._role.compose(seqs, duties, moment)
+        self._composed = bool(plan.chunk_tokens)
         note_batched(plan, here, begins_s)
         self._tally.plan(plan, seqs)
         self._under_way.append(_Batch(begins_s + plan.expected_s, plan.depth))
@@ -528,6 +537,7 @@ class Node:
         end_s = now_s if begins is None else max(begins_s, now_s) + begins.expected_s
         in_flight_s = end_s - now_s
         chunks = {} if begins is None else begins.chunk_tokens
+        self._margin = self._residuals.margin(MARGIN_QUANTILE)
         self._socket.reported_s = time.monotonic()
         self._socket.report = Report(
             node=self.name,
@@ -543,7 +553,7 @@ class Node:
             idle_cost=self._idle_cost,
             promises_preempted=self._promises_preempted,
             promises_starved=self._promises_starved,
-            cost_margin=self._residuals.margin(MARGIN_QUANTILE),
+            cost_margin=self._margin,
             steps=self._steps,
             step_s=self._step_s or 0.0,
             stuck_s=0.0,

@@ -193,6 +193,16 @@ def test_a_batch_ends_by_the_deadline_of_a_prompt_that_ends_in_it() -> None:
     assert plan.chunk_tokens == {"soon": 500, "later": COST.tokens_in(0.1) - 500}
 
 
+def test_a_prompt_that_ends_in_a_batch_has_a_margin_where_it_fits_with_one() -> None:
+    seqs = [waiting("first", 800), waiting("second", 3000)]  # 81 ms alone
+    for due_s, most_s in [(0.2, 0.2 / 1.25), (0.09, 0.09)]:
+        duties = {"first": promise("first", due_s, said=False), "second": promise("second", 2.0, said=False)}
+        plan = compose(seqs, duties, replace(LARGE, margin=0.25))
+        assert plan.chunk_tokens["first"] == 800
+        took_s = COST.predict(sum(plan.chunk_tokens.values()))
+        assert most_s - 2e-3 < took_s <= most_s
+
+
 def test_a_prompt_whose_deadline_is_lost_lets_the_others_go_first() -> None:
     seqs = [waiting("lost", 500), waiting("kept", 500)]
     duties = {"lost": promise("lost", 0.01, said=False), "kept": promise("kept", 0.1, said=False)}

@@ -675,6 +675,20 @@ def test_a_probe_that_fails_is_answered_for_every_peer(serve: Serve, error: Exce
     assert (link.source, link.target) == ("source", "engine")
 
 
+def test_the_first_batch_after_steps_that_had_nothing_to_run_is_told_of_as_well(serve: Serve) -> None:
+    served = serve()
+    client, coordinator = served.client("endpoint"), served.coordinator()
+    client.send(submit("lease", kind=WorkKind.PREFILL))
+    coordinator.report(lambda report: len(report.leases) == 1)
+    stepped = served.engine.steps
+    coordinator.report(lambda _: served.engine.steps > stepped + 10)  # for the lease: there is no batch
+    served.engine.step_s = 0.4
+    client.send(submit("r", max_tokens=LONG))
+    report = coordinator.until(Report, lambda report: report.in_flight_s > 0)
+    assert report.age_s < 0.4, "it came before the batch had ended"
+    assert "r" in [work.request_id for work in report.works]
+
+
 def test_a_batch_is_told_of_as_it_begins_with_the_works_as_they_will_be(serve: Serve) -> None:
     served = serve()
     served.engine.step_s = 0.4
