@@ -17,8 +17,8 @@ from engine.base import StepReport
 
 MIN_PER_TOKEN_S = 1e-9  # so that a step always holds a finite number of tokens
 ROUNDING_TOKENS = 1e-6  # a budget that is a whole number of tokens but for rounding holds them all
-DRIFT_WEIGHT = 0.05  # of one step in the average: about the last 20 steps count
-DRIFT_BOUNDS = (0.2, 5.0)  # one step's measured/predicted ratio is cut to this: a pause is no drift
+DRIFT_WEIGHT = 0.2  # of one step in the average: about the last 5 steps count
+DRIFT_BOUNDS = (0.5, 2.0)  # one step's measured/predicted ratio is cut to this: a pause is no drift
 
 REST_TIME_S = 10.0  # without a step, until 1/e of the drift is left
 
