@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
 from importlib.metadata import entry_points, version
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -85,7 +87,13 @@ def slosserve(
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Entry point of the console script.
+
+    SIGTERM, and SIGHUP of a terminal that closes, take the way of ctrl-C: what a verb has started is ended.
+    """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup asks for that
+            signal.signal(number, _interrupt)
     try:
         app()
     except SlosserveError as error:
@@ -93,6 +101,10 @@ def main() -> None:
         raise SystemExit(EXIT_USAGE if error.http_status == 400 else EXIT_FAILED) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 def _complain(message: str) -> None:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -55,15 +51,14 @@ def up(
     settings = load_config(config, given | dict(map(parse_assignment, assignments or [])))
     if settings.engines == "virtual":
         Console(stderr=True).print(f"[bold yellow]{VIRTUAL}[/]")
-    with _terminated_like_interrupted():
-        cluster = _start(settings, detach)
-        if detach:
-            Console().print(
-                f"ready at {cluster.base_url}; it runs on. End it: slosserve down --name {settings.name}"
-            )
-            return
-        with cluster:
-            _keep(cluster)
+    cluster = _start(settings, detach)
+    if detach:
+        Console().print(
+            f"ready at {cluster.base_url}; it runs on. End it: slosserve down --name {settings.name}"
+        )
+        return
+    with cluster:
+        _keep(cluster)
 
 
 def _start(settings: Any, detach: bool) -> ClusterProcess:
@@ -80,21 +75,6 @@ def _keep(cluster: ClusterProcess) -> None:
     Console().print(f"ready at {cluster.base_url} (OpenAI: {cluster.base_url}/v1). Ctrl-C ends it.")
     errors = Console(stderr=True)
     Keeper(cluster, lambda text: errors.print(text, markup=False, highlight=False)).keep()
-
-
-@contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
-    """SIGTERM, and SIGHUP of a terminal that closes, take the way of ctrl-C: the clean-up runs."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    kept = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)
 
 
 def _print_line(console: Console, event: dict[str, Any]) -> None:

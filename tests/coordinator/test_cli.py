@@ -223,6 +223,59 @@ def test_something_that_is_no_endpoint_of_ours_is_told(stand_in: tuple[StandIn, 
     assert_clear(run_cli("status", "--url", url), "is it a slosserve endpoint?")
 
 
+def _heed_signals() -> None:
+    """What a shell starts in the background ignores them, and so do its children."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
+# ---- how a verb ends -------------------------------------------------------------------------------------
+
+STARTS_SOMETHING = """
+import sys, time
+from coordinator.cli import main as cli
+
+def hold():
+    try:
+        print("started", flush=True)
+        time.sleep(60)
+    finally:
+        print("ended", flush=True)
+
+sys.modules["holding"] = type(sys)("holding")
+sys.modules["holding"].hold = hold
+sys.modules[cli.__module__].VERBS["hold"] = ("holding:hold", "Hold.")
+sys.argv = ["slosserve", "hold"]
+cli()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_whatever_ends_a_verb_ends_what_it_has_started(number: signal.Signals) -> None:
+    command = [sys.executable, "-c", STARTS_SOMETHING]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=_heed_signals) as verb:
+        assert verb.stdout is not None
+        assert verb.stdout.readline() == "started\n"
+        verb.send_signal(number)
+        assert verb.stdout.read() == "ended\n"
+    assert verb.returncode not in (0, -number)
+
+
+def test_a_verb_under_nohup_outlives_its_terminal() -> None:
+    def nohup() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    command = [sys.executable, "-c", STARTS_SOMETHING]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=nohup) as verb:
+        assert verb.stdout is not None
+        assert verb.stdout.readline() == "started\n"
+        verb.send_signal(signal.SIGHUP)
+        with pytest.raises(subprocess.TimeoutExpired):
+            verb.wait(timeout=0.3)
+        verb.send_signal(signal.SIGTERM)
+        assert verb.stdout.read() == "ended\n"
+
+
 # ---- a real cluster --------------------------------------------------------------------------------------
 
 
@@ -241,12 +294,6 @@ def wait_until_gone(state: RunState) -> None:
     while left := processes_and_ports(state):
         assert time.monotonic() < deadline_s, left
         time.sleep(0.1)
-
-
-def _heed_signals() -> None:
-    """What a shell starts in the background ignores them, and so do its children."""
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.mark.engines
