@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import numpy as np
 
+from benchmarks.parts import asked
 from benchmarks.workload import Workload
 
 PATH = "/v1/completions"
@@ -90,7 +91,7 @@ class Writer:
 
 def by_class(workload: Workload) -> list[dict[str, str]]:
     """The SLO field of every request: its class by name."""
-    return [{"class": workload.class_names[index]} for index in workload.class_index.tolist()]
+    return [asked(workload.class_names[index]) for index in workload.class_index.tolist()]
 
 
 def followers(workload: Workload) -> dict[int, tuple[int, float]]:
@@ -150,6 +151,7 @@ async def send(client: httpx.AsyncClient, body: bytes, due_s: float, enough: int
         async with client.stream("POST", PATH, content=body, headers=headers) as response:
             sent.request_id = response.headers.get("x-slosserve-request-id")
             sent.verdict = response.headers.get("x-slosserve-verdict")
+            malformed = response.headers.get("x-slosserve-slo")
             async for part in response.aiter_raw():
                 now_s = time.perf_counter() - due_s
                 tail = (tail + part)[-KEPT_BYTES:]
@@ -163,6 +165,8 @@ async def send(client: httpx.AsyncClient, body: bytes, due_s: float, enough: int
         return sent
     if response.status_code != httpx.codes.OK or not tail.rstrip().endswith(b"data: [DONE]"):
         sent.error = f"status {response.status_code}: {tail[-300:].decode(errors='replace')}"
+    elif malformed is not None:
+        sent.error = malformed  # it ran without what was asked for, so it measures nothing
     return sent
 
 

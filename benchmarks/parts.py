@@ -18,6 +18,8 @@ SLO_CLASSES: Mapping[str, Mapping[str, float]] = {
     **PAPER_SLO_CLASSES,
     "tool_last": {**PAPER_SLO_CLASSES["tool"], "tpot_ms": 100.0},
 }
+# Where an endpoint has no class of that name: the client says there which call is the last.
+ASKED: Mapping[str, Mapping[str, str]] = {"tool_last": {"class": "tool", "call": "last"}}
 OWN_CLASS = "own"
 TPOTS = ("tpot_ms", "thinking_tpot_ms")
 
@@ -28,6 +30,11 @@ def promise(slo_class: str, tpot_scale: float = 1.0) -> SloClass:
         raise ConfigError(f"no SLO class {slo_class!r}: choose from {', '.join(SLO_CLASSES)}")
     fields = SLO_CLASSES[slo_class]
     return SloClass(**{key: value * tpot_scale if key in TPOTS else value for key, value in fields.items()})
+
+
+def asked(slo_class: str) -> dict[str, str]:
+    """The SLO field of a request of this class, as an endpoint takes it."""
+    return dict(ASKED.get(slo_class, {"class": slo_class}))
 
 
 def own_promise(

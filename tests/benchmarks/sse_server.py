@@ -104,7 +104,8 @@ class SseServer:
             return JSONResponse({"error": {"message": "no room"}}, status_code=503)
         if not body["stream"]:  # as vLLM answers a prompt whose KV is to be fetched
             return JSONResponse({"kv_transfer_params": {"remote_host": "here", "number": len(self.bodies)}})
-        return StreamingResponse(self._texts(body), media_type="text/event-stream")
+        headers = {"x-slosserve-slo": "malformed, served best effort"} if self.fault == "malformed" else {}
+        return StreamingResponse(self._texts(body), media_type="text/event-stream", headers=headers)
 
     async def _take(self, request: Request) -> dict[str, Any]:
         body: dict[str, Any] = json.loads(await request.body())

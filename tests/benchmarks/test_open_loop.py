@@ -23,7 +23,9 @@ from benchmarks.open_loop import (
     send,
     send_all,
 )
-from benchmarks.scenarios import make
+from benchmarks.scenarios import SCENARIOS, make
+from coordinator.config import load_config
+from coordinator.endpoint.slo import read_asked
 
 VOCABULARY = 3072
 
@@ -150,3 +152,21 @@ async def test_what_is_not_served_is_an_error_and_not_an_exception() -> None:
     assert "503" in sent.error
     async with httpx.AsyncClient(base_url=server.base_url) as client:  # it is gone
         assert (await send(client, body, time.perf_counter())).error is not None
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_an_endpoint_knows_what_every_scenario_asks_for(scenario: str) -> None:
+    config = load_config("colocated")
+    for field in by_class(make(scenario, 2.0, 30.0, 1)):
+        asked = read_asked(field, config.slo_classes)
+        assert asked.malformed is None
+        assert not asked.empty
+
+
+async def test_what_ran_without_its_slo_is_an_error() -> None:
+    body = _encoded(_writer().body(12, 5, 340, {"class": "unknown"}))
+    with running(SseServer(fault="malformed")) as server:
+        async with httpx.AsyncClient(base_url=server.base_url) as client:
+            sent = await send(client, body, time.perf_counter())
+    assert len(sent.token_times_s) == 5
+    assert sent.error == "malformed, served best effort"
