@@ -175,7 +175,8 @@ class ClusterEngine(TextEngineClient):
                 finished = output.finished
                 came_s, journey.came_s = journey.came_s, None
                 yield output
-                if came_s is not None:  # whoever reads this asks for more once it was written
+                # Whoever streams this asks for more once it was written; what is sent whole waited for its end.
+                if came_s is not None and not finished:
                     self._delivery.note(time.monotonic() - came_s)
         except SlosserveError as error:
             raise _http_error(error) from error

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import time
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from vllm.outputs import RequestOutput
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.output_processor import RequestOutputCollector
 
 from coordinator.endpoint.delivery import MOST_S, Delivery
+from coordinator.endpoint.engine import ClusterEngine
 
 
 def test_a_steady_delivery_is_learned_and_forgotten_when_it_changes() -> None:
@@ -32,3 +40,18 @@ def test_whatever_is_seen_little_is_kept_free(seen: list[float]) -> None:
     for seconds in seen:
         delivery.note(seconds)
         assert 0.0 <= delivery.seconds <= 2 * MOST_S
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+async def test_an_answer_that_is_sent_whole_says_nothing_of_how_long_tokens_take(streamed: bool) -> None:
+    engine: Any = SimpleNamespace(_delivery=Delivery(), _abandon=lambda _: None)
+    collector = RequestOutputCollector(RequestOutputKind.DELTA, "r")
+    context = SimpleNamespace(in_background=False)
+    journey: Any = SimpleNamespace(collector=collector, context=context, came_s=None)
+    outputs = ClusterEngine._follow(engine, journey)
+    for finished in [False, True] if streamed else [True]:
+        journey.came_s = time.monotonic() - 1.0  # the first token came then
+        collector.put(RequestOutput("r", None, None, None, [], finished))
+        assert (await anext(outputs)).finished is finished
+    assert await anext(outputs, None) is None
+    assert (engine._delivery.seconds > 0) is streamed
