@@ -2,13 +2,13 @@
 
 The node's own state is the truth; the mirror is late by a report. What was placed and has not yet shown up in
 a report is counted as if it had arrived, so that two requests placed in one instant do not both get the last
-place.
+place. What an idle node is given it begins at once: until it tells, that prompt is under way for the planner.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from coordinator.planner.memory import OVERFLOW_Z, next_z
 from coordinator.planner.replica import Replica
@@ -119,6 +119,26 @@ class NodeMirror:
         return self.reported_s + (0.0 if self.report is None else self.report.in_flight_s)
 
     @property
+    def _begun(self) -> Placement | None:
+        """The prompt that an idle node was given first, which it has begun before it could tell."""
+        if self.report is None or self.report.works or self.report.in_flight_s > 0:
+            return None
+        first = next(iter(self.placed.values()), None)
+        return None if first is None or first.state.prefill_left_tokens == 0 else first
+
+    def _under_way(self) -> tuple[Works, float]:
+        """All works as they will be when the batch in flight ends, and when that is."""
+        assert self.report is not None
+        if (begun := self._begun) is None:
+            return self.works, self._told_of_s
+        known = begun.state.prompt_tokens + begun.state.output_tokens
+        computed = known - begun.state.prefill_left_tokens
+        alone_s = self.report.cost.prefill_alone_s(known, self.report.info.max_batch_tokens, computed)
+        ends_s = max(begun.at_s, self.reported_s) + alone_s
+        later = ((one.state, one.at_s - ends_s) for one in self.placed.values() if one is not begun)
+        return Works.of([_after_its_prompt(begun, ends_s)], later), ends_s
+
+    @property
     def serving(self) -> bool:
         """Whether work can be placed here."""
         return self.state == "ready" and self.report is not None and not self.leaving
@@ -152,6 +172,7 @@ class NodeMirror:
         """The node as the planner sees it."""
         report = self.report
         assert report is not None
+        works, ends_s = self._under_way()
         return Replica(
             cost=report.cost,
             margin=min(report.cost_margin, MOST_MARGIN),
@@ -161,10 +182,22 @@ class NodeMirror:
             kv_tokens=report.info.num_blocks * report.info.block_size,
             block_tokens=report.info.block_size,
             max_seqs=report.info.max_num_seqs,
-            works=self.works,
-            age_s=now_s - self._told_of_s,
+            works=works,
+            age_s=now_s - ends_s,
             step_s=report.step_s,
         )
+
+
+def _after_its_prompt(begun: Placement, at_s: float) -> WorkState:
+    """As it will be at `at_s`, when its prompt has been computed and the first token said."""
+    first_left_s = begun.state.first_token_left_s + begun.at_s - at_s
+    return replace(
+        begun.state,
+        prefill_left_tokens=0,
+        output_tokens=begun.state.output_tokens + 1,
+        first_token_left_s=first_left_s,
+        next_due_left_s=max(first_left_s, 0.0) + begun.state.tpot_s,
+    )
 
 
 def _shows(reported: WorkState | None, placed: WorkState) -> bool:

@@ -5,8 +5,8 @@ end go first; then prefills, earliest deadline first, in chunks; then tokens tha
 builds slack, and drafts; then prefills whose deadline is lost; best effort comes last. The pace caps the time
 of a batch and is never a target: a token is held back only while a queued prefill needs its slot, and never
 while KV memory is what binds. Best effort gives up slot and memory, last in first out, to a promise that
-lacks them; its prompts are begun only while memory stays free, and do not make batches long. KV that was
-handed over is pulled by the same rules: promises first, and best effort makes way for it.
+lacks them; its prompts are begun only while memory stays free, and make no long batches where promises are
+made. KV that was handed over is pulled by the same rules: promises first, and best effort makes way for it.
 
 The work is done by compiled code (`engine/batch_kernel.py`), which virtual engines call without this front.
 """
@@ -68,7 +68,7 @@ class Memory:
 class Moment:
     """When and on what a batch is composed. `memory`: None where it is not known. `coming_due_s`: the earliest
     first token of a promise whose KV is on its way here. `margin`: share by which a batch may well take longer
-    than `cost` says.
+    than `cost` says. `promised_s`: when a promise was here last.
     """
 
     now_s: float
@@ -77,6 +77,7 @@ class Moment:
     memory: Memory | None = None
     coming_due_s: float = math.inf
     margin: float = 0.0
+    promised_s: float = -math.inf
 
 
 def compose(seqs: Sequence[Seq], duties: Mapping[str, Duty], moment: Moment) -> BatchPlan:
@@ -96,6 +97,7 @@ def compose(seqs: Sequence[Seq], duties: Mapping[str, Duty], moment: Moment) -> 
         memory.free_slots,
     )
     pour["coming_due_s"], pour["margin"] = moment.coming_due_s, moment.margin
+    pour["promised_s"] = moment.promised_s
     order = np.empty(len(rows), dtype=np.int64)
     compose_rows(
         rows, np.arange(len(rows)), moment.now_s, _arrays(moment.cost), moment.max_batch_tokens, pour[0], order

@@ -18,9 +18,12 @@ MIN_CHUNK_TOKENS = 16  # smaller chunks cost more in attention to what is comput
 ROUNDING_S = 1e-9
 CATCH_UP = 0.75  # of what a pace leaves beside its decodes, a batch still takes when a token is late
 # Best effort. Its prompts make a batch no longer than this many times the floor of a step: who comes next waits
-# for the end of the batch. And they are begun only while so much of the KV memory stays free: what a promise
+# for the end of the batch. A bit longer where no promise is kept just now, and as long as they like where none
+# has been kept for a while. And they are begun only while so much of the KV memory stays free: what a promise
 # takes back soon would be computed twice.
 SPARE_FLOORS = 2.0
+LATELY_FLOORS = 4.0
+LATELY_S = 10.0
 SPARE_KV_SHARE = 0.3
 # The same for prompts whose KV is handed over: nobody takes it back, and who pulls it waits for memory as well.
 OFFERED_KV_SHARE = 0.7
@@ -30,6 +33,7 @@ POUR = np.dtype(
         ("room", np.int64),
         ("limit_s", np.float64),
         ("margin", np.float64),  # share by which a batch may take longer than predicted
+        ("promised_s", np.float64),  # when a promise was here last; -inf: never
         ("coming_due_s", np.float64),  # first token of a promise whose KV is on its way, the earliest; or inf
         ("draft_steps", np.int64),  # of the deepest verify that is planned
         ("seqs", np.int64),  # in the batch so far: the first of `order`
@@ -181,17 +185,19 @@ def _prefill(rows, one, left_s, pour, cost, order):
 
 
 @compiled
-def _bounds(rows, decodes, now_s, cost):
-    """Seconds that this batch may take, and the next one, to keep the pace of these decodes.
+def _bounds(rows, decodes, now_s, margin, cost):
+    """Seconds until the first of these decodes is due, those that this batch may take, and the next one, to
+    keep their pace.
 
     A pace that the decodes alone would break binds nobody: holding prefills back could not save it. One that
     has fallen behind leaves prefills most of the room beside all decodes: they have deadlines as well, and KV
-    that was handed over comes late by plan, and catches up within ten tokens.
+    that was handed over comes late by plan, and catches up within ten tokens. Prompts leave the margin free
+    beside decodes; batches are no shorter for that in the long run, decodes stay as much ahead.
     """
-    limit_s = pace_s = math.inf
+    due_s = pace_s = math.inf
     count = len(decodes)
     if count == 0:
-        return limit_s, pace_s
+        return due_s, due_s, pace_s
     context = 0
     for one in decodes:
         context += rows[one].computed_tokens
@@ -204,8 +210,9 @@ def _bounds(rows, decodes, now_s, cost):
             left_s = row.due_s - now_s
             if left_s < least_s - ROUNDING_S:
                 left_s = alone_s + CATCH_UP * (row.tpot_s - alone_s)
-            limit_s = min(limit_s, left_s)
-    return limit_s, pace_s
+            due_s = min(due_s, left_s)
+    within_s = due_s / (1.0 + margin)
+    return due_s, within_s if within_s >= alone_s else due_s, pace_s
 
 
 @compiled
@@ -288,12 +295,12 @@ def compose_rows(rows, active, now_s, cost, max_batch_tokens, pour, order):
     pour.seqs = pour.pulls = pour.tokens = pour.context_tokens = pour.prefill_kv_tokens = 0
     pour.prefill_work = 0.0
     pour.draft_steps = max(pour.draft_tokens, 0)
-    pour.limit_s, next_s = _bounds(rows, decodes, now_s, cost)
+    due_s, pour.limit_s, next_s = _bounds(rows, decodes, now_s, pour.margin, cost)
     due = n_decodes
     if n_prefills > 0 and not blocked:
         due = _due_decodes(rows, decodes, now_s + pour.limit_s, next_s, cost)
     must = 0
-    while must < n_decodes and rows[decodes[must]].due_s <= now_s + pour.limit_s + ROUNDING_S:
+    while must < n_decodes and rows[decodes[must]].due_s <= now_s + due_s + ROUNDING_S:
         must += 1
     due = min(due, max(must, _fitting(rows, decodes, pour, cost)))
     _decode_all(rows, decodes[:due], drafted, pour, order)
@@ -307,8 +314,10 @@ def compose_rows(rows, active, now_s, cost, max_batch_tokens, pour, order):
         _verify(rows, decodes, False, pour, cost)
     for one in prefills[n_prefills - n_lost :]:
         _prefill(rows, one, math.inf, pour, cost, order)
-    kept_back = n_decodes + n_prefills > 0
-    _pour_spare(rows, spare[:n_spare], spare_decodes[:n_spare_decodes], kept_back, pour, cost, order)
+    floors = SPARE_FLOORS if n_decodes + n_prefills > 0 else math.inf
+    if floors == math.inf and now_s - pour.promised_s < LATELY_S:
+        floors = LATELY_FLOORS
+    _pour_spare(rows, spare[:n_spare], spare_decodes[:n_spare_decodes], floors, pour, cost, order)
 
     held = pour.seqs
     for group in (pulls, spare[:n_spare]):
@@ -413,10 +422,10 @@ def _pour_prefills(rows, prefills, now_s, max_batch_tokens, pour, cost, order):
 
 
 @compiled
-def _pour_spare(rows, spare, decodes, kept_back, pour, cost, order):
+def _pour_spare(rows, spare, decodes, floors, pour, cost, order):
     """Best effort: tokens of those that decode, then prompts, both in the order in which they came.
 
-    `kept_back`: promises are kept here, so that its prompts may not make batches long.
+    Its prompts may make the batch as long as so many `floors` of a step.
     """
     if len(spare) == 0:
         return
@@ -429,8 +438,7 @@ def _pour_spare(rows, spare, decodes, kept_back, pour, cost, order):
     staying = staying[:count]
     _decode_all(rows, staying[: _fitting(rows, staying, pour, cost)], False, pour, order)
     limit_s = pour.limit_s
-    if kept_back:
-        pour.limit_s = min(limit_s, SPARE_FLOORS * predict_s(cost, 1, 1, 0, 0.0, 0, 0))
+    pour.limit_s = min(limit_s, floors * predict_s(cost, 1, 1, 0, 0.0, 0, 0))
     for one in spare:
         row = rows[one]
         known = _known(row)

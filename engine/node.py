@@ -63,7 +63,10 @@ LEASE_WAIT_S = 0.005  # nobody waits: only leases, and bytes of pulls that were 
 REPORT_EVERY_S = 0.1
 FORGET_PEER_S = 60.0  # after its work was dropped
 RECENT_PULLS = 64
-MARGIN_QUANTILE = 0.9  # of steps that the margin covers, which the planner is told of and batches are made by
+# Of single steps, that a margin covers. The planner's: promises last for many steps, of which some take less.
+# And that of batches, where one step too long is a token too late: it costs next to nothing, decodes run ahead.
+PLAN_QUANTILE = 0.9
+BATCH_QUANTILE = 0.98
 ROLE_GRACE_S = 10.0  # for what was placed here before a change of role, and comes after it
 KV_BOUND_SHARE = 0.9  # of the blocks in use: from there on memory is what binds
 BATCHES_UNDER_WAY = 2  # of an engine that overlaps them
@@ -137,7 +140,8 @@ class Node:
         self._told_s = -math.inf
         self._stalled = False  # the last batch that was composed found no slot or no memory
         self._composed = False  # a batch that is not empty: a step of an idle node has none to compose
-        self._margin = 0.0  # share by which a step may well take longer than predicted
+        self._promised_s = -math.inf  # when a promise was here last
+        self._batch_margin = 0.0  # share by which a step may well take longer than predicted
         self._stopping = threading.Event()
 
     @property
@@ -170,6 +174,7 @@ class Node:
                 wait_s = PULL_WAIT_S if usage.running or usage.waiting else LEASE_WAIT_S
         else:
             wait_s = PULL_WAIT_S if self._probing.busy else IDLE_WAIT_S
+            self._tell_that_nothing_is_left()
         if wait_s > 0:
             self._ended_s = None
         self.hear(wait_s)
@@ -177,6 +182,12 @@ class Node:
         if now_s >= self._next_upkeep_s:
             self._next_upkeep_s = now_s + REPORT_EVERY_S
             self.keep_up()
+
+    def _tell_that_nothing_is_left(self) -> None:
+        """At once: what comes next begins as it comes, and who places something beside it counts on that."""
+        if not self._promises and self._socket.report is not None and self._socket.report.works:
+            self._publish_report()
+            self._socket.tell()
 
     def hear(self, wait_s: float = 0.0) -> None:
         """Do what peers have asked for since the last call, waiting up to `wait_s` for the first."""
@@ -381,6 +392,8 @@ class Node:
             self._role_pause_s, self._pauses_since_s = now_s - self._pauses_since_s, None
         here = [(seq, self._promises[seq.work_id]) for seq in seqs if seq.work_id in self._promises]
         self._promises_preempted += sum(promise.seen(seq) for seq, promise in here)
+        if any(not promise.duty.best_effort for _, promise in here):
+            self._promised_s = now_s
         alone = len(seqs) == 1 and seqs[0].running and not seqs[0].blocked
         if alone and not self._drafting.on:  # what drafts were worth is learned from planned batches
             plan = UNPLANNED  # alone, it gets the whole batch under any plan
@@ -393,7 +406,8 @@ class Node:
                 self._info.max_batch_tokens,
                 self._memory(),
                 self._coming_due_s(seqs),
-                self._margin,
+                self._batch_margin,
+                self._promised_s,
             )
             plan = self._role.compose(seqs, duties, moment)
         self._composed = bool(plan.chunk_tokens)
@@ -537,7 +551,7 @@ class Node:
         end_s = now_s if begins is None else max(begins_s, now_s) + begins.expected_s
         in_flight_s = end_s - now_s
         chunks = {} if begins is None else begins.chunk_tokens
-        self._margin = self._residuals.margin(MARGIN_QUANTILE)
+        self._batch_margin = self._residuals.margin(BATCH_QUANTILE)
         self._socket.reported_s = time.monotonic()
         self._socket.report = Report(
             node=self.name,
@@ -553,7 +567,7 @@ class Node:
             idle_cost=self._idle_cost,
             promises_preempted=self._promises_preempted,
             promises_starved=self._promises_starved,
-            cost_margin=self._margin,
+            cost_margin=self._residuals.margin(PLAN_QUANTILE),
             steps=self._steps,
             step_s=self._step_s or 0.0,
             stuck_s=0.0,

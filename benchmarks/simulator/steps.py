@@ -84,13 +84,15 @@ class Station(NamedTuple):
     def of(cls, replica: Replica, cost: CostArrays) -> Self:
         """At time 0, idle."""
         most = len(replica.live)
+        pour = np.zeros(1, dtype=POUR)
+        pour["promised_s"] = -math.inf
         return cls(
             replica,
             cost,
             np.array([0.0, -math.inf, 0.0, 0.0, 0.0]),
             np.empty(most, dtype=np.int64),
             np.empty(most, dtype=np.int64),
-            np.zeros(1, dtype=POUR),
+            pour,
             np.empty((most, 2), dtype=np.int64),
             np.zeros(most, dtype=ROW),
             np.empty(most, dtype=np.int64),
@@ -144,6 +146,8 @@ def _compose(station, rows, active, now_s, settings):
         pour.coming_due_s = math.inf
         for at in range(counts[LIVE]):
             row = rows[replica.live[at]]
+            if row.promised:
+                pour.promised_s = now_s
             if row.pull == PULLING and row.promised:
                 pour.coming_due_s = min(pour.coming_due_s, row.due_s)
         compose_rows(rows, active, now_s, station.cost, counts[MAX_BATCH_TOKENS], pour, order)

@@ -152,6 +152,20 @@ def test_a_node_that_has_slowed_promises_less_and_new_work_goes_elsewhere() -> N
     assert [(one.verdict, one.decode and one.decode.node) for one in placed] == [("admitted", "b")] * 2
 
 
+def test_what_an_idle_node_was_given_a_moment_ago_is_not_taken_for_work_that_can_wait() -> None:
+    """It has begun the long prompt, and cannot put the short one before it; nor is the long one in the way of
+    what has time until it is over."""
+    long = replace(ASK, request_id="long", prompt_tokens=2000, first_token_left_s=1.0)
+    alone_s = 0.003 + 2000 * 0.0001
+    verdicts = {}
+    for left_s in (alone_s - 0.05, alone_s + 0.05):
+        node = _node("a", RoleName.MIXED)
+        assert place(long, [node], {}, 0.0).verdict == "admitted"
+        short = replace(ASK, request_id="short", prompt_tokens=20, first_token_left_s=left_s)
+        verdicts[left_s] = place(short, [node], {}, 0.003).verdict
+    assert list(verdicts.values()) == ["best_effort", "admitted"]
+
+
 def test_what_must_stay_on_one_node_is_served_where_it_decodes() -> None:
     placed = place(replace(ASK, one_node=True), _pair(), {}, 0.0)
     assert placed.prefill is None

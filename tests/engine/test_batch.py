@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.base import BatchPlan, Seq
 from engine.batch import Duty, Memory, Moment, compose
-from engine.batch_kernel import CATCH_UP, MIN_CHUNK_TOKENS, SPARE_FLOORS
+from engine.batch_kernel import CATCH_UP, LATELY_FLOORS, LATELY_S, MIN_CHUNK_TOKENS, SPARE_FLOORS
 from engine.cost import StepCost
 
 COST = StepCost.line(base_s=25e-3, per_token_s=7e-5)
@@ -203,6 +205,31 @@ def test_a_prompt_that_ends_in_a_batch_has_a_margin_where_it_fits_with_one() -> 
         assert most_s - 2e-3 < took_s <= most_s
 
 
+def test_prompts_leave_the_margin_free_beside_decodes_that_run_ahead_by_as_much() -> None:
+    """Pace after pace: no batch would be late if it took the margin longer, and none is shorter for that."""
+    pace_s, margin, now_s, due_s = 0.1, 0.25, 0.0, 0.1
+    for turn in range(20):
+        seqs = [decoding("d"), waiting("p", 100_000)]
+        duties = {"d": promise("d", due_s, tpot_s=pace_s), "p": promise("p", 60.0, said=False)}
+        plan = compose(seqs, duties, Moment(now_s, COST, 100_000, margin=margin))
+        assert "d" in plan.chunk_tokens
+        assert now_s + plan.expected_s * (1 + margin) <= due_s + 1e-9
+        now_s, due_s = now_s + plan.expected_s, due_s + pace_s
+        assert turn < 15 or plan.expected_s == pytest.approx(pace_s, rel=0.02)
+
+
+def test_decodes_alone_have_all_the_time_that_their_pace_leaves() -> None:
+    seqs = [decoding(f"d{at}") for at in range(8)]
+    cost = StepCost.line(0.08, 0.001)  # 88 ms, and 110 with the margin
+    duties = {seq.work_id: promise(seq.work_id, 0.1, tpot_s=0.1) for seq in seqs}
+    plan = compose(
+        [*seqs, waiting("p", 100)],
+        duties | {"p": promise("p", 60.0, said=False)},
+        Moment(0.0, cost, 512, margin=0.25),
+    )
+    assert {seq.work_id for seq in seqs} <= set(plan.chunk_tokens)
+
+
 def test_a_prompt_whose_deadline_is_lost_lets_the_others_go_first() -> None:
     seqs = [waiting("lost", 500), waiting("kept", 500)]
     duties = {"lost": promise("lost", 0.01, said=False), "kept": promise("kept", 0.1, said=False)}
@@ -266,6 +293,20 @@ def test_prompts_of_best_effort_make_no_batch_long_while_promises_are_kept() -> 
     plan = compose(seqs, {"promised": promise("promised", 9.0, tpot_s=9.0)}, LARGE)
     batch_s = COST.predict(sum(plan.chunk_tokens.values()))
     assert batch_s <= SPARE_FLOORS * COST.predict(1) < batch_s + COST.predict(2) - COST.predict(1)
+
+
+def test_nor_a_long_one_where_promises_have_been_made_lately() -> None:
+    """The next one would wait for its end."""
+
+    def batch_s(moment: Moment) -> float:
+        return COST.predict(sum(compose([waiting("spare", 5000)], {}, moment).chunk_tokens.values()))
+
+    now_s = 100.0
+    long_s = COST.predict(LARGE.max_batch_tokens)
+    for promised_s in (-math.inf, now_s - LATELY_S):
+        assert batch_s(replace(LARGE, now_s=now_s, promised_s=promised_s)) == long_s
+    lately = batch_s(replace(LARGE, now_s=now_s, promised_s=now_s - LATELY_S / 2))
+    assert 0.9 * LATELY_FLOORS * COST.predict(1) < lately <= LATELY_FLOORS * COST.predict(1) < long_s
     assert compose(seqs[1:], {}, LARGE).chunk_tokens == {"spare": 4096}, "nobody else is here"
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from engine import node
 from engine.drafting import Drafting
 from engine.errors import RequestError
 from engine.messages import (
@@ -701,3 +702,12 @@ def test_a_batch_is_told_of_as_it_begins_with_the_works_as_they_will_be(serve: S
     assert (work.prefill_left_tokens, work.output_tokens) == (0, 1)
     assert work.next_due_left_s is not None
     assert work.next_due_left_s >= work.tpot_s, "counted from the end of the batch"
+
+
+def test_a_node_that_has_nothing_left_says_so_at_once(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node, "REPORT_EVERY_S", 60.0)
+    served = serve()
+    client, coordinator = served.client("endpoint"), served.coordinator()
+    coordinator.until(Report)
+    client.send(submit("r", max_tokens=3))
+    assert coordinator.until(Report, lambda report: report.steps >= 3).works == []
