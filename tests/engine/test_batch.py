@@ -293,6 +293,7 @@ def test_prompts_of_best_effort_make_no_batch_long_while_promises_are_kept() -> 
     plan = compose(seqs, {"promised": promise("promised", 9.0, tpot_s=9.0)}, LARGE)
     batch_s = COST.predict(sum(plan.chunk_tokens.values()))
     assert batch_s <= SPARE_FLOORS * COST.predict(1) < batch_s + COST.predict(2) - COST.predict(1)
+    assert compose(seqs[1:], {}, LARGE).chunk_tokens == {"spare": 4096}, "nobody else is here"
 
 
 def test_nor_a_long_one_where_promises_have_been_made_lately() -> None:
@@ -307,7 +308,6 @@ def test_nor_a_long_one_where_promises_have_been_made_lately() -> None:
         assert batch_s(replace(LARGE, now_s=now_s, promised_s=promised_s)) == long_s
     lately = batch_s(replace(LARGE, now_s=now_s, promised_s=now_s - LATELY_S / 2))
     assert 0.9 * LATELY_FLOORS * COST.predict(1) < lately <= LATELY_FLOORS * COST.predict(1) < long_s
-    assert compose(seqs[1:], {}, LARGE).chunk_tokens == {"spare": 4096}, "nobody else is here"
 
 
 def test_best_effort_is_begun_only_while_memory_stays_free() -> None:
