@@ -30,6 +30,7 @@ class Duty:
     """What was promised for a work, on the clock of the composer (absolute seconds).
 
     `next_token_due_s` is None until the first token. Best effort owes nothing: its times are not read.
+    `grace_s`: by which the first token may be late and is not missed yet.
     `depth`: tokens of a verify that were planned for it (1: none are drafted); None: what room is left.
     `cached_tokens` of its prompt are believed to have their KV, which shows when it gets its slot. `offers`: it
     ends with its prefill, and its KV stays until it is pulled.
@@ -43,6 +44,7 @@ class Duty:
     depth: int | None = None
     cached_tokens: int = 0
     offers: bool = False
+    grace_s: float = 0.0
 
     @property
     def due_s(self) -> float:
@@ -146,6 +148,7 @@ def _rows(seqs: Sequence[Seq], duties: Mapping[str, Duty]) -> Rows:
     mine = [duties.get(seq.work_id, NO_DUTY) for seq in seqs]
     rows["promised"] = [not duty.best_effort for duty in mine]
     rows["due_s"] = [duty.due_s for duty in mine]
+    rows["grace_s"] = [duty.grace_s for duty in mine]
     rows["tpot_s"] = [duty.tpot_s for duty in mine]
     rows["depth"] = [duty.depth or 0 for duty in mine]
     rows["offers"] = [duty.offers for duty in mine]

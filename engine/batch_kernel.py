@@ -246,6 +246,59 @@ def _sorted_by_due(rows, some):
 
 
 @compiled
+def _sort_out(rows, active, decodes, prefills, pulls, spare, spare_decodes):
+    """Put each sequence where it belongs, in the order given. Returns how many of each, whether any finds no
+    slot or memory, whether a promise does, and whether any promised decode has drafts."""
+    n_decodes = n_prefills = n_pulls = n_spare = n_spare_decodes = 0
+    blocked = promise_blocked = drafted = False
+    for one in active:
+        row = rows[one]
+        row.chunk_tokens = row.verify_tokens = 0
+        row.may_pull = False
+        pull_waits = row.pull == PULL_WAITS
+        decoding = _known(row) - row.computed_tokens <= 1 and not pull_waits
+        promise_blocked = promise_blocked or (row.promised and row.blocked)
+        blocked = blocked or (row.blocked and not (row.promised and pull_waits))
+        if not row.promised:
+            spare[n_spare] = one
+            n_spare += 1
+            if decoding:
+                spare_decodes[n_spare_decodes] = one
+                n_spare_decodes += 1
+        elif pull_waits:
+            pulls[n_pulls] = one
+            n_pulls += 1
+        elif decoding:
+            decodes[n_decodes] = one
+            n_decodes += 1
+            drafted = drafted or row.drafts > 0
+        else:
+            prefills[n_prefills] = one
+            n_prefills += 1
+    return (n_decodes, n_prefills, n_pulls, n_spare, n_spare_decodes), blocked, promise_blocked, drafted
+
+
+@compiled
+def _draft_tokens(rows, decodes):
+    """To draft for the batch after this one: as deep as the deepest plan; -1, as many as it can, where one has
+    no plan or none decodes."""
+    deepest = 0
+    for one in decodes:
+        if rows[one].depth == 0:
+            return -1
+        deepest = max(deepest, rows[one].depth)
+    return deepest - 1
+
+
+@compiled
+def _spare_floors(kept, now_s, promised_s):
+    """How many floors of a step prompts of best effort may make a batch, where `kept` promises are here now."""
+    if kept > 0:
+        return SPARE_FLOORS
+    return LATELY_FLOORS if now_s - promised_s < LATELY_S else math.inf
+
+
+@compiled
 def compose_rows(rows, active, now_s, cost, max_batch_tokens, pour, order):
     """The next batch. `order` [len(active)]: first `pour.seqs` rows that are in it, then `pour.pulls` whose KV
     may be pulled now, then those held out, last where memory is taken from first."""
@@ -253,44 +306,16 @@ def compose_rows(rows, active, now_s, cost, max_batch_tokens, pour, order):
     decodes, prefills = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int64)
     spare, spare_decodes = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int64)
     pulls = np.empty(count, dtype=np.int64)
-    n_decodes = n_prefills = n_spare = n_spare_decodes = n_pulls = 0
-    planned = drafted = blocked = promise_blocked = False
-    unplanned = False
-    deepest = 0
-    for one in active:
-        row = rows[one]
-        row.chunk_tokens = row.verify_tokens = 0
-        row.may_pull = False
-        if row.pull == PULL_WAITS and row.promised:
-            promise_blocked = promise_blocked or row.blocked
-            pulls[n_pulls] = one
-            n_pulls += 1
-            continue
-        blocked = blocked or row.blocked
-        decoding = _known(row) - row.computed_tokens <= 1 and row.pull != PULL_WAITS
-        if not row.promised:
-            spare[n_spare] = one
-            n_spare += 1
-            if decoding:
-                spare_decodes[n_spare_decodes] = one
-                n_spare_decodes += 1
-            continue
-        promise_blocked = promise_blocked or row.blocked
-        if decoding:
-            decodes[n_decodes] = one
-            n_decodes += 1
-            planned = planned or row.depth > 0
-            unplanned = unplanned or row.depth == 0
-            deepest = max(deepest, row.depth)
-            drafted = drafted or row.drafts > 0
-        else:
-            prefills[n_prefills] = one
-            n_prefills += 1
+    counts, blocked, promise_blocked, drafted = _sort_out(
+        rows, active, decodes, prefills, pulls, spare, spare_decodes
+    )
+    n_decodes, n_prefills, n_pulls, n_spare, n_spare_decodes = counts
     decodes = _sorted_by_due(rows, decodes[:n_decodes])
     prefills = _sorted_by_due(rows, prefills[:n_prefills])
     pulls = _sorted_by_due(rows, pulls[:n_pulls])
+    spare = spare[:n_spare]
 
-    pour.draft_tokens = deepest - 1 if planned and not unplanned else -1
+    pour.draft_tokens = _draft_tokens(rows, decodes)
     pour.room = max_batch_tokens
     pour.seqs = pour.pulls = pour.tokens = pour.context_tokens = pour.prefill_kv_tokens = 0
     pour.prefill_work = 0.0
@@ -304,7 +329,7 @@ def compose_rows(rows, active, now_s, cost, max_batch_tokens, pour, order):
         must += 1
     due = min(due, max(must, _fitting(rows, decodes, pour, cost)))
     _decode_all(rows, decodes[:due], drafted, pour, order)
-    _make_room(rows, decodes, prefills, pulls, spare[:n_spare], promise_blocked, pour)
+    _make_room(rows, decodes, prefills, pulls, spare, promise_blocked, pour)
     _leave_time(now_s, cost, pour)
     n_lost = _pour_prefills(rows, prefills, now_s, max_batch_tokens, pour, cost, order)
     if due < n_decodes:
@@ -314,19 +339,22 @@ def compose_rows(rows, active, now_s, cost, max_batch_tokens, pour, order):
         _verify(rows, decodes, False, pour, cost)
     for one in prefills[n_prefills - n_lost :]:
         _prefill(rows, one, math.inf, pour, cost, order)
-    floors = SPARE_FLOORS if n_decodes + n_prefills > 0 else math.inf
-    if floors == math.inf and now_s - pour.promised_s < LATELY_S:
-        floors = LATELY_FLOORS
-    _pour_spare(rows, spare[:n_spare], spare_decodes[:n_spare_decodes], floors, pour, cost, order)
+    floors = _spare_floors(n_decodes + n_prefills, now_s, pour.promised_s)
+    _pour_spare(rows, spare, spare_decodes[:n_spare_decodes], floors, pour, cost, order)
+    _order_others(rows, decodes, prefills, pulls, spare, pour, order)
 
+
+@compiled
+def _order_others(rows, decodes, prefills, pulls, spare, pour, order):
+    """After those that are in the batch: who may pull its KV now, and then who is held out."""
     held = pour.seqs
-    for group in (pulls, spare[:n_spare]):
+    for group in (pulls, spare):
         for one in group:
             if rows[one].may_pull:
                 order[held] = one
                 held += 1
     pour.pulls = held - pour.seqs
-    for group in (decodes, prefills, pulls, spare[:n_spare]):
+    for group in (decodes, prefills, pulls, spare):
         for one in group:
             if rows[one].chunk_tokens == 0 and not rows[one].may_pull:
                 order[held] = one
@@ -397,7 +425,7 @@ def _make_room(rows, decodes, prefills, pulls, spare, promise_blocked, pour):
 def _pour_prefills(rows, prefills, now_s, max_batch_tokens, pour, cost, order):
     """Promised prompts, earliest deadline first, until one does not get all that it needs.
 
-    Puts those whose deadline could not be met even alone behind the others, where they wait. Returns how many.
+    Puts those that would be missed even alone behind the others, where they wait. Returns how many.
     """
     kept, lost = np.empty(len(prefills), dtype=np.int64), np.empty(len(prefills), dtype=np.int64)
     n_kept = n_lost = 0
@@ -409,7 +437,7 @@ def _pour_prefills(rows, prefills, now_s, max_batch_tokens, pour, cost, order):
             computed = row.computed_tokens
             if not row.running:
                 computed = max(computed, row.cached_tokens)
-            if left_s < prefill_alone_s(cost, _known(row), max_batch_tokens, computed):
+            if left_s + row.grace_s < prefill_alone_s(cost, _known(row), max_batch_tokens, computed):
                 lost[n_lost] = one
                 n_lost += 1
                 continue

@@ -56,6 +56,7 @@ class Promise:
             best_effort=pace.best_effort,
             cached_tokens=submit.cached_tokens,
             offers=submit.kind is WorkKind.PREFILL,
+            grace_s=TOLERANCE * max(pace.first_token_left_s, 0.0),
         )
         # As Seq counts.
         prefill_left = prompt_tokens - submit.cached_tokens - 1
@@ -99,7 +100,10 @@ class Promise:
     def promote(self, pace: Pace, now_s: float) -> None:
         """It was best effort and is promised now, also if its first token has just been said."""
         due_s = now_s + pace.first_token_left_s
-        self.duty = replace(self.duty, first_token_due_s=due_s, tpot_s=pace.tpot_s, best_effort=False)
+        grace_s = TOLERANCE * max(pace.first_token_left_s, 0.0)
+        self.duty = replace(
+            self.duty, first_token_due_s=due_s, tpot_s=pace.tpot_s, best_effort=False, grace_s=grace_s
+        )
         self.drafted.tpot_s = pace.tpot_s
         if self.first_token_s is not None:
             self._set_next_due()

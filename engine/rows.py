@@ -30,6 +30,7 @@ ROW = np.dtype(
         ("promised", np.bool_),
         ("first_due_s", np.float64),
         ("due_s", np.float64),  # of the next token
+        ("grace_s", np.float64),  # by which the first token may be late and is not missed
         ("tpot_s", np.float64),
         ("depth", np.int64),  # tokens of a verify that were planned; 0: none planned, what room is left
         ("cached_tokens", np.int64),  # of the prompt: believed to have their KV

@@ -23,6 +23,7 @@ from benchmarks.workload import Workload
 from engine.cost import StepCost
 from engine.request import Slo
 from engine.rows import NO_PULL, PULL_WAITS, ROW, CostArrays
+from engine.score import TOLERANCE
 from engine.sessions import KV_SHARE, TTL_S, Sessions
 from engine.virtual_kernel import BLOCK_TOKENS, FREE_BLOCKS, Replica, enqueue, pulled
 
@@ -273,6 +274,7 @@ class World:
                 row = self.rows[request]
                 row["arrived_s"] = self.now_s
                 row["first_due_s"] = row["due_s"] = self.now_s + self.slos[request].ttft_s
+                row["grace_s"] = TOLERANCE * self.slos[request].ttft_s
                 self._system.arrive(self, request)
             case Kind.ENDED:
                 self.outstanding[replica] -= 1

@@ -238,6 +238,15 @@ def test_a_prompt_whose_deadline_is_lost_lets_the_others_go_first() -> None:
     assert plan.chunk_tokens["kept"] == 500
 
 
+def test_a_prompt_that_will_be_late_by_less_than_is_forgiven_keeps_its_turn() -> None:
+    alone_s = COST.predict(500)
+    seqs = [waiting("close", 500), waiting("other", 500)]
+    other = promise("other", 0.5, said=False)
+    for grace_s, first in [(0.005, "close"), (0.001, "other")]:
+        close = replace(promise("close", alone_s - 0.002, said=False), grace_s=grace_s)
+        assert compose(seqs, {"close": close, "other": other}, NOW).order[0] == first
+
+
 def test_a_token_that_is_late_leaves_prompts_most_of_the_room_beside_it() -> None:
     seqs = [decoding("a"), waiting("prompt", 5000)]
     alone_s = COST.predict(1)
