@@ -250,7 +250,7 @@ class Report:
     idle_cost: StepCost
     promises_preempted: int  # since it started, for want of memory
     promises_starved: int  # of those that waited for memory, how many were late then
-    cost_margin: float  # nine of ten steps lately took at most (1 + this) times what `cost` says
+    cost_margin: float  # 19 of 20 steps lately took at most (1 + this) times what `cost` says
     steps: int
     step_s: float
     stuck_s: float

@@ -65,7 +65,7 @@ FORGET_PEER_S = 60.0  # after its work was dropped
 RECENT_PULLS = 64
 # Of single steps, that a margin covers. The planner's: promises last for many steps, of which some take less.
 # And that of batches, where one step too long is a token too late: it costs next to nothing, decodes run ahead.
-PLAN_QUANTILE = 0.9
+PLAN_QUANTILE = 0.95
 BATCH_QUANTILE = 0.98
 ROLE_GRACE_S = 10.0  # for what was placed here before a change of role, and comes after it
 KV_BOUND_SHARE = 0.9  # of the blocks in use: from there on memory is what binds

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, insort
 from collections import deque
 
 from engine.base import StepReport
 from engine.cost import StepCost
 
-WINDOW_STEPS = 1024
+WINDOW_STEPS = 4096  # minutes, so that what a machine does now and then is in it
 
 
 class Residuals:
-    """Measured over predicted of the last `window` steps: 8 bytes a step, and no more of them than that."""
+    """Measured over predicted of the last `window` steps, and no more of them than that."""
 
     def __init__(self, window: int = WINDOW_STEPS) -> None:
-        self._ratios: deque[float] = deque(maxlen=window)
+        self._window = window
+        self._ratios: deque[float] = deque()
+        self._sorted: list[float] = []  # the same: to sort them for each margin takes longer than to plan a batch
 
     def note(self, cost: StepCost, report: StepReport) -> None:
         """Count a step that `cost`, as it stood before that step, would have predicted."""
         predicted_s = cost.of(report)
         if predicted_s > 0 and report.seconds > 0:
             self._ratios.append(report.seconds / predicted_s)
+            insort(self._sorted, self._ratios[-1])
+            if len(self._ratios) > self._window:
+                del self._sorted[bisect_left(self._sorted, self._ratios.popleft())]
 
     def margin(self, quantile: float) -> float:
         """Least m >= 0 with which the next step takes at most `predicted * (1 + m)` with this chance.
@@ -32,8 +38,8 @@ class Residuals:
         """
         if not 0 <= quantile <= 1:
             raise ValueError(f"a quantile is between 0 and 1, not {quantile}")
-        if not self._ratios:
+        if not self._sorted:
             return 0.0
-        ratios = sorted(self._ratios)
-        rank = min(max(math.ceil(quantile * (len(ratios) + 1)), 1), len(ratios))
-        return max(ratios[rank - 1] - 1, 0.0)
+        count = len(self._sorted)
+        rank = min(max(math.ceil(quantile * (count + 1)), 1), count)
+        return max(self._sorted[rank - 1] - 1, 0.0)
