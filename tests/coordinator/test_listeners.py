@@ -8,7 +8,7 @@ import pytest
 
 from coordinator.cluster_process import _checked
 from coordinator.config import load_config
-from coordinator.listeners import is_loopback
+from coordinator.listeners import check_ports_free, free_ports, is_loopback
 
 
 @pytest.mark.parametrize(
@@ -32,3 +32,11 @@ def test_an_endpoint_that_others_reach_gets_an_admin_key_unless_it_has_one(tmp_p
     assert made
     assert admin_key(host="0.0.0.0") != made
     assert admin_key(host="0.0.0.0", admin_key="mine") == "mine"
+
+
+def test_ports_that_are_chosen_are_free_and_are_given_to_no_outgoing_connection() -> None:
+    outgoing_from = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    for count in (1, 4):
+        first = free_ports(count)
+        check_ports_free("127.0.0.1", range(first, first + count))
+        assert first + count <= outgoing_from
