@@ -56,7 +56,7 @@ class Promise:
             best_effort=pace.best_effort,
             cached_tokens=submit.cached_tokens,
             offers=submit.kind is WorkKind.PREFILL,
-            grace_s=TOLERANCE * max(pace.first_token_left_s, 0.0),
+            grace_s=_grace_s(pace),
         )
         # As Seq counts.
         prefill_left = prompt_tokens - submit.cached_tokens - 1
@@ -100,9 +100,12 @@ class Promise:
     def promote(self, pace: Pace, now_s: float) -> None:
         """It was best effort and is promised now, also if its first token has just been said."""
         due_s = now_s + pace.first_token_left_s
-        grace_s = TOLERANCE * max(pace.first_token_left_s, 0.0)
         self.duty = replace(
-            self.duty, first_token_due_s=due_s, tpot_s=pace.tpot_s, best_effort=False, grace_s=grace_s
+            self.duty,
+            first_token_due_s=due_s,
+            tpot_s=pace.tpot_s,
+            best_effort=False,
+            grace_s=_grace_s(pace),
         )
         self.drafted.tpot_s = pace.tpot_s
         if self.first_token_s is not None:
@@ -259,3 +262,9 @@ def note_batched(plan: BatchPlan, here: Sequence[tuple[Seq, Promise]], now_s: fl
         promise.running = seq.running
         if seq.work_id in planned and (promise.batched_s is None or not seq.running):
             promise.batched_s = now_s
+
+
+def _grace_s(pace: Pace) -> float:
+    """By how much the first token may be late and is not missed, at the least: what is forgiven of all the time
+    that it had is more."""
+    return TOLERANCE * max(pace.first_token_left_s, 0.0)
