@@ -134,11 +134,16 @@ class StepReport:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Outputs of a step, and its report if a batch ran. `batched`: works that had tokens in it."""
+    """Outputs of a step, and the report of the batch that ended in it, if one did.
+
+    `batched`: works that had tokens in that one. `begun`: the one that was composed in this step runs, and
+    ends in a later one (of an engine that overlaps).
+    """
 
     outputs: Sequence[Output]
     report: StepReport | None
     batched: Collection[str] = ()
+    begun: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -163,12 +163,15 @@ class StepCost:
 
     def updated(self, report: StepReport) -> StepCost:
         """The cost after one more measured step: an exponential average of measured over predicted."""
-        if report.tokens <= 0 or report.seconds <= 0:
-            return self
-        low, high = DRIFT_BOUNDS
         predicted_s = self.of(report)
-        ratio = min(max(report.seconds / predicted_s, low), high) if predicted_s > 0 else 1.0
-        return replace(self, drift=self.drift * (1 + DRIFT_WEIGHT * (ratio - 1)))
+        if report.tokens <= 0 or report.seconds <= 0 or predicted_s <= 0:
+            return self
+        return self.drifted(report.seconds / predicted_s)
+
+    def drifted(self, ratio: float) -> StepCost:
+        """The cost after one more step that took `ratio` times what was predicted for it."""
+        low, high = DRIFT_BOUNDS
+        return replace(self, drift=self.drift * (1 + DRIFT_WEIGHT * (min(max(ratio, low), high) - 1)))
 
     def of(self, report: StepReport) -> float:
         """Seconds predicted for the batch of `report`, with drafts as deep as they are on average."""

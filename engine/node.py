@@ -16,7 +16,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from engine.base import UNPLANNED, BatchPlan, Engine, EngineInfo, Output, Seq, StepResult
 from engine.batch import Memory, Moment
@@ -48,11 +48,12 @@ from engine.outbox import Outbox, attempt_key
 from engine.probing import Probing
 from engine.promise import Promise, note_batched
 from engine.request import RoleName, WorkKind
-from engine.residuals import Residuals
 from engine.role import Role
 from engine.sessions import KV_SHARE, TTL_S, Sessions
 from engine.socket import Heard, Line
+from engine.speed import Speed
 from engine.tally import Tally
+from engine.under_way import UnderWay
 from kv_transfer.base import Pull, PullOutcome
 
 logger = logging.getLogger(__name__)
@@ -63,22 +64,9 @@ LEASE_WAIT_S = 0.005  # nobody waits: only leases, and bytes of pulls that were 
 REPORT_EVERY_S = 0.1
 FORGET_PEER_S = 60.0  # after its work was dropped
 RECENT_PULLS = 64
-# Of single steps, that a margin covers. The planner's: promises last for many steps, of which some take less.
-# And that of batches, where one step too long is a token too late: it costs next to nothing, decodes run ahead.
-PLAN_QUANTILE = 0.95
-BATCH_QUANTILE = 0.98
 ROLE_GRACE_S = 10.0  # for what was placed here before a change of role, and comes after it
 KV_BOUND_SHARE = 0.9  # of the blocks in use: from there on memory is what binds
-BATCHES_UNDER_WAY = 2  # of an engine that overlaps them
 NO_CREDIT = "no credit granted: reconnect"  # an endpoint knows this reason, and does
-
-
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    """One that was composed and is not over: when it is likely to be, and how deep it drafts."""
-
-    ends_s: float
-    depths: Mapping[str, int]
 
 
 class Node:
@@ -112,12 +100,9 @@ class Node:
         self._former_until_s = -math.inf
         self._role_pause_s: float | None = None
         self._pauses_since_s: float | None = None  # a change of role, the end of the batch before it
-        self._cost = cost
-        self._idle_cost = cost
-        self._residuals = Residuals()
+        self._speed = Speed(cost, clock())
         self._drafting = Drafting(info.max_draft_tokens)
-        self._depths: Mapping[str, int] = {}  # of the batch whose tokens are told
-        self._under_way: deque[_Batch] = deque(maxlen=BATCHES_UNDER_WAY)
+        self._under_way = UnderWay()
         self._socket = socket
         self._clock = clock
         self._max_waiting = max_waiting
@@ -127,21 +112,15 @@ class Node:
         self._sessions = Sessions(session_ttl_s, int(session_kv_share * info.num_blocks * info.block_size))
         self._outboxes: dict[bytes, Outbox] = {}
         self._recent_pulls: deque[Pull] = deque(maxlen=RECENT_PULLS)
-        self._steps = 0
-        self._step_s: float | None = None
         self._tally = Tally()
         self._local_prefills = 0
         self._corrupt_pulls = 0
         self._promises_preempted = 0
         self._promises_starved = 0
         self._ended_s: float | None = None  # the last step, if this turn followed it at once
-        self._rested_s = clock()
         self._next_upkeep_s = 0.0
         self._told_s = -math.inf
-        self._stalled = False  # the last batch that was composed found no slot or no memory
-        self._composed = False  # a batch that is not empty: a step of an idle node has none to compose
         self._promised_s = -math.inf  # when a promise was here last
-        self._batch_margin = 0.0  # share by which a step may well take longer than predicted
         self._stopping = threading.Event()
 
     @property
@@ -201,7 +180,8 @@ class Node:
         now_s = self._clock()
         self._drop_silent_peers(now_s)
         self._drop_ended_offers()
-        self._rest(now_s)
+        if not self._engine.has_work():
+            self._speed.rest(now_s)
         self._plan_depths(now_s)
         kept, kept_tokens = self._engine.kept(), self._engine.kept_tokens()
         self._engine.give_up(self._sessions.review(kept, now_s, kept_tokens))
@@ -351,13 +331,10 @@ class Node:
         return replace(result, report=replace(result.report, seconds=seconds))
 
     def take(self, result: StepResult) -> bool:
-        """Tell peers what a step gave, and learn from it. Whether a batch ran."""
+        """Tell peers what a step gave, and learn from it. Whether a batch ran, or runs now."""
         for pull in self._engine.kv.take_pulls():
             self._note_pull(pull)
-        if result.report is not None and self._under_way:
-            self._depths = self._under_way.popleft().depths
-        if not self._engine.overlaps:
-            self._under_way.clear()  # one that found nothing to run is over as well
+        self._under_way.step(result)
         if result.report is not None:
             for work_id, one in self._promises.items():
                 one.count(batched=work_id in result.batched)
@@ -368,26 +345,16 @@ class Node:
                 by_peer.setdefault(promise.peer, []).append(self._delta(promise, output))
         for peer, deltas in by_peer.items():
             self._queue(peer, deltas)
-        self._stalled = result.report is None and self._composed
-        self._composed = False
-        if result.report is None:
-            if self._socket.report is not None and self._socket.report.in_flight_s > 0:
-                self._publish_report()  # what was told of did not begin
-            return False
-        self._steps += 1
-        before_s = result.report.seconds if self._step_s is None else self._step_s
-        self._step_s = before_s + 0.1 * (result.report.seconds - before_s)
-        self._tally.batch(result.report, self._cost.of(result.report) / self._cost.drift)
-        self._residuals.note(self._cost, result.report)
-        self._cost = self._cost.updated(result.report)
-        self._rested_s = self._clock()
-        return True
+        if result.report is not None:
+            self._tally.batch(result.report, self._speed.learn(result.report, self._clock()))
+        elif not result.begun and self._socket.report is not None and self._socket.report.in_flight_s > 0:
+            self._publish_report()  # what was told of did not begin
+        return result.report is not None or result.begun
 
     def compose(self, seqs: Sequence[Seq]) -> BatchPlan:
         """The next batch, by the rules of the present role. It begins when those under way are over."""
         now_s = self._clock()
-        begins_s = max((batch.ends_s for batch in self._under_way), default=now_s)
-        begins_s = max(begins_s, now_s)
+        begins_s = max(self._under_way.ends_s, now_s)
         if self._pauses_since_s is not None:
             self._role_pause_s, self._pauses_since_s = now_s - self._pauses_since_s, None
         here = [(seq, self._promises[seq.work_id]) for seq in seqs if seq.work_id in self._promises]
@@ -402,20 +369,20 @@ class Node:
             duties = {seq.work_id: promise.ahead(seq) if overlaps else promise.duty for seq, promise in here}
             moment = Moment(
                 begins_s,
-                self._cost,
+                self._speed.cost,
                 self._info.max_batch_tokens,
                 self._memory(),
                 self._coming_due_s(seqs),
-                self._batch_margin,
+                self._speed.batch_margin,
                 self._promised_s,
             )
             plan = self._role.compose(seqs, duties, moment)
-        self._composed = bool(plan.chunk_tokens)
         note_batched(plan, here, begins_s)
         self._tally.plan(plan, seqs)
-        self._under_way.append(_Batch(begins_s + plan.expected_s, plan.depth))
+        stalled = self._under_way.stalled
+        self._under_way.compose(plan, begins_s)
         due = now_s - self._told_s >= TELL_EVERY_S or plan.expected_s >= TELL_EVERY_S
-        if due and not self._stalled:
+        if due and not stalled:
             self._told_s = now_s
             self._publish_report(plan, begins_s)
             self._socket.tell()
@@ -454,7 +421,7 @@ class Node:
 
     def _delta(self, promise: Promise, output: Output) -> Delta:
         if self._drafting.on and output.token_ids:
-            drafts, drafted = self._depths.get(output.work_id, 0), promise.drafted
+            drafts, drafted = self._under_way.depths.get(output.work_id, 0), promise.drafted
             new = len(output.token_ids)
             drafted.estimate = self._drafting.verified(drafted.class_name, drafted.estimate, drafts, new)
             promise.account.drafted_tokens += drafts
@@ -523,12 +490,6 @@ class Node:
             declined = Declined(promise.submit.request_id, promise.submit.attempt, f"{self.name}: {reason}")
             self._socket.send(promise.peer, declined)
 
-    def _rest(self, now_s: float) -> None:
-        """Let go of what steps taught of the machine's speed when none has run for a while."""
-        if not self._engine.has_work():
-            self._cost = self._cost.rested(now_s - self._rested_s)
-            self._rested_s = now_s
-
     def _plan_depths(self, now_s: float) -> None:
         """How deep drafts go from now on. Memory binds when the engine is nearly full of promises."""
         if not self._drafting.on:
@@ -542,7 +503,7 @@ class Node:
                 decoding.append(promise.drafted)
         usage = self._engine.usage()
         kv_bound = usage.used_blocks > KV_BOUND_SHARE * usage.num_blocks
-        self._drafting.plan(decoding, self._cost, self._info.max_batch_tokens, kv_bound=kv_bound)
+        self._drafting.plan(decoding, self._speed.cost, self._info.max_batch_tokens, kv_bound=kv_bound)
 
     def _publish_report(self, begins: BatchPlan | None = None, begins_s: float = -math.inf) -> None:
         """Leave an account of this node for those who ask; of how it will be after a batch that begins now, or
@@ -551,7 +512,7 @@ class Node:
         end_s = now_s if begins is None else max(begins_s, now_s) + begins.expected_s
         in_flight_s = end_s - now_s
         chunks = {} if begins is None else begins.chunk_tokens
-        self._batch_margin = self._residuals.margin(BATCH_QUANTILE)
+        self._speed.refresh()
         self._socket.reported_s = time.monotonic()
         self._socket.report = Report(
             node=self.name,
@@ -563,13 +524,13 @@ class Node:
             works=[promise.state(end_s, chunks.get(key, 0)) for key, promise in self._promises.items()],
             leases=self._engine.kv.leases(),
             pulls=list(self._recent_pulls),
-            cost=self._cost,
-            idle_cost=self._idle_cost,
+            cost=self._speed.cost,
+            idle_cost=self._speed.idle_cost,
             promises_preempted=self._promises_preempted,
             promises_starved=self._promises_starved,
-            cost_margin=self._residuals.margin(PLAN_QUANTILE),
-            steps=self._steps,
-            step_s=self._step_s or 0.0,
+            cost_margin=self._speed.plan_margin,
+            steps=self._speed.steps,
+            step_s=self._speed.usual_s,
             stuck_s=0.0,
             local_prefills=self._local_prefills,
             corrupt_pulls=self._corrupt_pulls,

@@ -6,9 +6,6 @@ import math
 from bisect import bisect_left, insort
 from collections import deque
 
-from engine.base import StepReport
-from engine.cost import StepCost
-
 WINDOW_STEPS = 4096  # minutes, so that what a machine does now and then is in it
 
 
@@ -20,14 +17,12 @@ class Residuals:
         self._ratios: deque[float] = deque()
         self._sorted: list[float] = []  # the same: sorting them for each margin would take a tenth of a ms
 
-    def note(self, cost: StepCost, report: StepReport) -> None:
-        """Count a step that `cost`, as it stood before that step, would have predicted."""
-        predicted_s = cost.of(report)
-        if predicted_s > 0 and report.seconds > 0:
-            self._ratios.append(report.seconds / predicted_s)
-            insort(self._sorted, self._ratios[-1])
-            if len(self._ratios) > self._window:
-                del self._sorted[bisect_left(self._sorted, self._ratios.popleft())]
+    def note(self, ratio: float) -> None:
+        """Count a step that took `ratio` times what was predicted before it."""
+        self._ratios.append(ratio)
+        insort(self._sorted, ratio)
+        if len(self._ratios) > self._window:
+            del self._sorted[bisect_left(self._sorted, self._ratios.popleft())]
 
     def margin(self, quantile: float) -> float:
         """Least m >= 0 with which the next step takes at most `predicted * (1 + m)` with this chance.

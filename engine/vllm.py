@@ -290,7 +290,8 @@ class VllmEngine(Engine):
             for output in per_client.outputs
             if (result := self._result(output)) is not None
         ]
-        return StepResult(results, *scheduler.take_report())
+        report, batched = scheduler.take_report()
+        return StepResult(results, report, batched, begun=executed and self.overlaps)
 
     def _result(self, output: EngineCoreOutput) -> Output | None:
         work = self._works.get(output.request_id)

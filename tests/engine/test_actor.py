@@ -86,8 +86,8 @@ def test_steps_are_held_to_the_profile_when_that_is_asked_for(
     node = actor.NodeActor({**spec, "step_profile": profile, "hold_steps": True})
     node.start()
     assert isinstance(node._node, Node)
-    assert node._node._idle_cost.predict(64) == pytest.approx(
+    assert node._node._speed.idle_cost.predict(64) == pytest.approx(
         StepProfile.parse(profile.encode()).cost.predict(64)
     )
-    assert built[0].profile_step_times()[1].seconds < node._node._idle_cost.predict(64)
+    assert built[0].profile_step_times()[1].seconds < node._node._speed.idle_cost.predict(64)
     node.stop()

@@ -89,24 +89,41 @@ def _node(engine: ScriptedEngine) -> tuple[Node, Asked, Line]:
 def test_a_batch_is_composed_for_when_the_one_before_it_is_over() -> None:
     node, role, line = _node(Overlapping(FakeFabric(lambda: 100.0)))
     node.compose([WAITING])
+    assert node.take(StepResult([], None, begun=True)), "it runs: nothing to wait for"
+    assert line.report is not None
+    assert line.report.in_flight_s == pytest.approx(STEP_S)
     node.compose([UNDER_WAY])
     assert [moment.now_s for moment in role.moments] == [100.0, pytest.approx(100.0 + STEP_S)]
     due_s = 100.0 + TTFT_S
     assert role.duties[0][A].due_s == due_s
     assert role.duties[1][A].due_s == pytest.approx(due_s + TPOT_S), "of the token after the one under way"
-    assert line.report is not None
 
 
 def test_tokens_are_those_of_the_batch_that_is_over_and_so_are_its_drafts() -> None:
     node, _, _ = _node(Overlapping(FakeFabric(lambda: 100.0)))
     node.compose([WAITING])
+    node.take(StepResult([], None, begun=True))
     node.compose([UNDER_WAY])
     ran = StepReport(STEP_S, 20, 1, 0, 0, 0.0)
-    node.take(StepResult([Output(A, (7, 8))], ran, {A}))
+    node.take(StepResult([Output(A, (7, 8))], ran, {A}, begun=True))
     account = node._promises[A].account
     assert (account.drafted_tokens, account.accepted_tokens) == (2, 1)
     node.take(StepResult([Output(A, (9,))], ran, {A}))
     assert (account.drafted_tokens, account.accepted_tokens) == (2, 1)
+
+
+def test_a_batch_that_does_not_begin_is_not_waited_for_nor_taken_for_the_one_whose_tokens_come() -> None:
+    node, role, line = _node(Overlapping(FakeFabric(lambda: 100.0)))
+    node.compose([WAITING])
+    node.take(StepResult([], None, begun=True))
+    node.compose([UNDER_WAY])  # finds no memory: the step gives what the first one gave
+    ran = StepReport(STEP_S, 20, 1, 0, 0, 0.0)
+    node.take(StepResult([Output(A, (7, 8))], ran, {A}))
+    assert node._promises[A].account.drafted_tokens == 2
+    told = line.report
+    node.compose([UNDER_WAY])
+    assert role.moments[-1].now_s == 100.0, "nothing is under way"
+    assert line.report is told, "a batch that may not begin either is not told of"
 
 
 def test_an_engine_that_runs_one_at_a_time_begins_the_next_at_once() -> None:
