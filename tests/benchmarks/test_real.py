@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import psutil
 import pytest
 from sse_server import SseServer
 from sse_server import running as serving
@@ -26,7 +30,7 @@ from benchmarks.real.client import NO_ANSWER, Job, Seen, run
 from benchmarks.real.headline import headline, ratios
 from benchmarks.real.predicted import SHARE, Machine
 from benchmarks.real.results import Results, crossing, of_other_runs
-from benchmarks.real.running import Running, cores_of
+from benchmarks.real.running import Running, cores_of, keep_apart
 from benchmarks.real.site import CPU, GPU, Site
 from benchmarks.real.systems import SYSTEMS, configuration, systems
 from benchmarks.real.window import measure, summary
@@ -432,6 +436,31 @@ def test_engines_share_no_core_and_leave_some_if_there_are_any(monkeypatch: pyte
     assert on(2, 2, 1) == (((0,), (1,)), (0, 1))
     assert on(8, 2, 2) == (((4, 5), (6, 7)), (0, 1, 2, 3))
     assert on(4, 2, 2) == (((2,), (3,)), (0, 1))
+
+
+BUSY = """
+import threading, time
+threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+until = time.process_time() + 0.3
+while time.process_time() < until: pass
+print(threading.get_native_id(), flush=True)
+time.sleep(60)
+"""
+
+
+def test_the_thread_that_steps_an_engine_has_its_core_to_itself() -> None:
+    cores_here = sorted(os.sched_getaffinity(0))
+    first, last = cores_here[0], cores_here[-1]
+    with subprocess.Popen([sys.executable, "-c", BUSY], stdout=subprocess.PIPE, text=True) as engine:
+        try:
+            assert engine.stdout is not None
+            stepping = int(engine.stdout.readline())
+            keep_apart({engine.pid}, [engine.pid], [(last,)], (first,))
+            cores = {one.id: os.sched_getaffinity(one.id) for one in psutil.Process(engine.pid).threads()}
+        finally:
+            engine.kill()
+    assert cores.pop(stepping) == {last}
+    assert list(cores.values()) == [{first}]
 
 
 def test_a_system_that_there_is_not_is_named() -> None:
