@@ -35,7 +35,7 @@ def test_an_endpoint_that_others_reach_gets_an_admin_key_unless_it_has_one(tmp_p
 
 
 def test_ports_that_are_chosen_are_free_and_are_given_to_no_outgoing_connection() -> None:
-    outgoing_from = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    outgoing_from = 32_768  # on Linux, unless a machine is set up otherwise
     for count in (1, 4):
         first = free_ports(count)
         check_ports_free("127.0.0.1", range(first, first + count))
