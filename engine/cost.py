@@ -161,15 +161,8 @@ class StepCost:
             computed += chunk
         return total_s
 
-    def updated(self, report: StepReport) -> StepCost:
-        """The cost after one more measured step: an exponential average of measured over predicted."""
-        predicted_s = self.of(report)
-        if report.tokens <= 0 or report.seconds <= 0 or predicted_s <= 0:
-            return self
-        return self.drifted(report.seconds / predicted_s)
-
     def drifted(self, ratio: float) -> StepCost:
-        """The cost after one more step that took `ratio` times what was predicted for it."""
+        """The cost after one more step that took `ratio` times what was predicted: an exponential average."""
         low, high = DRIFT_BOUNDS
         return replace(self, drift=self.drift * (1 + DRIFT_WEIGHT * (min(max(ratio, low), high) - 1)))
 

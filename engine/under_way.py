@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from engine.base import BatchPlan, StepResult
 
+MOST = 2  # one runs, and the next is composed
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Batch:
@@ -27,7 +29,7 @@ class UnderWay:
     def __init__(self) -> None:
         self.depths: Mapping[str, int] = {}
         self.stalled = False
-        self._batches: deque[_Batch] = deque()
+        self._batches: deque[_Batch] = deque(maxlen=MOST)
         self._composed: _Batch | None = None  # since the last step that ended
 
     @property

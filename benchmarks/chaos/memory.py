@@ -44,7 +44,8 @@ class MemoryWatch:
                 mib = psutil.Process(pid).memory_full_info().uss / 2**20
             except psutil.Error:
                 continue
-            self.note(label, pid, time.monotonic(), mib)
+            if mib > 0:  # one that has just ended has none, and would make a slope downwards
+                self.note(label, pid, time.monotonic(), mib)
 
     def note(self, label: str, pid: int, at_s: float, mib: float) -> None:
         """One sample."""

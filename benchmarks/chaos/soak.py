@@ -238,7 +238,8 @@ def _words(found: Mapping[str, Any]) -> str:
             "processes_left": "processes left",
         }.items()
     )
-    return f"{len(found['faults'])} faults in {found['seconds'] / 60:g} min: {told}"
+    faults = sum("victim" in fault for fault in found["faults"])  # the others found nobody to strike
+    return f"{faults} faults in {found['seconds'] / 60:g} min: {told}"
 
 
 def _table(rows: Sequence[Row]) -> Table:

@@ -139,7 +139,7 @@ def keep_apart(
     """The thread that steps an engine alone on its core, as far as this run goes, and all the rest elsewhere.
 
     An engine's other threads wake a hundred times a second each, a dozen of them or more (gloo's for one): on
-    its core they take 6 % of its time and what is in the caches.
+    its core they took a twentieth of its time, and what was in the caches.
     """
     for pid in everybody - set(engines):
         _pin(pid, others)

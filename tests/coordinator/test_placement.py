@@ -133,7 +133,7 @@ def test_a_node_that_has_slowed_promises_less_and_new_work_goes_elsewhere() -> N
     slowed = StepCost.line(0.003, 0.0001)  # as of every node here
     step = StepReport(seconds=0.1, tokens=200, seqs=1, decode_seqs=0, decode_context_tokens=0, prefill_work=0.0)
     for _ in range(100):
-        slowed = slowed.updated(step)
+        slowed = slowed.drifted(step.seconds / slowed.of(step))
     assert slowed.drift == pytest.approx(0.1 / 0.023, rel=0.05), "as slow as what was measured"
 
     def node(slow: bool) -> NodeMirror:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from engine.base import StepReport
 from engine.cost import REST_TIME_S, Piece, StepCost
+from engine.speed import Speed
 
 OPT_7B_A100 = StepCost.line(24.8e-3, 6.9e-5)
 
@@ -35,6 +36,12 @@ besides = st.fixed_dictionaries(
         "prefill_kv_tokens": st.integers(0, 100_000),
     }
 )
+
+
+def _learned(cost: StepCost, step: StepReport) -> StepCost:
+    speed = Speed(cost, 0.0)
+    speed.learn(step, 0.0)
+    return speed.cost
 
 
 def rounding_s(cost: StepCost) -> float:
@@ -164,7 +171,7 @@ def test_fit_without_a_step_that_ran_says_so() -> None:
 def test_updates_follow_a_machine_that_has_become_slower() -> None:
     cost = OPT_7B_A100
     for _ in range(100):
-        cost = cost.updated(report(200, 2 * OPT_7B_A100.predict(200)))
+        cost = _learned(cost, report(200, 2 * OPT_7B_A100.predict(200)))
     assert cost.predict(200) == pytest.approx(2 * OPT_7B_A100.predict(200), rel=0.02)
     assert cost.tokens_in(99e-3) < OPT_7B_A100.tokens_in(99e-3)
 
@@ -174,16 +181,16 @@ def test_drift_follows_a_node_three_times_as_slow_and_keeps_the_fit() -> None:
     steps = [StepReport(0.0, 64 + n, 64, 64, 1000 * n, prefill_work=0.0) for n in range(1, 101)]
     cost = fitted
     for step in steps:
-        cost = cost.updated(replace(step, seconds=3 * fitted.of(step)))
+        cost = _learned(cost, replace(step, seconds=3 * fitted.of(step)))
     assert cost.drift == pytest.approx(3.0, rel=0.02)
     assert replace(cost, drift=1.0) == fitted
     assert cost.rested(10 * REST_TIME_S).drift == pytest.approx(1.0, abs=1e-3)
 
 
 def test_one_pause_is_no_drift() -> None:
-    cost = OPT_7B_A100.updated(report(200, 60.0))
+    cost = _learned(OPT_7B_A100, report(200, 60.0))
     assert cost.predict(200) < 1.25 * OPT_7B_A100.predict(200)
-    assert OPT_7B_A100.updated(report(0, 1.0)) == OPT_7B_A100
+    assert _learned(OPT_7B_A100, report(0, 1.0)) == OPT_7B_A100
 
 
 def test_a_machine_that_has_rested_is_as_quick_as_it_was_measured() -> None:
